@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Makes data shards of Fashion-MNIST.
+
+    python3 data/fashion.py                           # all 60,000 and 10,000 images
+    python3 data/fashion.py --train 10000 --val 2000 \\
+        --train-out data/fashion_train.bin --val-out data/fashion_val.bin   # the bundled subset
+
+The images come from the Debian package dataset-fashion-mnist where it is installed, else from the
+data set's home. Either way the unpacked bytes must have the SHA-256 below.
+"""
+import argparse
+import gzip
+import hashlib
+import os
+import sys
+import urllib.error
+import urllib.request
+
+import numpy as np
+
+from shard import ShardError, Shard, write_shard
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PACKAGED = "/usr/share/datasets/fashion-mnist"
+HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+# Of the unpacked files: the package compresses the same bytes another way than the data set's home
+SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+CLASSES = 10
+# of the 60,000 training images, pixels / 255
+MEAN, STD = 0.2860, 0.3530
+
+
+def fail(message):
+    sys.exit(f"data/fashion.py: {message}")
+
+
+def unpacked(name, source):
+    """The unpacked content of one of the four files."""
+    try:
+        if source:
+            origin = os.path.join(source, name + ".gz")
+            with open(origin, "rb") as file:
+                packed = file.read()
+        else:
+            origin = f"{HOME}/{name}.gz"
+            print(f"downloading {origin}")
+            with urllib.request.urlopen(origin, timeout=60) as reply:  # raises on 4xx and 5xx
+                packed = reply.read()
+        content = gzip.decompress(packed)
+    except (OSError, EOFError, urllib.error.URLError) as error:
+        fail(f"cannot read {origin} ({error}); install the Debian package dataset-fashion-mnist, "
+             "or name a folder that has the four .gz files with --source")
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256[name]:
+        fail(f"{origin} has SHA-256 {found} unpacked, expected {SHA256[name]}; "
+             "delete the damaged copy and get it again")
+    return content
+
+
+def load(part, source):
+    """Images uint8 (N, 28, 28, 1) and labels of a part; the checksum vouches for the sizes."""
+    pixels = np.frombuffer(unpacked(f"{part}-images-idx3-ubyte", source), np.uint8, offset=16)
+    labels = np.frombuffer(unpacked(f"{part}-labels-idx1-ubyte", source), np.uint8, offset=8)
+    return pixels.reshape(len(labels), 28, 28, 1), labels
+
+
+def make(path, images, labels, count):
+    if not 1 <= count <= len(images):
+        fail(f"{path}: {count} images asked, expected 1 to {len(images)}")
+    items = ((images[i], int(labels[i])) for i in range(count))
+    try:
+        write_shard(path, items, count, CLASSES, [MEAN], [STD])
+        shard = Shard(path)  # read back: what is on disk is what was meant
+        if not np.array_equal(shard.index["label"], labels[:count]):
+            fail(f"{path}: the labels read back differ")
+    except (OSError, ShardError) as error:
+        fail(f"cannot write {path}: {error}")
+    print(f"wrote {path}: {count} images, {os.path.getsize(path)} bytes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Makes data shards of Fashion-MNIST.")
+    parser.add_argument("--source", default="auto", metavar="DIR",
+                        help=f"folder with the four .gz files, or 'download'; "
+                             f"auto: {PACKAGED} if it is there, else download")
+    parser.add_argument("--train", type=int, default=60000, metavar="N",
+                        help="first N training images")
+    parser.add_argument("--val", type=int, default=10000, metavar="N", help="first N test images")
+    parser.add_argument("--train-out", default=os.path.join(HERE, "fashion_full_train.bin"))
+    parser.add_argument("--val-out", default=os.path.join(HERE, "fashion_full_val.bin"))
+    options = parser.parse_args()
+    source = options.source
+    if source == "auto":
+        source = PACKAGED if os.path.isdir(PACKAGED) else "download"
+    source = None if source == "download" else source
+    # everything is read and checked before the first file is written
+    train, val = load("train", source), load("t10k", source)
+    make(options.train_out, *train, options.train)
+    make(options.val_out, *val, options.val)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,849 @@
+/*
+The engine of the CPU device: it runs the grid of a kernel launch. cu2cpp turns
+
+    __global__ void k(float* out, int n) { BODY }      into a function whose body is run_free or run_fibers of a lambda,
+    k<<<grid, block>>>(out, n)                         into (configure(grid, block), k(out, n)).
+
+Blocks are spread over the workers (parallel.h). The threads of a block run in one of two ways:
+- run_free: a kernel whose threads neither synchronise nor share memory is a plain loop over the threads, which vectorises
+  because the indices are plain parameters of the lambda.
+- run_fibers: every thread runs until it has to wait for others (__syncthreads, a warp operation); then its stack is put
+  aside and another thread of the block continues. A block that never waits runs on one stack without a single switch.
+
+A collective costs one switch a lane: every lane leaves its value and goes to sleep, the last one to arrive computes the
+result of all of them, and they resume in lane order.
+*/
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <type_traits>
+
+#include "parallel.h"
+#include "vector_types.h"
+
+#if defined(CPU_ASAN)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(CPU_TSAN)
+#include <sanitizer/tsan_interface.h>
+// in ThreadSanitizer's runtime, but in none of its headers
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+// what cu2cpp writes as the parameters of a kernel's body
+#define CPU_INDICES [[maybe_unused]] const uint3 threadIdx, [[maybe_unused]] const uint3 blockIdx, \
+                    [[maybe_unused]] const dim3 blockDim, [[maybe_unused]] const dim3 gridDim
+
+// CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. CPU_BODY: a kernel's body is inlined into
+// the loop over threads, except under ThreadSanitizer, where it would lose its instrumentation by that
+#if defined(CPU_TSAN)
+#define CPU_ENGINE __attribute__((no_sanitize_thread))
+#define CPU_BODY __attribute__((noinline))
+#else
+#define CPU_ENGINE
+#define CPU_BODY __attribute__((always_inline))
+#endif
+#if defined(__clang__)
+#define CPU_INDEPENDENT_THREADS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define CPU_INDEPENDENT_THREADS _Pragma("GCC ivdep")
+#endif
+
+namespace cpu {
+
+// ----------------------------------------------------------------------------
+// Limits of the device: those of sm_90
+
+constexpr unsigned WARP_SIZE = 32;
+constexpr unsigned MAX_THREADS = 1024;               // of a block
+constexpr unsigned MAX_WARPS = MAX_THREADS / WARP_SIZE;
+constexpr unsigned MAX_BLOCK_Z = 64;
+constexpr unsigned MAX_GRID_X = 2147483647, MAX_GRID_YZ = 65535;
+constexpr size_t MAX_STATIC_SHARED = 48 << 10;       // also of dynamic shared memory, unless cudaFuncSetAttribute allows more
+constexpr size_t MAX_SHARED = 227 << 10;             // static and dynamic together
+constexpr size_t ARENA_BYTES = 320 << 10;            // MAX_SHARED, red zones and rounding
+
+// the codes of cudaError_t that a launch can leave behind
+enum { LAUNCH_OK = 0, LAUNCH_INVALID_VALUE = 1, LAUNCH_INVALID_CONFIGURATION = 9 };
+inline thread_local int last_error = LAUNCH_OK;
+
+// ----------------------------------------------------------------------------
+// Schedules: the order in which blocks and threads run. A correct kernel gives the same bits under each
+
+enum ScheduleKind { NATURAL, REVERSED, RANDOM, LAST_IN };
+struct Schedule {
+    ScheduleKind kind;
+    uint64_t seed;
+};
+
+inline Schedule read_schedule() {
+    const char* text = getenv("CPU_SCHEDULE");
+    if (text == NULL || *text == '\0' || strcmp(text, "natural") == 0) { return Schedule{NATURAL, 0}; }
+    if (strcmp(text, "reversed") == 0) { return Schedule{REVERSED, 0}; }
+    if (strcmp(text, "last-in") == 0) { return Schedule{LAST_IN, 0}; }
+    if (strncmp(text, "random:", 7) == 0) {
+        char* end;
+        const uint64_t seed = strtoull(text + 7, &end, 10);
+        if (end != text + 7 && *end == '\0') { return Schedule{RANDOM, seed}; }
+    }
+    die("CPU_SCHEDULE is \"%s\"; set it to natural, reversed, last-in or random:SEED with a number as SEED", text);
+}
+
+inline const Schedule& schedule() {
+    static const Schedule value = read_schedule();
+    return value;
+}
+
+// splitmix64
+CPU_ENGINE inline uint64_t next_random(uint64_t* state) {
+    uint64_t z = (*state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// The order of n blocks without a table: i -> (i * step + start) mod n, a permutation when step and n have no common divisor
+struct Order {
+    uint64_t n, start, step;
+};
+
+inline uint64_t common_divisor(uint64_t a, uint64_t b) {
+    while (b != 0) {
+        const uint64_t r = a % b;
+        a = b;
+        b = r;
+    }
+    return a;
+}
+
+inline Order block_order(uint64_t n, uint64_t* random) {
+    if (schedule().kind == REVERSED) { return Order{n, n - 1, n - 1}; } // n - 1 is -1 mod n
+    if (schedule().kind != RANDOM) { return Order{n, 0, 1}; }
+    Order order = {n, next_random(random) % n, next_random(random) % n};
+    while (common_divisor(order.step, n) != 1) { order.step++; }
+    return order;
+}
+
+inline uint64_t position(const Order& order, uint64_t i) {
+    return (uint64_t)(((unsigned __int128)i * order.step + order.start) % order.n);
+}
+
+// the order of the threads of a block
+inline void thread_order(unsigned short* order, unsigned n, uint64_t* random) {
+    for (unsigned i = 0; i < n; i++) { order[i] = (unsigned short)(schedule().kind == REVERSED ? n - 1 - i : i); }
+    if (schedule().kind != RANDOM) { return; }
+    for (unsigned i = n; i > 1; i--) {
+        const unsigned j = (unsigned)(next_random(random) % i);
+        const unsigned short swap = order[i-1];
+        order[i-1] = order[j];
+        order[j] = swap;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Launches
+
+struct Launch {
+    const char* kernel;
+    dim3 grid, block;
+    size_t dynamic_shared;
+    unsigned threads; // of a block
+    uint64_t blocks;  // of the grid
+};
+
+// what <<<...>>> leaves for the kernel that is called next
+struct Pending {
+    enum { NOTHING, LAUNCH, SET_MAX_DYNAMIC_SHARED } what;
+    dim3 grid, block;
+    size_t shared; // of the launch, or the limit to set
+};
+inline thread_local Pending pending;
+inline thread_local bool in_kernel = false;
+
+inline void configure(dim3 grid, dim3 block, size_t dynamic_shared = 0, const void* stream = NULL) {
+    (void)stream; // streams run in the order in which the host calls
+    pending = Pending{Pending::LAUNCH, grid, block, dynamic_shared};
+}
+
+// What a kernel does first: takes its configuration. False when there is nothing to run
+inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic_shared) {
+    const Pending p = pending;
+    pending.what = Pending::NOTHING;
+    if (p.what == Pending::SET_MAX_DYNAMIC_SHARED) {
+        *max_dynamic_shared = p.shared;
+        return false;
+    }
+    if (p.what == Pending::NOTHING) {
+        die("kernel %s was called like a function; launch it with %s<<<grid, block>>>(...)", kernel, kernel);
+    }
+    if (in_kernel) { die("kernel %s was launched from device code; launch it from the host", kernel); }
+    const dim3 g = p.grid, b = p.block;
+    const uint64_t threads = (uint64_t)b.x * b.y * b.z;
+    const bool valid = b.x <= MAX_THREADS && b.y <= MAX_THREADS && b.z <= MAX_BLOCK_Z &&
+                       threads > 0 && threads <= MAX_THREADS && g.x > 0 && g.y > 0 && g.z > 0 &&
+                       g.x <= MAX_GRID_X && g.y <= MAX_GRID_YZ && g.z <= MAX_GRID_YZ;
+    if (!valid || p.shared > *max_dynamic_shared) {
+        last_error = valid ? LAUNCH_INVALID_VALUE : LAUNCH_INVALID_CONFIGURATION;
+        return false;
+    }
+    *launch = Launch{kernel, g, b, p.shared, (unsigned)threads, (uint64_t)g.x * g.y * g.z};
+    return true;
+}
+
+inline uint3 block_index(dim3 grid, uint64_t i) {
+    if (grid.y == 1 && grid.z == 1) { return uint3{(unsigned)i, 0, 0}; }
+    return uint3{(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
+}
+
+inline uint3 thread_index(dim3 block, unsigned i) {
+    if (block.y == 1 && block.z == 1) { return uint3{i, 0, 0}; }
+    return uint3{i % block.x, i / block.x % block.y, i / block.x / block.y};
+}
+
+// One thread. A body that changes the kernel's parameters is a mutable lambda: each thread changes its own copy
+template <class Body>
+CPU_ENGINE __attribute__((always_inline)) inline void run_thread(const Body& body, uint3 thread, uint3 block, dim3 block_dim,
+                                                                 dim3 grid_dim) {
+    if constexpr (std::is_invocable_v<const Body&, uint3, uint3, dim3, dim3>) {
+        body(thread, block, block_dim, grid_dim);
+    } else {
+        Body own = body;
+        own(thread, block, block_dim, grid_dim);
+    }
+}
+
+// cudaFuncSetAttribute sets it. Every kernel, and every instance of a template, has a body of its own type
+template <class Body> inline size_t max_dynamic_shared = MAX_STATIC_SHARED;
+
+// Spreads run(first block, last block + 1) over the workers. Small blocks go in chunks: a task costs some 100 ns.
+// Only the natural schedule runs on several workers; the others say in which order the blocks come
+template <class Run> void spread_blocks(const Launch& launch, uint64_t inline_below, Run run) {
+    const uint64_t n = launch.blocks;
+    if (n == 1 || schedule().kind != NATURAL || n * launch.threads < inline_below) {
+        run(0, n);
+        return;
+    }
+    uint64_t chunk = n / ((uint64_t)workers() * 8);
+    chunk = workers() == 1 ? n : chunk < 1 ? 1 : chunk;
+    parallel_for((n + chunk - 1) / chunk, [&](size_t i) { run(i * chunk, n < (i + 1) * chunk ? n : (i + 1) * chunk); });
+}
+
+// ----------------------------------------------------------------------------
+// Free kernels
+
+// The copy of the body is what lets the compiler vectorise: a local that nobody else can see cannot change when the
+// kernel stores through its pointers
+template <class Body> __attribute__((noinline)) void free_blocks(const Launch& launch, const Body& shared_body, uint64_t first,
+                                                                 uint64_t last) {
+    const Body body = shared_body;
+    const dim3 grid = launch.grid, block = launch.block;
+    for (uint64_t i = first; i < last; i++) {
+        const uint3 b = block_index(grid, i);
+        for (unsigned z = 0; z < block.z; z++) {
+            for (unsigned y = 0; y < block.y; y++) {
+                // threads that do not synchronise may not depend on one another
+                CPU_INDEPENDENT_THREADS
+                for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid); }
+            }
+        }
+    }
+}
+
+template <class Body> __attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Body& body) {
+    static uint64_t random = schedule().seed;
+    const Order blocks = block_order(launch.blocks, &random);
+    unsigned short threads[MAX_THREADS];
+    for (uint64_t i = 0; i < launch.blocks; i++) {
+        const uint3 b = block_index(launch.grid, position(blocks, i));
+        thread_order(threads, launch.threads, &random);
+        for (unsigned t = 0; t < launch.threads; t++) {
+            run_thread(body, thread_index(launch.block, threads[t]), b, launch.block, launch.grid);
+        }
+    }
+}
+
+template <class Body> void run_free(const char* kernel, const Body& body) {
+    Launch launch;
+    if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
+    if (schedule().kind != NATURAL) {
+        free_blocks_in_order(launch, body);
+    } else {
+        // below some thousand threads the workers take longer to wake than one of them to do it all
+        spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) { free_blocks(launch, body, first, last); });
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Fibers: a stack each, and a switch from one to another
+
+#if defined(CPU_ASAN) || defined(CPU_TSAN)
+constexpr size_t STACK_BYTES = 256 << 10; // red zones around every local array
+#else
+constexpr size_t STACK_BYTES = 64 << 10;
+#endif
+constexpr size_t GUARD_BYTES = 4096; // below each stack: running over it is a fault, not a neighbour's wrong result
+constexpr unsigned MAX_FIBERS = MAX_THREADS + 1;
+
+struct Warp;
+struct Fiber {
+#if defined(__x86_64__)
+    void* stack_pointer; // while it does not run
+#else
+    ucontext_t context;
+#endif
+    char* stack;         // lowest address
+    unsigned thread;     // which thread of the block runs on it
+    unsigned lane;       // thread % WARP_SIZE
+    Warp* warp;
+    uint3 index;         // threadIdx
+#if defined(CPU_ASAN)
+    void* fake_stack;
+#endif
+};
+
+// 16 bytes that a lane hands in, or gets, in a warp operation. A vector type: it travels in one register
+typedef unsigned char Value __attribute__((vector_size(16)));
+typedef void (*Combine)(Warp* warp, uint32_t lanes);
+
+struct Warp {
+    uint32_t waiting;              // lanes that wait in a warp operation
+    uint32_t exited;               // lanes whose thread has returned, or was never there
+    uint32_t mask[WARP_SIZE];      // of a waiting lane: whom it waits for
+    Combine combine[WARP_SIZE];    // and what is to be computed
+    unsigned argument[WARP_SIZE];  // and with which argument
+    Fiber* fiber[WARP_SIZE];
+    Value in[WARP_SIZE], out[WARP_SIZE];
+};
+
+// a __shared__ variable of the block that runs; site is the address of a static beside its declaration
+struct SharedVariable {
+    const void* site;
+    void* storage;
+};
+constexpr unsigned MAX_SHARED_VARIABLES = 64;
+
+#if defined(CPU_TSAN)
+// ThreadSanitizer sees every CUDA thread as a fiber of its own. Blocks of one launch are not ordered, so the next
+// block needs other fibers and another arena; after this many fibers a set is used again, ordered after its last use
+constexpr unsigned MAX_TSAN_FIBERS = 2048, MAX_RING = 32;
+#else
+constexpr unsigned MAX_RING = 1;
+#endif
+
+// Everything that one OpenMP worker needs to run a block
+struct Worker {
+    const Launch* launch;
+    void (*run)(Worker* w, const void* body);
+    const void* body;
+    ScheduleKind kind;
+    uint64_t random;
+
+    uint3 block;                       // blockIdx
+    unsigned threads, next, done;      // of the block: all, the first that has not started, how many have returned
+    unsigned short order[MAX_THREADS]; // in which they start, unless the schedule is natural
+
+    Fiber* current;
+    Fiber* ready[MAX_THREADS];         // a ring; head and tail count on, and are taken modulo its size
+    unsigned head, tail;
+    Fiber* idle[MAX_FIBERS];           // fibers without a thread, the last used on top: its stack is in the cache
+    unsigned num_idle;
+
+    Fiber* at_barrier[MAX_THREADS];
+    unsigned num_at_barrier, votes, barrier_result;
+    int barrier_kind;
+
+    char* arenas;                      // MAX_RING arenas of shared memory
+    char* arena;                       // that of the block: first the dynamic part, then the static variables
+    size_t arena_used, static_shared;
+    SharedVariable shared[MAX_SHARED_VARIABLES];
+    unsigned num_shared;
+
+    Fiber host;                        // the context that runs the grid
+    Fiber fibers[MAX_FIBERS];
+    Warp warps[MAX_WARPS];
+#if defined(CPU_ASAN)
+    const void* host_stack;
+    size_t host_stack_bytes;
+#endif
+#if defined(CPU_TSAN)
+    void* tsan_host;
+    void* tsan_fibers[MAX_TSAN_FIBERS];
+    unsigned ring_size, ring_slot, ring_use[MAX_RING];
+    unsigned barrier_number;
+    // addresses that stand for an event: what was released to one happens before what acquires it
+    char launched, finished[MAX_RING][2], barrier_event[2], warp_event[MAX_THREADS];
+#endif
+};
+inline thread_local Worker* worker = NULL;
+
+#if defined(__x86_64__)
+// Saves what the ABI wants preserved on the stack of the one, and loads it from the stack of the other
+__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
+    __asm__(
+        "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+        "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+        "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+#endif
+
+// from one fiber (or the host) to another. A leaving fiber has returned from its last thread
+CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fiber* to, [[maybe_unused]] bool leaving) {
+#if defined(CPU_ASAN)
+    const bool to_host = to == &w->host;
+    __sanitizer_start_switch_fiber(leaving ? NULL : &from->fake_stack, to_host ? w->host_stack : to->stack,
+                                   to_host ? w->host_stack_bytes : STACK_BYTES);
+#endif
+#if defined(__x86_64__)
+    switch_stack(&from->stack_pointer, to->stack_pointer);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+#if defined(CPU_ASAN)
+    __sanitizer_finish_switch_fiber(from->fake_stack, NULL, NULL);
+#endif
+}
+
+CPU_ENGINE inline void fiber_main();
+
+// a fiber that will start in fiber_main
+CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
+    Fiber* f = w->idle[--w->num_idle];
+#if defined(__x86_64__)
+    // Colours: without the offset the same local of all threads falls into the same set of the cache
+    const size_t color = (size_t)(f - w->fibers) % 32 * 128;
+    void** top = (void**)(f->stack + STACK_BYTES - color);
+    *--top = NULL; // where a return address would be: the ABI wants the stack pointer 8 off a multiple of 16 at entry
+    *--top = (void*)&fiber_main;
+    for (int i = 0; i < 6; i++) { *--top = NULL; } // the six registers of switch_stack
+    f->stack_pointer = top;
+#else
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack;
+    f->context.uc_stack.ss_size = STACK_BYTES;
+    f->context.uc_link = NULL;
+    makecontext(&f->context, &fiber_main, 0);
+#endif
+#if defined(CPU_ASAN)
+    f->fake_stack = NULL;
+#endif
+    return f;
+}
+
+inline char* map_memory(size_t bytes, const char* what) {
+    void* p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) { die("cannot map %zu MiB for %s; raise the limit of virtual memory (ulimit -v)", bytes >> 20, what); }
+    return (char*)p;
+}
+
+// the worker of this operating system thread; it lives as long as the program
+CPU_ENGINE inline Worker* this_worker() {
+    if (worker != NULL) { return worker; }
+    Worker* w = (Worker*)map_memory(sizeof(Worker), "a worker");
+    const size_t stride = GUARD_BYTES + STACK_BYTES;
+    char* stacks = map_memory(MAX_FIBERS * stride, "the stacks of the threads of a block");
+    for (unsigned i = 0; i < MAX_FIBERS; i++) {
+        mprotect(stacks + i * stride, GUARD_BYTES, PROT_NONE); // without it only the check is lost
+        w->fibers[i].stack = stacks + i * stride + GUARD_BYTES;
+        w->idle[w->num_idle++] = &w->fibers[MAX_FIBERS - 1 - i];
+    }
+    w->arenas = map_memory(MAX_RING * ARENA_BYTES, "shared memory");
+    w->random = schedule().seed;
+    w->kind = schedule().kind;
+#if defined(CPU_TSAN)
+    for (unsigned i = 0; i < MAX_TSAN_FIBERS; i++) { w->tsan_fibers[i] = __tsan_create_fiber(0); }
+#endif
+    return worker = w;
+}
+
+// what ThreadSanitizer sees as the running thread: a thread of the block, or the host
+CPU_ENGINE inline void tsan_run_thread([[maybe_unused]] Worker* w, [[maybe_unused]] unsigned thread) {
+#if defined(CPU_TSAN)
+    __tsan_switch_to_fiber(w->tsan_fibers[w->ring_slot * w->threads + thread], __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+// ----------------------------------------------------------------------------
+// The scheduler of a block
+
+[[noreturn]] inline void die_of_deadlock(Worker* w) {
+    char warps[256] = "";
+    unsigned in_warps = 0;
+    for (unsigned i = 0; i * WARP_SIZE < w->threads; i++) {
+        const Warp* warp = &w->warps[i];
+        if (warp->waiting == 0) { continue; }
+        if (in_warps == 0) {
+            const int lane = __builtin_ctz(warp->waiting);
+            snprintf(warps, sizeof(warps), " (warp %u: lanes %08x wait, lane %d for %08x)", i, warp->waiting, lane, warp->mask[lane]);
+        }
+        in_warps += (unsigned)__builtin_popcount(warp->waiting);
+    }
+    die("kernel %s, block (%u,%u,%u): deadlock: of %u threads %u returned, %u wait at __syncthreads, %u in warp operations%s; "
+        "all threads of a block, or lanes of a mask, must reach the same one", w->launch->kernel, w->block.x, w->block.y,
+        w->block.z, w->threads, w->done, w->num_at_barrier, in_warps, warps);
+}
+
+CPU_ENGINE inline void make_ready(Worker* w, Fiber* f) { w->ready[w->tail++ % MAX_THREADS] = f; }
+
+// who runs next: a ready fiber, else a new one for a thread that has not started, else the host when the block is done
+CPU_ENGINE inline Fiber* pick(Worker* w) {
+    const unsigned num_ready = w->tail - w->head;
+    if (num_ready > 0) {
+        if (w->kind == LAST_IN) { return w->ready[--w->tail % MAX_THREADS]; }
+        if (w->kind == RANDOM) {
+            if (w->next < w->threads && next_random(&w->random) % 2 == 0) { return new_fiber(w); }
+            const unsigned i = (w->head + (unsigned)(next_random(&w->random) % num_ready)) % MAX_THREADS;
+            Fiber* f = w->ready[i];
+            w->ready[i] = w->ready[w->head % MAX_THREADS];
+            w->head++;
+            return f;
+        }
+        return w->ready[w->head++ % MAX_THREADS];
+    }
+    if (w->next < w->threads) { return new_fiber(w); }
+    if (w->done < w->threads) { die_of_deadlock(w); }
+    return &w->host;
+}
+
+// puts the running thread to sleep until somebody makes it ready
+CPU_ENGINE __attribute__((noinline)) inline void suspend(Worker* w) {
+    Fiber* self = w->current;
+    Fiber* next = pick(w);
+    if (next != self) {
+        w->current = next;
+        switch_fiber(w, self, next, false);
+    }
+    tsan_run_thread(w, self->thread);
+}
+
+CPU_ENGINE inline void release_barrier(Worker* w) {
+    const unsigned n = w->num_at_barrier;
+    for (unsigned i = 0; i < n; i++) { make_ready(w, w->at_barrier[i]); }
+    w->num_at_barrier = 0;
+    w->barrier_result = w->votes;
+    w->votes = 0;
+#if defined(CPU_TSAN)
+    w->barrier_number++;
+#endif
+}
+
+// The lanes of one operation have all arrived: computes their results and wakes them in lane order
+CPU_ENGINE inline void finish_collective(Worker* w, Warp* warp, uint32_t lanes) {
+    const unsigned first = (unsigned)__builtin_ctz(lanes);
+    const Combine combine = warp->combine[first];
+    const uint32_t mask = warp->mask[first];
+    warp->waiting &= ~lanes;
+    for (uint32_t rest = lanes; rest != 0;) {
+        const unsigned lane = (unsigned)(w->kind == REVERSED ? 31 - __builtin_clz(rest) : __builtin_ctz(rest));
+        rest &= ~(1u << lane);
+        if (warp->combine[lane] != combine || warp->mask[lane] != mask) {
+            die("kernel %s, block (%u,%u,%u), warp %u: lanes %u and %u meet in different warp operations, or with different "
+                "masks (%08x and %08x)", w->launch->kernel, w->block.x, w->block.y, w->block.z, (unsigned)(warp - w->warps),
+                first, lane, mask, warp->mask[lane]);
+        }
+        make_ready(w, warp->fiber[lane]);
+    }
+#if defined(CPU_TSAN)
+    // combine reads what the lanes hand in through pointers; the lanes themselves stand still
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    combine(warp, lanes);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#else
+    combine(warp, lanes);
+#endif
+}
+
+// the next thread of the block begins on the running fiber
+CPU_ENGINE inline void start_thread(Worker* w) {
+    const unsigned i = w->next++;
+    const unsigned t = w->kind == NATURAL || w->kind == LAST_IN ? i : w->order[i];
+    Fiber* f = w->current;
+    f->thread = t;
+    f->lane = t % WARP_SIZE;
+    f->warp = &w->warps[t / WARP_SIZE];
+    f->index = thread_index(w->launch->block, t);
+#if defined(CPU_TSAN)
+    tsan_run_thread(w, t);
+    __tsan_acquire(&w->launched);
+    __tsan_acquire(&w->finished[w->ring_slot][~w->ring_use[w->ring_slot] & 1]);
+#endif
+}
+
+// A thread that has returned counts as arrived wherever others wait for it, as on a GPU
+CPU_ENGINE inline void finish_thread(Worker* w) {
+    Warp* warp = w->current->warp;
+#if defined(CPU_TSAN)
+    __tsan_release(&w->finished[w->ring_slot][w->ring_use[w->ring_slot] & 1]);
+#endif
+    w->done++;
+    warp->exited |= 1u << w->current->lane;
+    for (uint32_t rest = warp->waiting; rest != 0; rest &= rest - 1) {
+        const uint32_t lanes = warp->mask[__builtin_ctz(rest)] & ~warp->exited;
+        if ((warp->waiting & lanes) == lanes) { finish_collective(w, warp, lanes); }
+        rest &= ~lanes | (rest & -rest);
+    }
+    if (w->num_at_barrier > 0 && w->num_at_barrier + w->done == w->threads) { release_barrier(w); }
+}
+
+// Runs threads on the current fiber, one after the other, as long as nobody else is ready
+template <class Body> CPU_ENGINE void run_threads(Worker* w, const void* body) {
+    do {
+        start_thread(w);
+        run_thread(*(const Body*)body, w->current->index, w->block, w->launch->block, w->launch->grid);
+        finish_thread(w);
+    } while (w->next < w->threads && w->head == w->tail && w->kind != RANDOM);
+}
+
+CPU_ENGINE inline void fiber_main() {
+    Worker* w = worker;
+#if defined(CPU_ASAN)
+    const void* from;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(NULL, &from, &bytes);
+    if (w->host_stack == NULL) { // the first fiber of a block is entered from the host
+        w->host_stack = from;
+        w->host_stack_bytes = bytes;
+    }
+#endif
+    w->run(w, w->body);
+    Fiber* self = w->current;
+    Fiber* next = pick(w);
+    w->idle[w->num_idle++] = self; // after pick, which could begin a new fiber on the stack we stand on
+    w->current = next;
+    switch_fiber(w, self, next, true);
+    __builtin_unreachable();
+}
+
+// ----------------------------------------------------------------------------
+// Shared memory. It starts as 0xFF bytes, NaN in every float format: on a GPU it starts as anything
+
+inline constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+CPU_ENGINE inline void poison_bytes(void* p, size_t n) {
+#if defined(CPU_TSAN)
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    memset(p, 0xFF, n);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#else
+    memset(p, 0xFF, n);
+#endif
+}
+
+CPU_ENGINE inline void begin_shared(Worker* w) {
+    const size_t bytes = w->launch->dynamic_shared;
+    w->num_shared = 0;
+    w->static_shared = 0;
+    w->arena_used = round_up(bytes, 256);
+#if defined(CPU_ASAN)
+    ASAN_POISON_MEMORY_REGION(w->arena, ARENA_BYTES);
+    ASAN_UNPOISON_MEMORY_REGION(w->arena, bytes);
+#endif
+    poison_bytes(w->arena, bytes);
+}
+
+CPU_ENGINE inline void* new_shared_variable(Worker* w, const void* site, size_t bytes, size_t alignment) {
+    w->static_shared += bytes;
+    if (w->static_shared > MAX_STATIC_SHARED || w->static_shared + w->launch->dynamic_shared > MAX_SHARED) {
+        die("kernel %s: %zu bytes of static and %zu of dynamic shared memory; a block may have %zu static and %zu in all",
+            w->launch->kernel, w->static_shared, w->launch->dynamic_shared, MAX_STATIC_SHARED, MAX_SHARED);
+    }
+    if (w->num_shared == MAX_SHARED_VARIABLES) {
+        die("kernel %s: more than %u __shared__ variables; raise MAX_SHARED_VARIABLES in dev/cpu/engine.h", w->launch->kernel,
+            MAX_SHARED_VARIABLES);
+    }
+#if defined(CPU_ASAN)
+    // a red zone, and no more alignment than the type asks for: a cast to float4 needs __align__(16)
+    const size_t offset = round_up(w->arena_used + 64, 2 * (alignment < 8 ? 8 : alignment)) + alignment;
+#else
+    const size_t offset = round_up(w->arena_used, alignment < 16 ? 16 : alignment);
+#endif
+    char* p = w->arena + offset;
+    w->arena_used = offset + bytes;
+#if defined(CPU_ASAN)
+    ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+#endif
+    poison_bytes(p, bytes);
+    w->shared[w->num_shared++] = SharedVariable{site, p};
+    return p;
+}
+
+// the storage of `__shared__ T name;` the first thread that comes by makes it, for all threads of the block
+template <class T> CPU_ENGINE inline T& shared_variable(const void* site, size_t alignment = alignof(T)) {
+    Worker* w = worker;
+    for (unsigned i = 0; i < w->num_shared; i++) {
+        if (w->shared[i].site == site) { return *(T*)w->shared[i].storage; }
+    }
+    return *(T*)new_shared_variable(w, site, sizeof(T), alignment < alignof(T) ? alignof(T) : alignment);
+}
+
+// of `extern __shared__ T name[];`
+CPU_ENGINE inline void* dynamic_shared() { return worker->arena; }
+
+// whether p is shared memory of the block that this worker runs, which no other worker can touch
+CPU_ENGINE inline bool is_shared(const void* p) {
+    const Worker* w = worker;
+    return w != NULL && (size_t)((const char*)p - w->arena) < ARENA_BYTES;
+}
+
+// ----------------------------------------------------------------------------
+// Blocks of a fiber kernel
+
+CPU_ENGINE inline void run_block(Worker* w, uint3 block) {
+    w->block = block;
+    w->next = w->done = 0;
+    w->head = w->tail = 0;
+    w->num_at_barrier = w->votes = 0;
+    const unsigned n = w->threads;
+    for (unsigned i = 0; i * WARP_SIZE < n; i++) {
+        const unsigned lanes = n - i * WARP_SIZE;
+        w->warps[i].waiting = 0;
+        w->warps[i].exited = lanes >= WARP_SIZE ? 0 : ~0u << lanes;
+    }
+    if (w->kind == REVERSED || w->kind == RANDOM) { thread_order(w->order, n, &w->random); }
+    begin_shared(w);
+#if defined(CPU_ASAN)
+    w->host_stack = NULL;
+#endif
+    w->current = new_fiber(w);
+    switch_fiber(w, &w->host, w->current, false);
+}
+
+CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, const void*), const void* body, uint64_t first,
+                                    uint64_t last) {
+    Worker* w = this_worker();
+    w->launch = &launch;
+    w->run = run;
+    w->body = body;
+    w->threads = launch.threads;
+    w->arena = w->arenas;
+    in_kernel = true;
+#if defined(CPU_TSAN)
+    w->tsan_host = __tsan_get_current_fiber();
+    w->ring_size = MAX_TSAN_FIBERS / launch.threads < MAX_RING ? MAX_TSAN_FIBERS / launch.threads : MAX_RING;
+    w->ring_slot = 0;
+    __tsan_release(&w->launched);
+#endif
+    const Order order = block_order(launch.blocks, &w->random);
+    for (uint64_t i = first; i < last; i++) {
+#if defined(CPU_TSAN)
+        w->ring_slot = (w->ring_slot + 1) % w->ring_size;
+        w->ring_use[w->ring_slot]++;
+        w->arena = w->arenas + w->ring_slot * ARENA_BYTES;
+#endif
+        run_block(w, block_index(launch.grid, w->kind == NATURAL ? i : position(order, i)));
+#if defined(CPU_TSAN)
+        __tsan_switch_to_fiber(w->tsan_host, __tsan_switch_to_fiber_no_sync);
+#endif
+    }
+#if defined(CPU_TSAN)
+    for (unsigned i = 0; i < MAX_RING; i++) {
+        __tsan_acquire(&w->finished[i][0]);
+        __tsan_acquire(&w->finished[i][1]);
+    }
+#endif
+    in_kernel = false;
+}
+
+template <class Body> void run_fibers(const char* kernel, const Body& body) {
+    Launch launch;
+    if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
+    spread_blocks(launch, 0, [&](uint64_t first, uint64_t last) {
+        fiber_blocks(launch, run_threads<Body>, &body, first, last);
+    });
+}
+
+// ----------------------------------------------------------------------------
+// What kernels and the other headers of this directory call
+
+// threadIdx and its siblings in a __device__ function; cu2cpp declares them at the top of one that mentions them
+CPU_ENGINE inline uint3 current_thread_index() { return worker->current->index; }
+CPU_ENGINE inline uint3 current_block_index() { return worker->block; }
+CPU_ENGINE inline dim3 current_block_dim() { return worker->launch->block; }
+CPU_ENGINE inline dim3 current_grid_dim() { return worker->launch->grid; }
+CPU_ENGINE inline unsigned current_thread() { return worker->current->thread; } // x + y * blockDim.x + ...
+CPU_ENGINE inline unsigned current_lane() { return worker->current->lane; }
+CPU_ENGINE inline unsigned threads_of_block() { return worker->threads; }
+
+// Which form of __syncthreads it is: all threads of a block must meet in the same
+enum BarrierKind { BARRIER_PLAIN, BARRIER_COUNT, BARRIER_AND, BARRIER_OR };
+
+// Waits for all threads of the block that have not returned; gives how many of them voted
+CPU_ENGINE inline unsigned barrier(BarrierKind kind, bool vote) {
+    Worker* w = worker;
+    if (w->num_at_barrier > 0 && w->barrier_kind != kind) {
+        die("kernel %s, block (%u,%u,%u): threads meet in different forms of __syncthreads", w->launch->kernel, w->block.x,
+            w->block.y, w->block.z);
+    }
+    w->barrier_kind = kind;
+    w->votes += vote;
+    w->at_barrier[w->num_at_barrier++] = w->current;
+#if defined(CPU_TSAN)
+    // two events in turn: with one, a thread that is already at the next barrier would be ordered before
+    // a thread that has yet to leave this one, and a race between the two would be missed
+    char* event = &w->barrier_event[w->barrier_number & 1];
+    __tsan_release(event);
+#endif
+    if (w->num_at_barrier + w->done == w->threads) { release_barrier(w); }
+    suspend(w);
+#if defined(CPU_TSAN)
+    __tsan_acquire(event);
+#endif
+    return w->barrier_result;
+}
+
+/*
+A warp operation: every lane of mask hands in a value and an argument, and sleeps. When all lanes of mask that have not
+returned are there, combine(warp, lanes) runs once: for each lane of the bit set lanes it finds what that lane
+handed in at warp->in[lane] and warp->argument[lane], and leaves its result in warp->out[lane], which the lane gets.
+What does not fit into 16 bytes goes by pointer: the stacks of sleeping lanes can be read and written.
+*/
+CPU_ENGINE inline Value collective(uint32_t mask, Value value, unsigned argument, Combine combine) {
+    Worker* w = worker;
+    Fiber* self = w->current;
+    Warp* warp = self->warp;
+    const unsigned lane = self->lane;
+    warp->in[lane] = value;
+    warp->argument[lane] = argument;
+    warp->combine[lane] = combine;
+    warp->mask[lane] = mask;
+    warp->fiber[lane] = self;
+    warp->waiting |= 1u << lane;
+    if ((mask >> lane & 1) == 0) {
+        die("kernel %s, block (%u,%u,%u): lane %u calls a warp operation with mask %08x, which it is not in", w->launch->kernel,
+            w->block.x, w->block.y, w->block.z, lane, mask);
+    }
+    const uint32_t lanes = mask & ~warp->exited;
+    if ((warp->waiting & lanes) == lanes) { finish_collective(w, warp, lanes); }
+    suspend(w);
+    return warp->out[lane];
+}
+
+template <class T> CPU_ENGINE inline Value to_value(const T& x) {
+    static_assert(sizeof(T) <= sizeof(Value) && std::is_trivially_copyable_v<T>, "a warp operation takes 16 bytes at most");
+    Value v = {};
+    memcpy(&v, &x, sizeof(T));
+    return v;
+}
+
+template <class T> CPU_ENGINE inline T from_value(Value v) {
+    T x;
+    memcpy((void*)&x, &v, sizeof(T));
+    return x;
+}
+
+} // namespace cpu
+
+#if defined(CPU_ASAN)
+// the leak checker does not know the fibers' stacks
+extern "C" __attribute__((used, visibility("default"))) inline const char* __asan_default_options() { return "detect_leaks=0"; }
+#endif

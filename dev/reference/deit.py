@@ -1,0 +1,601 @@
+#!/usr/bin/env python3
+"""An independent PyTorch ViT/DeiT with DropIT: what train_deit.cu is compared with.
+
+    deit.py dump FILE ...   writes weights, one batch, logits, loss, every gradient and the losses
+                            of some steps: a safetensors file that test_deit reads
+    deit.py init FILE ...   writes initial weights, for -w of the trainer and of `train`
+    deit.py train ...       trains with the trainer's flags on the trainer's batches
+
+Nothing is shared with the trainer but the published definitions and the random numbers of rng.py.
+PyTorch 1.13 is enough. Names of parameters are timm's.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rng
+import safetensors_file
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, os.path.join(ROOT, "data"))
+from shard import Shard, ShardError  # noqa: E402  (data/ is no package)
+
+# ----------------------------------------------------------------------------
+# DropIT
+
+BLOCK = 16384  # elements of a block in the strategies fastmink and random
+
+
+def keep_largest(key, k):
+    """Mask of the k largest keys of each row, ties by lowest index. key (rows, n), any integer k.
+
+    Same result as a stable sort by (-key, index), in linear time: everything above the k-th largest
+    key is kept, and of those that equal it the first ones.
+    """
+    if k == 0:
+        return torch.zeros_like(key, dtype=torch.bool)
+    threshold = key.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, tied = key > threshold, key == threshold
+    places = k - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= places))
+
+
+class Dropit:
+    """Which elements of a linear layer's input its weight gradient will see."""
+
+    def __init__(self, gamma, strategy="mink", seed=0):
+        self.gamma, self.strategy, self.seed = gamma, strategy, seed
+        self.step = 0      # counts the forward passes that train, for the random strategy's keys
+        self.masks = None  # a dictionary collects the masks of a step, by layer name
+
+    def count(self, n):
+        return int(n * (1 - self.gamma))
+
+    def mask(self, flat, layer_id):
+        n = flat.numel()
+        if self.strategy == "mink":
+            return keep_largest(flat.abs()[None], self.count(n))[0]
+        if self.strategy == "fastmink":
+            key = flat.abs()
+        else:
+            keys = rng.dropit_keys(self.seed, layer_id, self.step, n)
+            key = torch.from_numpy(keys.astype(np.int64))
+        whole = n // BLOCK * BLOCK
+        parts = [keep_largest(key[:whole].view(-1, BLOCK), self.count(BLOCK)).view(-1)]
+        if whole < n:
+            parts.append(keep_largest(key[whole:][None], self.count(n - whole))[0])
+        return torch.cat(parts)
+
+    def select(self, flat, name, layer_id):
+        """Indices (int32, rising) of the kept elements of the flattened input."""
+        if self.strategy == "topk":
+            # the published line: which of several ties stay is up to torch.topk, the order as well
+            return flat.abs().topk(self.count(flat.numel()), sorted=False)[1].to(torch.int32)
+        mask = self.mask(flat, layer_id)
+        if self.masks is not None:
+            self.masks[name] = mask
+        return mask.nonzero().view(-1).to(torch.int32)
+
+
+class DropitLinearFunction(torch.autograd.Function):
+    """y = x w^T + b that caches k values and indices of x. Only w's gradient is approximate."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dropit, name, layer_id):
+        flat = x.detach().reshape(-1)
+        index = dropit.select(flat, name, layer_id)
+        ctx.save_for_backward(flat.gather(0, index.long()), index, weight)
+        ctx.shape = x.shape
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dout):
+        values, index, weight = ctx.saved_tensors
+        buffer = values.new_zeros(ctx.shape.numel()).scatter_(0, index.long(), values)
+        buffer = buffer.view(-1, ctx.shape[-1])
+        dout = dout.reshape(-1, dout.shape[-1])
+        dweight = dout.t() @ buffer
+        # as published: the input's gradient goes where the unpacked input was
+        dinput = torch.matmul(dout, weight, out=buffer).view(ctx.shape)
+        return dinput, dweight, dout.sum(0), None, None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear with an optional DropIT. dropit, name and layer_id are set by Deit.use_dropit."""
+    dropit = None
+
+    def forward(self, x):
+        if self.dropit is None or not self.training:
+            return F.linear(x, self.weight, self.bias)
+        return DropitLinearFunction.apply(x, self.weight, self.bias, self.dropit, self.name,
+                                          self.layer_id)
+
+
+# ----------------------------------------------------------------------------
+# the model, as timm builds it
+
+class PatchEmbed(nn.Module):
+    dropit = None
+
+    def __init__(self, config):
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, patch, stride=patch)
+
+    def forward(self, image):
+        if self.dropit is None or not self.training:
+            return self.proj(image).flatten(2).transpose(1, 2)
+        # the convolution as a linear layer: patches (B, T-1, in_chans*P*P), a patch as (c, kh, kw)
+        patches = F.unfold(image, self.proj.kernel_size, stride=self.proj.stride).transpose(1, 2)
+        weight = self.proj.weight.flatten(1)
+        return DropitLinearFunction.apply(patches, weight, self.proj.bias, self.dropit, self.name,
+                                          self.layer_id)
+
+
+class Attention(nn.Module):
+    fused = False  # one operator that keeps no T x T matrix, where PyTorch has it
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-2, -1) * (C // self.heads) ** -0.5
+            x = scores.softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Deit(nn.Module):
+    checkpointing = False  # keep only each block's input, run the block again in the backward pass
+
+    def __init__(self, config):
+        super().__init__()
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.embed_dim))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.head = Linear(config.embed_dim, config.num_classes)
+
+    def forward(self, image):
+        x = self.patch_embed(image)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            if self.checkpointing:
+                # reentrant: its input is a saved tensor, which bench_deit_cpu.py can count
+                x = checkpoint(block, x, use_reentrant=True)
+            else:
+                x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+    def use_dropit(self, dropit, every_layer=False):
+        """Drops in the four linears of every block; every_layer: in patch embedding and head too.
+
+        Layer ids: 4 * block + (0 qkv, 1 proj, 2 fc1, 3 fc2), then patch embedding, then head.
+        """
+        layers = [(f"blocks.{i}.{name}", block.get_submodule(name))
+                  for i, block in enumerate(self.blocks)
+                  for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+        if every_layer:
+            layers += [("patch_embed.proj", self.patch_embed), ("head", self.head)]
+        for layer_id, (name, layer) in enumerate(layers):
+            layer.dropit, layer.name, layer.layer_id = dropit, name, layer_id
+
+
+def decays(name, parameter):
+    return parameter.ndim >= 2 and name not in ("cls_token", "pos_embed")
+
+
+def make_optimizer(model, options):
+    """Weight decay on tensors of two or more dims, class token and positions excepted."""
+    named = list(model.named_parameters())
+    groups = [{"params": [p for name, p in named if decays(name, p)],
+               "weight_decay": options.weight_decay},
+              {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0}]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
+                             eps=options.eps)
+
+
+def set_parameters(model, values, origin):
+    """Copies {timm name: array} into the model; every name and shape must match."""
+    own = dict(model.named_parameters())
+    for name in sorted(set(own) ^ set(values)):
+        sys.exit(f"{origin}: {'lacks' if name in own else 'has the unknown'} {name}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if tuple(values[name].shape) != tuple(parameter.shape):
+                sys.exit(f"{origin}: {name} has shape {values[name].shape}, "
+                         f"the model's is {tuple(parameter.shape)}")
+            parameter.copy_(torch.from_numpy(np.array(values[name])))
+
+
+def initial_parameters(model, seed):
+    """What training starts from, float32. Every tensor has its own step of the generator."""
+    values = {}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        n, shape = parameter.numel(), tuple(parameter.shape)
+        if name.startswith("patch_embed.proj"):  # PyTorch's default for a convolution
+            bound = model.patch_embed.proj.weight[0].numel() ** -0.5
+            value = bound * (2 * rng.uniform(seed, rng.INIT, i, n) - 1)
+        elif name == "cls_token":
+            value = 1e-6 * rng.normal(seed, rng.INIT, i, n)
+        elif "norm" in name:
+            value = np.full(n, 1.0 if name.endswith("weight") else 0.0)
+        elif name.endswith("bias"):
+            value = np.zeros(n)
+        else:
+            # timm's trunc_normal_ cuts at +-2, a hundred standard deviations away
+            value = np.clip(0.02 * rng.normal(seed, rng.INIT, i, n), -2, 2)
+        values[name] = value.astype(np.float32).reshape(shape)
+    return values
+
+
+# ----------------------------------------------------------------------------
+# dump: one batch, everything that test_deit compares
+
+def dump_parameters(model, seed):
+    """Values of a size at which every tensor matters: no zero bias, no LayerNorm weight of one."""
+    values = {}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        value = rng.normal(seed, rng.INIT, i, parameter.numel())
+        if "norm" in name:
+            value = 1 + 0.2 * value if name.endswith("weight") else 0.1 * value
+        elif name.endswith("bias"):
+            value = 0.1 * value
+        elif name in ("cls_token", "pos_embed"):
+            value = 0.3 * value
+        else:
+            value = value * parameter[0].numel() ** -0.5
+        values[name] = value.astype(np.float32).reshape(tuple(parameter.shape))
+    return values
+
+
+def dump_batch(config, batch_size, seed):
+    """Noise images with blank patches, which give exact ties in the first block, and labels."""
+    side, patch = config.image_size, config.patch_size
+    shape = (batch_size, config.in_chans, side, side)
+    # steps far from those of the parameters
+    image = rng.normal(seed, rng.INIT, 1 << 20, math.prod(shape)).reshape(shape)
+    grid = side // patch
+    blank = rng.uniform(seed, rng.INIT, 1 + (1 << 20), batch_size * grid * grid) < 0.2
+    blank = blank.reshape(batch_size, 1, grid, grid).repeat(patch, axis=2).repeat(patch, axis=3)
+    image = np.where(blank, -0.5, image).astype(np.float32)
+    label = rng.uniform(seed, rng.INIT, 2 + (1 << 20), batch_size) * config.num_classes
+    return image, label.astype(np.int32)
+
+
+def run_dump(config, options, image, label, parameters, dtype):
+    """Trains `steps` steps on the one batch. (losses, first step's logits, gradients, masks)."""
+    model = Deit(config).to(dtype)
+    set_parameters(model, parameters, "dump")
+    dropit = None
+    if options.gamma > 0:
+        dropit = Dropit(options.gamma)
+        model.use_dropit(dropit)
+    optimizer = make_optimizer(model, options)
+    image, label = torch.from_numpy(image).to(dtype), torch.from_numpy(label).long()
+    losses, first = [], None
+    for step in range(options.steps):
+        if dropit:
+            dropit.masks = {} if step == 0 else None
+        optimizer.zero_grad()
+        logits = model(image)
+        loss = F.cross_entropy(logits, label)
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            gradients = {name: p.grad.clone().numpy() for name, p in model.named_parameters()}
+            masks = {name: mask.numpy() for name, mask in (dropit.masks if dropit else {}).items()}
+            first = logits.detach().numpy().copy(), gradients, masks
+        optimizer.step()
+    return np.array(losses), *first
+
+
+def dump(options):
+    config = options
+    image, label = dump_batch(config, options.batch_size, options.seed)
+    parameters = dump_parameters(Deit(config), options.seed)
+    losses, logits, gradients, masks = run_dump(config, options, image, label, parameters,
+                                                torch.float32)
+    # float64 beside it says how much of the losses is rounding: the test's tolerance is 1e-4
+    exact, _, exact_gradients, exact_masks = run_dump(config, options, image, label, parameters,
+                                                      torch.float64)
+    drift = np.max(np.abs(losses - exact) / exact)
+    swapped = sum(int((masks[name] != exact_masks[name]).sum()) for name in masks)
+    worst = max(np.max(np.abs(gradients[name] - g)) / (np.max(np.abs(g)) or 1.0)
+                for name, g in exact_gradients.items())
+    keys = [*CONFIG_NAMES, "batch_size", "gamma", "optimizer", "lr", "weight_decay"]
+    keys += ["momentum"] if options.optimizer == "sgd" else ["beta1", "beta2", "eps"]
+    metadata = {"model": "deit", **{key: getattr(options, key) for key in keys}}
+    tensors = {"image": image, "label": label, "logits": logits,
+               "loss": np.float32(losses[:1]), "losses": np.float32(losses)}
+    tensors.update({f"param.{name}": value for name, value in parameters.items()})
+    tensors.update({f"grad.{name}": value for name, value in gradients.items()})
+    tensors.update({f"mask.{name}": np.packbits(mask.reshape(-1), bitorder="little")
+                    for name, mask in masks.items()})
+    safetensors_file.save(options.file, tensors, metadata)
+    print(f"{os.path.basename(options.file)}: {os.path.getsize(options.file)} bytes, loss "
+          f"{losses[0]:.6f} -> {losses[-1]:.6f}; against float64: losses {drift:.1e}, gradients "
+          f"{worst:.1e}, {swapped} mask bits")
+
+
+# ----------------------------------------------------------------------------
+# train: the trainer's flags, the trainer's batches
+
+MODELS = {  # image, patch, channels, classes, dim, depth, heads
+    "deit_nano": (28, 4, 1, 10, 64, 4, 4),
+    "deit_tiny": (224, 16, 3, 1000, 192, 12, 3),
+    "deit_small": (224, 16, 3, 1000, 384, 12, 6),
+    "deit_base": (224, 16, 3, 1000, 768, 12, 12),
+    "vit_base": (224, 16, 3, 1000, 768, 12, 12),
+}
+CONFIG_NAMES = ("image_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth",
+                "num_heads")
+
+
+def model_config(name):
+    return argparse.Namespace(**dict(zip(CONFIG_NAMES, MODELS[name])))
+
+
+def learning_rate(step, steps, options):
+    """Linear warm-up, then half a cosine that would reach zero at `steps`."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(1, steps - options.warmup)
+    return 0.5 * options.lr * (1 + math.cos(math.pi * progress))
+
+
+def open_shard(path, config):
+    try:
+        shard = Shard(path)
+    except (OSError, ShardError) as error:
+        sys.exit(f"deit.py: {error}")
+    side = config.image_size
+    if not (shard.channels == config.in_chans and shard.classes == config.num_classes
+            and (shard.index["height"] == side).all() and (shard.index["width"] == side).all()):
+        sys.exit(f"deit.py: {path} has {shard.channels} channels, {shard.classes} classes and "
+                 f"images of {shard.index['height'][0]}x{shard.index['width'][0]}; the model expects "
+                 f"{config.in_chans}, {config.num_classes}, {side}x{side}")
+    return shard
+
+
+def evaluate(model, shard, batch_size):
+    """Mean cross-entropy without smoothing, top-1 and top-5 (0 to 1) over the whole shard."""
+    model.eval()
+    loss, top1, top5 = 0.0, 0, 0
+    with torch.no_grad():
+        for start in range(0, shard.count, batch_size):
+            image, label = shard.batch(np.arange(start, min(start + batch_size, shard.count)))
+            label = torch.from_numpy(label).long()
+            logits = model(torch.from_numpy(image))
+            loss += F.cross_entropy(logits, label, reduction="sum").item()
+            own = logits.gather(1, label[:, None])
+            # rank of the true class; a NaN is larger than nothing, so it must not count as right
+            rank = (~(logits <= own)).sum(dim=1)
+            top1 += int((rank < 1).sum())
+            top5 += int((rank < 5).sum())
+    model.train()
+    return loss / shard.count, top1 / shard.count, top5 / shard.count
+
+
+def train(options):
+    config = model_config(options.model)
+    for name, value in (("image_size", options.size), ("patch_size", options.patch),
+                        ("in_chans", options.chans), ("num_classes", options.classes)):
+        if value:
+            setattr(config, name, value)
+    data, validation = open_shard(options.data, config), open_shard(options.validation, config)
+    model = Deit(config)
+    if options.weights:
+        try:
+            values, _ = safetensors_file.load(options.weights)
+        except (OSError, ValueError) as error:
+            sys.exit(f"deit.py: {error}")
+        set_parameters(model, values, options.weights)
+    else:
+        set_parameters(model, initial_parameters(model, options.seed), "initial values")
+    dropit = Dropit(options.gamma, options.strategy, options.seed)
+    if options.gamma > 0:
+        model.use_dropit(dropit, options.g_all)
+    optimizer = make_optimizer(model, options)
+    B, accumulation = options.batch_size, options.accumulation
+    steps_per_epoch = data.count // (B * accumulation)
+    if steps_per_epoch == 0:
+        sys.exit(f"deit.py: {options.data} has {data.count} images, less than one step of "
+                 f"{B * accumulation}")
+    steps = options.epochs * steps_per_epoch
+    log = None
+    if options.output:
+        os.makedirs(options.output, exist_ok=True)
+        log = open(os.path.join(options.output, "main.log"), "w")
+    last = min(steps, options.stop) if options.stop else steps
+    for step in range(last):
+        began = time.perf_counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0:
+            order = rng.epoch_permutation(options.seed, epoch, data.count)
+        lr = learning_rate(step, steps, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(accumulation):
+            positions = (place * accumulation + micro) * B + np.arange(B)
+            image, label = data.batch(order[positions])
+            if options.flip:
+                mirrored = rng.flips(options.seed, epoch, positions)
+                image[mirrored] = image[mirrored][..., ::-1]
+            dropit.step = step * accumulation + micro
+            logits = model(torch.from_numpy(image))
+            loss = F.cross_entropy(logits, torch.from_numpy(label).long(),
+                                   label_smoothing=options.smoothing) / accumulation
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf).item()
+        optimizer.step()
+        ms = 1000 * (time.perf_counter() - began)
+        print(f"step {step + 1:5d}/{steps} | loss {total:.6f} | norm {norm:8.4f} | lr {lr:.2e} | "
+              f"{ms:8.2f} ms | {1000 * B * accumulation / ms:7.0f} img/s", flush=True)
+        if log:
+            log.write(f"s:{step + 1} trl:{total:.9g} lr:{lr:.9g} norm:{norm:.9g}\n")
+        if not math.isfinite(total):
+            sys.exit(f"deit.py: the loss of step {step + 1} is {total}")
+        every = options.every * steps_per_epoch
+        if step + 1 == last or (every and (step + 1) % every == 0):
+            scores = evaluate(model, validation, B)
+            print("eval  epoch %d | loss %.6f | top-1 %6.2f%% | top-5 %6.2f%%"
+                  % (epoch + 1, scores[0], 100 * scores[1], 100 * scores[2]), flush=True)
+            if log:
+                log.write("s:%d tel:%.9g top1:%.9g top5:%.9g\n" % (step + 1, *scores))
+    if log:
+        log.close()
+    print("final loss=%.6f top1=%.4f top5=%.4f" % scores)
+
+
+# ----------------------------------------------------------------------------
+# command line
+
+def gamma(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def add_config(parser):
+    for name, default in zip(CONFIG_NAMES, MODELS["deit_nano"]):
+        parser.add_argument(f"--{name}", type=positive, default=default)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    modes = parser.add_subparsers(dest="mode", required=True)
+
+    one = modes.add_parser("dump", help="write a dump for test_deit", allow_abbrev=False)
+    one.add_argument("file")
+    add_config(one)
+    one.add_argument("--batch_size", type=positive, default=4)
+    one.add_argument("--gamma", type=gamma, default=0.0)
+    one.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    for name, default in (("lr", 1e-3), ("weight_decay", 0.05), ("beta1", 0.9), ("beta2", 0.999),
+                          ("eps", 1e-8), ("momentum", 0.9)):
+        one.add_argument(f"--{name}", type=float, default=default)
+    one.add_argument("--steps", type=positive, default=10)
+    one.add_argument("--seed", type=int, default=1)
+    one.set_defaults(run=dump)
+
+    one = modes.add_parser("init", help="write initial weights", allow_abbrev=False)
+    one.add_argument("file")
+    add_config(one)
+    one.add_argument("-m", dest="model", choices=MODELS, help="a model by its name")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=init)
+
+    one = modes.add_parser("train", help="train as the trainer does", allow_abbrev=False)
+    flag = one.add_argument
+    flag("-m", dest="model", choices=MODELS, default="deit_nano")
+    flag("-i", dest="data", default=os.path.join(ROOT, "data", "fashion_train.bin"))
+    flag("-j", dest="validation", default=os.path.join(ROOT, "data", "fashion_val.bin"))
+    flag("-o", dest="output", help="directory for main.log")
+    flag("-size", type=positive)
+    flag("-patch", type=positive)
+    flag("-chans", type=positive)
+    flag("-classes", type=positive)
+    flag("-b", dest="batch_size", type=positive, default=64)
+    flag("-a", dest="accumulation", type=positive, default=1)
+    flag("-e", dest="epochs", type=positive, default=6)
+    flag("-x", dest="stop", type=int, default=0, help="stop after this many steps; 0: never")
+    flag("-l", dest="lr", type=float, default=2e-3)
+    flag("-opt", dest="optimizer", choices=("adamw", "sgd"), default="adamw")
+    flag("-wd", dest="weight_decay", type=float, default=0.05)
+    flag("-beta1", type=float, default=0.9)
+    flag("-beta2", type=float, default=0.999)
+    flag("-momentum", type=float, default=0.9, help="SGD")
+    flag("-warmup", type=int, default=50, help="steps")
+    flag("-smoothing", type=float, default=0.0)
+    flag("-clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
+    flag("-flip", type=int, choices=(0, 1), default=0)
+    flag("-g", dest="gamma", type=gamma, default=0.0)
+    flag("-s", dest="strategy", choices=("mink", "fastmink", "random"), default="mink")
+    flag("-g_all", type=int, choices=(0, 1), default=0)
+    flag("-w", dest="weights", help="safetensors file of initial weights")
+    flag("-v", dest="every", type=int, default=1, help="evaluate every N epochs; 0: at the end")
+    flag("-seed", type=int, default=0)
+    flag("-threads", type=positive, default=2)
+    one.set_defaults(run=train, eps=1e-8)
+
+    options = parser.parse_args(arguments)
+    if options.mode != "train" and options.image_size % options.patch_size:
+        parser.error(f"image size {options.image_size} is no multiple of {options.patch_size}")
+    if options.mode != "train" and options.embed_dim % options.num_heads:
+        parser.error(f"dim {options.embed_dim} is no multiple of {options.num_heads} heads")
+    return options
+
+
+def init(options):
+    config = model_config(options.model) if options.model else options
+    values = initial_parameters(Deit(config), options.seed)
+    safetensors_file.save(options.file, values)
+    print(f"wrote {options.file}: {sum(v.size for v in values.values())} parameters")
+
+
+def main():
+    options = parse(sys.argv[1:])
+    # one thread and deterministic algorithms for dumps: the same bytes again with the same PyTorch
+    torch.set_num_threads(options.threads if options.mode == "train" else 1)
+    torch.use_deterministic_algorithms(True)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+/*
+The DropIT kernels of the trainers against a plain sort, at hostile inputs: ties without end, zeros, NaN and Inf, lengths around
+every block size, nothing kept and all but one kept; every strategy; unpacking and masking in chunks that begin anywhere.
+
+build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
+*/
+
+#include <stdarg.h>
+#define TESTING
+#include "../../train_deit.cu"
+
+static int passed, failed;
+
+static void check(bool ok, const char* format, ...) {
+    char what[160];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof(what), format, args);
+    va_end(args);
+    if (!ok) { printf("NOT OK %s\n", what); }
+    if (ok) { passed++; } else { failed++; }
+}
+
+enum { GAUSS, EQUAL, ZERO, FEW, SIGNED_ZERO, TINY, INFINITE, NOT_A_NUMBER, RAMP, NUM_INPUTS };
+static const char* const input_names[NUM_INPUTS] = {"gauss", "equal", "zero", "three values", "signed zeros", "denormals", "inf", "nan", "ramp"};
+
+static floatX input_value(int kind, size_t i, size_t n) {
+    const uint4 u = philox(7, 99, (unsigned)kind, i);
+    const double g = normal(u);
+    switch (kind) {
+    case EQUAL:        return (floatX)(u.z & 1 ? 0.5f : -0.5f); // of one magnitude
+    case ZERO:         return (floatX)0.0f;
+    case FEW:          return (floatX)(float)((int)(u.z % 3) - 1);
+    case SIGNED_ZERO:  return (floatX)(u.z % 50 == 0 ? 1.0f : u.w & 1 ? 0.0f : -0.0f);
+    case TINY:         return (floatX)(float)(g * 1e-40);
+    case INFINITE:     return (floatX)(u.z % 97 == 0 ? (u.w & 1 ? INFINITY : -INFINITY) : (float)g);
+    case NOT_A_NUMBER: return (floatX)(u.z % 89 == 0 || i == n / 2 ? NAN : (float)g);
+    case RAMP:         return (floatX)(float)i;
+    default:           return (floatX)(float)g;
+    }
+}
+
+static unsigned host_key(const floatX* x, size_t i, DropRule rule) {
+    if (rule.strategy == RANDOM) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
+    unsigned bits = 0;
+    memcpy(&bits, &x[i], sizeof(floatX));
+    return bits << (33 - 8 * sizeof(floatX)); // the sign falls off
+}
+
+static const floatX* sorted_x;
+static DropRule sorted_rule;
+static int by_key(const void* a, const void* b) { // largest key first, then lowest index
+    const size_t i = *(const size_t*)a, j = *(const size_t*)b;
+    const unsigned x = host_key(sorted_x, i, sorted_rule), y = host_key(sorted_x, j, sorted_rule);
+    return x != y ? (x > y ? -1 : 1) : i < j ? -1 : i > j;
+}
+
+// kept[i] = 1 for the k largest of x[begin .. end-1]
+static void keep_range(uint8_t* kept, const floatX* x, size_t begin, size_t end, size_t k, DropRule rule, size_t* index) {
+    for (size_t i = begin; i < end; i++) { index[i - begin] = i; }
+    sorted_x = x;
+    sorted_rule = rule;
+    qsort(index, end - begin, sizeof(size_t), by_key);
+    for (size_t i = 0; i < k; i++) { kept[index[i]] = 1; }
+}
+
+template <class T> static T* device(size_t n) {
+    T* p;
+    cudaCheck(cudaMalloc((void**)&p, (n > 0 ? n : 1) * sizeof(T)));
+    return p;
+}
+
+static bool same_bits(const floatX* a, const floatX* b, size_t n) { return memcmp(a, b, n * sizeof(floatX)) == 0; }
+
+static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) {
+    const size_t tiles = dropit_tiles(n), words = dropit_words(n);
+    const DropRule rule = {strategy, 0x123456789abcdefull, 5};
+    floatX* x = (floatX*)malloc(n * sizeof(floatX));
+    floatX* expected = (floatX*)malloc(n * sizeof(floatX));
+    floatX* got = (floatX*)malloc(n * sizeof(floatX));
+    uint8_t* kept = (uint8_t*)calloc(n, 1);
+    size_t* index = (size_t*)malloc(n * sizeof(size_t));
+    size_t bad = 0;
+    for (size_t i = 0; i < n; i++) {
+        x[i] = input_value(kind, i, n);
+        bad += !isfinite((float)x[i]);
+    }
+    if (strategy == MINK) {
+        keep_range(kept, x, 0, n, k, rule, index);
+    } else {
+        for (size_t t = 0; t < tiles; t++) {
+            const size_t end = (t + 1) * DROPIT_TILE < n ? (t + 1) * DROPIT_TILE : n;
+            keep_range(kept, x, t * DROPIT_TILE, end, dropit_keep(end - t * DROPIT_TILE, gamma), rule, index);
+        }
+    }
+    for (size_t i = 0; i < n; i++) { expected[i] = kept[i] ? x[i] : (floatX)0.0f; }
+
+    floatX *dx = device<floatX>(n), *out = device<floatX>(n);
+    Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(tiles), device<unsigned>(words), device<floatX>(k + 1)};
+    DropScratch s = {device<Search>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(1)};
+    unsigned not_finite = 0, *offsets = (unsigned*)malloc(tiles * sizeof(unsigned));
+    for (size_t t = 0; t < tiles; t++) { offsets[t] = (unsigned)(t * dropit_keep(DROPIT_TILE, gamma)); }
+    cudaCheck(cudaMemcpy(dx, x, n * sizeof(floatX), cudaMemcpyHostToDevice));
+    if (strategy != MINK) { cudaCheck(cudaMemcpy(d.offsets, offsets, tiles * sizeof(unsigned), cudaMemcpyHostToDevice)); }
+    cudaCheck(cudaMemset(s.not_finite, 0, sizeof(unsigned)));
+    dropit_select(&d, &s, dx, gamma, rule, main_stream);
+    cudaCheck(cudaDeviceSynchronize());
+    cudaCheck(cudaMemcpy(&not_finite, s.not_finite, sizeof(unsigned), cudaMemcpyDeviceToHost));
+    check(not_finite == bad, "n %zu k %zu %s strategy %d: %u values that are not finite reported, expected %zu", n, k, input_names[kind], strategy,
+          not_finite, bad);
+    // the bitmap, and zeros behind its end
+    unsigned* bitmap = (unsigned*)malloc(words * sizeof(unsigned));
+    cudaCheck(cudaMemcpy(bitmap, d.bitmap, words * sizeof(unsigned), cudaMemcpyDeviceToHost));
+    size_t wrong = 0;
+    for (size_t i = 0; i < words * 32; i++) { wrong += (bitmap[i / 32] >> (i % 32) & 1) != (i < n ? kept[i] : 0u); }
+    check(wrong == 0, "n %zu k %zu %s strategy %d: %zu elements chosen wrongly", n, k, input_names[kind], strategy, wrong);
+    // unpacked at once and in chunks that begin anywhere, and masked
+    const size_t cuts[] = {n, 1, 7, 32, 1000, 16384, 30000};
+    for (size_t c = 0; c < sizeof(cuts) / sizeof(cuts[0]); c++) {
+        if (cuts[c] * 200 < n) { continue; }
+        memset((void*)got, 0xff, n * sizeof(floatX));
+        for (size_t begin = 0; begin < n; begin += cuts[c]) {
+            const size_t end = begin + cuts[c] < n ? begin + cuts[c] : n;
+            cudaCheck(cudaMemset(out, 0xff, n * sizeof(floatX)));
+            dropit_unpack(out, &d, begin, end, main_stream);
+            cudaCheck(cudaMemcpy(got + begin, out, (end - begin) * sizeof(floatX), cudaMemcpyDeviceToHost));
+        }
+        check(same_bits(got, expected, n), "n %zu k %zu %s strategy %d: unpacking in chunks of %zu", n, k, input_names[kind], strategy, cuts[c]);
+        for (size_t begin = 0; begin < n; begin += cuts[c]) {
+            const size_t end = begin + cuts[c] < n ? begin + cuts[c] : n;
+            cudaCheck(cudaMemcpy(out, x + begin, (end - begin) * sizeof(floatX), cudaMemcpyHostToDevice));
+            dropit_mask(out, &d, begin, end, rule, main_stream);
+            cudaCheck(cudaMemcpy(got + begin, out, (end - begin) * sizeof(floatX), cudaMemcpyDeviceToHost));
+        }
+        check(same_bits(got, expected, n), "n %zu k %zu %s strategy %d: masking in chunks of %zu", n, k, input_names[kind], strategy, cuts[c]);
+    }
+    void* const on_device[] = {dx, out, d.thresholds, d.offsets, d.bitmap, d.values, s.search, s.histogram, s.tile_counts, s.not_finite};
+    for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++) { cudaCheck(cudaFree(on_device[i])); }
+    free(x);
+    free((void*)expected);
+    free((void*)got);
+    free(kept);
+    free(index);
+    free(offsets);
+    free(bitmap);
+}
+
+int main(int argc, char** argv) {
+    const bool quick = argc > 1 && strcmp(argv[1], "-quick") == 0; // for the sanitizers, which are slow
+    device_open();
+    check(dropit_keep(1000, 0.9) == 99 && dropit_keep(1000, 0.5) == 500 && dropit_keep(10, 0.999) == 0, "k is int(n * (1 - gamma)) in double");
+    const size_t sizes[] = {1, 31, 33, 16384, 16384 + 1, 50000, ((size_t)1 << 20) + 1};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        const size_t n = sizes[i];
+        if (quick && n > 20000) { continue; }
+        for (int kind = 0; kind < NUM_INPUTS; kind++) {
+            if (n > 100000 && kind != GAUSS && kind != EQUAL && kind != NOT_A_NUMBER) { continue; }
+            const size_t ks[] = {dropit_keep(n, 0.7), 0, n - 1, n, n / 2};
+            for (size_t j = 0; j < (n > 100000 ? 2 : 5); j++) { test_case(n, ks[j], 0.0, kind, MINK); }
+            const double gammas[] = {0.7, 0.99999, 0.5};
+            for (int j = 0; j < (n > 100000 ? 1 : 3); j++) {
+                test_case(n, dropit_k(n, gammas[j], FASTMINK), gammas[j], kind, FASTMINK);
+                test_case(n, dropit_k(n, gammas[j], RANDOM), gammas[j], kind, RANDOM);
+            }
+        }
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,2803 @@
+/*
+Trains a DeiT / ViT image classifier with DropIT, on a GPU or (through dev/cpu) on a CPU.
+
+DropIT (Chen et al., ICLR 2023, arXiv 2202.13808) in five lines: a linear layer caches its input X for
+the weight gradient dW = dout^T X. Of X we keep only the k = n*(1-gamma) elements of largest magnitude,
+as a bitmap and packed values, and take the rest as zero when dW is computed. Input and bias gradients
+never read X and stay exact. See "shared: DropIT" for how the elements are chosen and stored.
+
+build: make train_deit     (by hand: nvcc -O3 -std=c++17 -arch=sm_90 train_deit.cu -lcublas -lcublasLt -o train_deit)
+run:   ./train_deit -g 0.7 (no flags are needed: without -i it trains deit_nano on the bundled Fashion-MNIST)
+
+Three things a reader cannot guess:
+- A block's forward and backward passes run over chunks of images (about 32 MiB for the widest tensor), so
+  that scratch memory does not grow with the batch and a chunk stays in the GPU's cache. What is recomputed
+  in the backward pass is recomputed in the same chunks by the same calls: the same bits.
+- Gradients of parameters accumulate (+=) and are fp32; gradients of activations are assigned (=), but for
+  the residual stream, into which every branch adds.
+- Every random choice is Philox(seed, purpose, step, index): there is no generator state to save.
+
+B images in a batch, T tokens (patches + class token), C channels, NH heads of HS = C/NH, L blocks,
+V classes, CH image channels, P patch side, OC output channels of a linear layer.
+*/
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#include <cooperative_groups.h>
+#include <cooperative_groups/reduce.h>
+#include <cooperative_groups/scan.h>
+#include <cublasLt.h>
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+namespace cg = cooperative_groups;
+
+// ---- shared: checks --------------------------------------------------------
+#define CEIL_DIV(M, N) (((M) + (N) - 1) / (N))
+
+// for what the user can get wrong (files, flags, sizes); assert() is for what only we can get wrong
+#define require(cond, ...) do { if (!(cond)) { \
+    fflush(stdout); fprintf(stderr, "error: " __VA_ARGS__); fputc('\n', stderr); exit(EXIT_FAILURE); } } while (0)
+
+#define cudaCheck(call) do { cudaError_t err_ = (call); \
+    require(err_ == cudaSuccess, "%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(err_)); } while (0)
+#define cublasCheck(call) do { cublasStatus_t err_ = (call); \
+    require(err_ == CUBLAS_STATUS_SUCCESS, "%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasGetStatusString(err_)); } while (0)
+
+// goes after every <<<>>>; with -DDEBUG it also waits, so that a bad access is reported by its own kernel
+#ifdef DEBUG
+#define kernelCheck() do { cudaCheck(cudaGetLastError()); cudaCheck(cudaDeviceSynchronize()); } while (0)
+#else
+#define kernelCheck() cudaCheck(cudaGetLastError())
+#endif
+// ---- end shared: checks ----------------------------------------------------
+
+// ---- shared: precision -----------------------------------------------------
+// floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
+#ifdef ENABLE_FP32
+typedef float floatX;
+#define CUDA_FLOATX CUDA_R_32F
+#define PRECISION_NAME "fp32"
+#else
+typedef __nv_bfloat16 floatX;
+#define CUDA_FLOATX CUDA_R_16BF
+#define PRECISION_NAME "bf16"
+#endif
+
+// V consecutive elements, moved in accesses of up to 16 bytes. Kernels are templates over V: VEC where
+// sizes and pointers allow it, else 1
+#define VEC 8
+template <int V, class T = floatX> struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack { T v[V]; };
+
+template <int V, class T> __device__ inline void load(float* out, const T* p) {
+    const Pack<V, T> x = *(const Pack<V, T>*)p;
+    for (int j = 0; j < V; j++) { out[j] = (float)x.v[j]; }
+}
+
+template <int V, class T> __device__ inline void store(T* p, const float* v) {
+    Pack<V, T> x;
+    for (int j = 0; j < V; j++) { x.v[j] = (T)v[j]; }
+    *(Pack<V, T>*)p = x;
+}
+
+// true when rows of n elements that start at these pointers can be read VEC elements at a time
+template <class... Pointers> static bool vectorizable(size_t n, Pointers... p) {
+    return n % VEC == 0 && ((((uintptr_t)p | ...) % 16) == 0);
+}
+
+// V float registers added up in pairs: four times shorter a chain than one after the other
+template <int V> __device__ inline float total(const float* v) {
+    if constexpr (V == 1) { return v[0]; }
+    else { return total<V / 2>(v) + total<V / 2>(v + V / 2); }
+}
+// ---- end shared: precision -------------------------------------------------
+
+// ---- shared: random --------------------------------------------------------
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// A counter-based generator: the same (seed, purpose, step, i) gives the same four words everywhere,
+// in the trainer as in dev/reference/rng.py
+enum { RNG_INIT = 1, RNG_SHUFFLE = 2, RNG_DROPIT = 3, RNG_AUGMENT = 4 };
+
+__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
+    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+    unsigned c0 = (unsigned)i, c1 = (unsigned)(i >> 32), c2 = step, c3 = purpose;
+    for (int round = 0; round < 10; round++) {
+        unsigned long long p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+        unsigned h0 = (unsigned)(p0 >> 32), h1 = (unsigned)(p1 >> 32);
+        c0 = h1 ^ c1 ^ k0;
+        c2 = h0 ^ c3 ^ k1;
+        c1 = (unsigned)p1;
+        c3 = (unsigned)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return make_uint4(c0, c1, c2, c3);
+}
+
+// uniform in (0, 1)
+static double uniform(unsigned u) { return (u + 0.5) / 4294967296.0; }
+
+// normal, by Box and Muller
+static double normal(uint4 u) { return sqrt(-2.0 * log(uniform(u.x))) * cos(2.0 * M_PI * uniform(u.y)); }
+
+// perm = a permutation of 0..n-1 (Fisher and Yates) that depends on seed and epoch alone
+static void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch) {
+    for (unsigned i = 0; i < n; i++) { perm[i] = i; }
+    for (unsigned i = n; i-- > 1; ) {
+        uint4 u = philox(seed, RNG_SHUFFLE, epoch, i);
+        unsigned j = (unsigned)(((unsigned long long)u.y << 32 | u.x) % (i + 1));
+        unsigned swap = perm[i];
+        perm[i] = perm[j];
+        perm[j] = swap;
+    }
+}
+// ---- end shared: random ----------------------------------------------------
+
+// ---- shared: memory plan ---------------------------------------------------
+// Every byte on the device is one line of the plan. The lines are added up before anything is allocated,
+// printed by -plan, and then allocated: one cudaMalloc a category, nothing later.
+enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
+static const char* const category_names[NUM_CATEGORIES] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
+
+typedef struct {
+    char name[32];
+    const char* shape;  // as written in the table, e.g. "(B, T, C)"
+    int category;
+    size_t bytes;       // what is allocated
+    size_t dense_bytes; // what the tensor takes without DropIT and recomputation; 0: not counted
+    void** pointer;
+} Allocation;
+
+#define MAX_ALLOCATIONS 160
+typedef struct {
+    Allocation list[MAX_ALLOCATIONS];
+    int n;
+    size_t bytes[NUM_CATEGORIES];
+} Plan;
+
+#define ALIGNMENT 256
+static size_t align_up(size_t bytes) { return CEIL_DIV(bytes, (size_t)ALIGNMENT) * ALIGNMENT; }
+
+// numel (L, 3*C, C) -> L * 3*C * C in size_t: such products overflow an int at batch sizes in use
+template <class... Dims> static size_t numel(Dims... dims) { return ((size_t)1 * ... * (size_t)dims); }
+
+template <class T> static void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
+                                        T** pointer, size_t bytes, size_t dense_bytes) {
+    assert(plan->n < MAX_ALLOCATIONS);
+    Allocation* a = &plan->list[plan->n++];
+    snprintf(a->name, sizeof(a->name), "%s%s", name, part);
+    a->shape = shape;
+    a->category = category;
+    a->bytes = align_up(bytes);
+    a->dense_bytes = dense_bytes;
+    a->pointer = (void**)pointer;
+    plan->bytes[category] += a->bytes;
+}
+
+static size_t plan_total(const Plan* plan) {
+    size_t total = 0;
+    for (int c = 0; c < NUM_CATEGORIES; c++) { total += plan->bytes[c]; }
+    return total;
+}
+
+// sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
+static void plan_allocate(Plan* plan, char* blocks[NUM_CATEGORIES]) {
+    for (int c = 0; c < NUM_CATEGORIES; c++) {
+        blocks[c] = NULL;
+        if (plan->bytes[c] == 0) { continue; }
+        cudaCheck(cudaMalloc((void**)&blocks[c], plan->bytes[c]));
+        char* p = blocks[c];
+        for (int i = 0; i < plan->n; i++) {
+            if (plan->list[i].category != c) { continue; }
+            *plan->list[i].pointer = plan->list[i].bytes > 0 ? p : NULL; // an unused tensor faults, not aliases
+            p += plan->list[i].bytes;
+        }
+    }
+}
+
+static void plan_print(const Plan* plan) {
+    const double MiB = 1048576.0;
+    printf("| %-22s | %-10s | %-22s | %10s | %10s |\n", "tensor", "memory", "shape", "dense MiB", "kept MiB");
+    for (int i = 0; i < plan->n; i++) {
+        const Allocation* a = &plan->list[i];
+        printf("| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n", a->name, category_names[a->category], a->shape,
+               a->dense_bytes / MiB, a->bytes / MiB);
+    }
+    for (int c = 0; c < NUM_CATEGORIES; c++) {
+        size_t dense = 0;
+        for (int i = 0; i < plan->n; i++) { if (plan->list[i].category == c) { dense += plan->list[i].dense_bytes; } }
+        printf("| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n", "all", category_names[c], "", dense / MiB, plan->bytes[c] / MiB);
+    }
+}
+// ---- end shared: memory plan -----------------------------------------------
+
+// ---- shared: files ---------------------------------------------------------
+// Everything that a file claims is checked against its size before it is used.
+
+// CRC-32 of zlib and PNG (polynomial 0xEDB88320), eight bytes a step by eight tables
+static uint32_t crc32(uint32_t crc, const void* data, size_t n) {
+    static uint32_t table[8][256];
+    if (table[0][1] == 0) {
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int k = 0; k < 8; k++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
+            table[0][i] = c;
+        }
+        for (int t = 1; t < 8; t++) {
+            for (int i = 0; i < 256; i++) { table[t][i] = table[0][table[t-1][i] & 255] ^ (table[t-1][i] >> 8); }
+        }
+    }
+    const uint8_t* p = (const uint8_t*)data;
+    crc = ~crc;
+    for (; n >= 8; n -= 8, p += 8) {
+        uint64_t x;
+        memcpy(&x, p, 8);
+        x ^= crc;
+        crc = 0;
+        for (int t = 0; t < 8; t++) { crc ^= table[7-t][x >> (8 * t) & 255]; }
+    }
+    for (; n > 0; n--, p++) { crc = table[0][(crc ^ *p) & 255] ^ (crc >> 8); }
+    return ~crc;
+}
+
+typedef struct {
+    const char* path;
+    const uint8_t* data;
+    size_t bytes;
+} MappedFile;
+
+// maps a whole file; hint says what to do when it is not there
+static MappedFile map_file(const char* path, const char* hint) {
+    MappedFile file = {path, NULL, 0};
+    int fd = open(path, O_RDONLY);
+    require(fd >= 0, "cannot open %s: %m; %s", path, hint);
+    struct stat info;
+    require(fstat(fd, &info) == 0 && S_ISREG(info.st_mode), "%s is not a regular file; %s", path, hint);
+    file.bytes = (size_t)info.st_size;
+    require(file.bytes > 0, "%s is empty; %s", path, hint);
+    void* data = mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    require(data != MAP_FAILED, "cannot map %s (%zu bytes): %m", path, file.bytes);
+    close(fd);
+    file.data = (const uint8_t*)data;
+    return file;
+}
+
+static void unmap_file(MappedFile* file) {
+    munmap((void*)file->data, file->bytes);
+    file->data = NULL;
+}
+
+// safetensors: u64 header length, a JSON object {name: {dtype, shape, data_offsets}, "__metadata__": {string: string}},
+// then the tensors. The reader takes what the format allows and refuses the rest: unknown fields, duplicate names,
+// and data that overlap, leave holes or do not end with the file
+typedef struct {
+    char name[96], dtype[8];
+    size_t shape[8], begin, end;
+    int dims;
+} StTensor;
+
+typedef struct {
+    char key[64], value[160];
+} StMetadata;
+
+typedef struct {
+    MappedFile file;
+    StTensor* tensors;
+    int num_tensors;
+    StMetadata metadata[64];
+    int num_metadata;
+    size_t data_offset;
+    size_t at, header_end; // the parser's position
+} Safetensors;
+
+static void st_fail(const Safetensors* st, const char* what) {
+    require(false, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
+}
+
+static void st_space(Safetensors* st) {
+    while (st->at < st->header_end && strchr(" \t\r\n", st->file.data[st->at]) && st->file.data[st->at] != 0) { st->at++; }
+}
+
+// skips white space and takes c if it comes next
+static bool st_take(Safetensors* st, char c) {
+    st_space(st);
+    if (st->at >= st->header_end || st->file.data[st->at] != (uint8_t)c) { return false; }
+    st->at++;
+    return true;
+}
+
+static void st_expect(Safetensors* st, char c) {
+    char what[32];
+    snprintf(what, sizeof(what), "expected '%c'", c);
+    if (!st_take(st, c)) { st_fail(st, what); }
+}
+
+static void st_string(Safetensors* st, char* out, size_t size) {
+    st_expect(st, '"');
+    size_t n = 0;
+    while (st->at < st->header_end && st->file.data[st->at] != '"') {
+        char c = (char)st->file.data[st->at++];
+        if (c == '\\') { // names of tensors need no \u escapes; the simple ones stand for themselves
+            if (st->at >= st->header_end || !strchr("\"\\/", st->file.data[st->at])) { st_fail(st, "unsupported escape"); }
+            c = (char)st->file.data[st->at++];
+        }
+        if ((uint8_t)c < 32) { st_fail(st, "control character in a string"); }
+        if (n + 1 >= size) { st_fail(st, "string too long"); }
+        out[n++] = c;
+    }
+    out[n] = 0;
+    st_expect(st, '"');
+}
+
+static size_t st_number(Safetensors* st) {
+    st_space(st);
+    size_t v = 0, start = st->at;
+    while (st->at < st->header_end && st->file.data[st->at] >= '0' && st->file.data[st->at] <= '9') {
+        size_t digit = st->file.data[st->at++] - '0';
+        if (v > (SIZE_MAX - digit) / 10) { st_fail(st, "number too large"); }
+        v = v * 10 + digit;
+    }
+    if (st->at == start) { st_fail(st, "expected a number"); }
+    return v;
+}
+
+static void st_tensor(Safetensors* st, StTensor* t) {
+    bool have_dtype = false, have_shape = false, have_offsets = false;
+    st_expect(st, '{');
+    do {
+        char key[24];
+        st_string(st, key, sizeof(key));
+        st_expect(st, ':');
+        if (strcmp(key, "dtype") == 0) {
+            st_string(st, t->dtype, sizeof(t->dtype));
+            have_dtype = true;
+        } else if (strcmp(key, "shape") == 0) {
+            st_expect(st, '[');
+            t->dims = 0;
+            if (!st_take(st, ']')) {
+                do {
+                    if (t->dims == 8) { st_fail(st, "more than 8 dims"); }
+                    t->shape[t->dims++] = st_number(st);
+                } while (st_take(st, ','));
+                st_expect(st, ']');
+            }
+            have_shape = true;
+        } else if (strcmp(key, "data_offsets") == 0) {
+            st_expect(st, '[');
+            t->begin = st_number(st);
+            st_expect(st, ',');
+            t->end = st_number(st);
+            st_expect(st, ']');
+            have_offsets = true;
+        } else {
+            st_fail(st, "unknown field of a tensor");
+        }
+    } while (st_take(st, ','));
+    st_expect(st, '}');
+    if (!have_dtype || !have_shape || !have_offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
+}
+
+static size_t st_numel(const StTensor* t) {
+    size_t n = 1;
+    for (int i = 0; i < t->dims; i++) {
+        if (t->shape[i] != 0 && n > SIZE_MAX / t->shape[i]) { return SIZE_MAX; }
+        n *= t->shape[i];
+    }
+    return n;
+}
+
+static int st_by_offset(const void* a, const void* b) {
+    const StTensor* x = (const StTensor*)a;
+    const StTensor* y = (const StTensor*)b;
+    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
+    return x->end < y->end ? -1 : x->end > y->end;
+}
+
+static Safetensors* safetensors_open(const char* path) {
+    Safetensors* st = (Safetensors*)calloc(1, sizeof(Safetensors));
+    st->file = map_file(path, "give the path of a .safetensors file");
+    uint64_t length = 0;
+    require(st->file.bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, st->file.bytes);
+    memcpy(&length, st->file.data, 8);
+    require(length <= st->file.bytes - 8 && length <= 100000000, "%s: the safetensors header claims %llu bytes, the file has %zu; "
+            "it is truncated or of another format", path, (unsigned long long)length, st->file.bytes);
+    st->at = 8;
+    st->header_end = st->data_offset = 8 + (size_t)length;
+    int capacity = 0;
+    st_expect(st, '{');
+    if (!st_take(st, '}')) {
+        do {
+            if (st->num_tensors == capacity) {
+                capacity = capacity ? 2 * capacity : 64;
+                st->tensors = (StTensor*)realloc(st->tensors, capacity * sizeof(StTensor));
+                require(st->tensors != NULL, "out of host memory for the tensor list of %s", path);
+            }
+            StTensor* t = &st->tensors[st->num_tensors];
+            memset(t, 0, sizeof(*t));
+            st_string(st, t->name, sizeof(t->name));
+            st_expect(st, ':');
+            if (strcmp(t->name, "__metadata__") == 0) {
+                st_expect(st, '{');
+                if (!st_take(st, '}')) {
+                    do {
+                        if (st->num_metadata == 64) { st_fail(st, "more than 64 metadata entries"); }
+                        StMetadata* m = &st->metadata[st->num_metadata++];
+                        st_string(st, m->key, sizeof(m->key));
+                        st_expect(st, ':');
+                        st_string(st, m->value, sizeof(m->value));
+                    } while (st_take(st, ','));
+                    st_expect(st, '}');
+                }
+            } else {
+                st_tensor(st, t);
+                st->num_tensors++;
+            }
+        } while (st_take(st, ','));
+        st_expect(st, '}');
+    }
+    st_space(st);
+    if (st->at != st->header_end) { st_fail(st, "text after the header"); }
+    // in order of their offsets the tensors must follow one another from the first byte to the last
+    qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset);
+    size_t end = 0, bytes = st->file.bytes - st->data_offset;
+    for (int i = 0; i < st->num_tensors; i++) {
+        const StTensor* t = &st->tensors[i];
+        size_t size = strcmp(t->dtype, "F64") == 0 || strcmp(t->dtype, "I64") == 0 ? 8
+                    : strcmp(t->dtype, "F32") == 0 || strcmp(t->dtype, "I32") == 0 ? 4
+                    : strcmp(t->dtype, "F16") == 0 || strcmp(t->dtype, "BF16") == 0 ? 2
+                    : strcmp(t->dtype, "U8") == 0 || strcmp(t->dtype, "I8") == 0 || strcmp(t->dtype, "BOOL") == 0 ? 1 : 0;
+        require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
+        size_t n = st_numel(t);
+        require(t->begin == end && t->end >= t->begin && t->end <= bytes && n <= bytes / size && t->end - t->begin == n * size,
+                "%s: tensor %s claims bytes %zu to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
+                "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
+        end = t->end;
+        for (int j = 0; j < i; j++) {
+            require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
+        }
+    }
+    require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
+    return st;
+}
+
+static void safetensors_close(Safetensors* st) {
+    unmap_file(&st->file);
+    free(st->tensors);
+    free(st);
+}
+
+static const StTensor* safetensors_find(const Safetensors* st, const char* name) {
+    for (int i = 0; i < st->num_tensors; i++) {
+        if (strcmp(st->tensors[i].name, name) == 0) { return &st->tensors[i]; }
+    }
+    return NULL;
+}
+
+static const void* safetensors_data(const Safetensors* st, const StTensor* t) {
+    return st->file.data + st->data_offset + t->begin;
+}
+
+// Data shard, version 1; data/README.md has the byte table. One format for classification and detection
+typedef struct {
+    char magic[8]; // "DROPIT\r\n": a transfer in text mode breaks it
+    uint32_t version, header_bytes;
+    uint64_t file_bytes;
+    uint32_t images, classes, channels, task;
+    float mean[4], std[4];
+    uint64_t index_offset, data_offset;
+    uint32_t zero[9], crc; // crc: of the header before it and of the index
+} ShardHeader;
+
+typedef struct {
+    uint64_t offset;
+    uint32_t height, width;
+    int32_t label;
+    uint32_t annotation_bytes, crc, zero;
+} ShardEntry;
+
+typedef struct {
+    MappedFile file;
+    const ShardHeader* header;
+    const ShardEntry* entries;
+} Shard;
+
+static Shard shard_open(const char* path) {
+    const char* hint = "run `make data` or a script in data/ to write it again";
+    Shard shard;
+    shard.file = map_file(path, hint);
+    const ShardHeader* h = (const ShardHeader*)shard.file.data;
+    const size_t bytes = shard.file.bytes;
+    require(bytes >= sizeof(ShardHeader), "%s has %zu bytes, a shard has a header of %zu; %s", path, bytes, sizeof(ShardHeader), hint);
+    require(memcmp(h->magic, "DROPIT\r\n", 8) == 0, "%s does not begin with a shard's magic DROPIT; %s", path, hint);
+    require(h->version == 1, "%s is of shard version %u, this program reads version 1; %s", path, h->version, hint);
+    require(h->header_bytes == sizeof(ShardHeader) && h->index_offset == sizeof(ShardHeader), "%s: header of %u bytes, index at %llu, "
+            "expected %zu and %zu; %s", path, h->header_bytes, (unsigned long long)h->index_offset, sizeof(ShardHeader), sizeof(ShardHeader), hint);
+    require(h->file_bytes == bytes, "%s has %zu bytes, its header says %llu: it is truncated or damaged; %s", path, bytes,
+            (unsigned long long)h->file_bytes, hint);
+    require(h->images > 0 && h->images <= (bytes - sizeof(ShardHeader)) / sizeof(ShardEntry), "%s claims %u images, too %s for its %zu bytes; %s",
+            path, h->images, h->images ? "many" : "few", bytes, hint);
+    const size_t index_end = sizeof(ShardHeader) + h->images * sizeof(ShardEntry);
+    require(h->data_offset == index_end, "%s: data at byte %llu, expected %zu; %s", path, (unsigned long long)h->data_offset, index_end, hint);
+    uint32_t crc = crc32(0, h, offsetof(ShardHeader, crc));
+    crc = crc32(crc, shard.file.data + sizeof(ShardHeader), index_end - sizeof(ShardHeader));
+    require(crc == h->crc, "%s: checksum of header and index is %08x, expected %08x: it is damaged; %s", path, crc, h->crc, hint);
+    require(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, "%s: %u channels, %u classes, task %u; expected 1 to 4, "
+            "at least 1, 0 or 1; %s", path, h->channels, h->classes, h->task, hint);
+    for (uint32_t c = 0; c < h->channels; c++) {
+        require(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, "%s: channel %u has mean %g and standard deviation %g; %s",
+                path, c, h->mean[c], h->std[c], hint);
+    }
+    shard.header = h;
+    shard.entries = (const ShardEntry*)(shard.file.data + sizeof(ShardHeader));
+    uint64_t end = h->data_offset;
+    for (uint32_t i = 0; i < h->images; i++) {
+        const ShardEntry* e = &shard.entries[i];
+        require(e->height > 0 && e->height <= 65535 && e->width > 0 && e->width <= 65535, "%s: image %u is %u x %u; %s", path, i, e->height, e->width, hint);
+        uint64_t record = (uint64_t)e->height * e->width * h->channels + e->annotation_bytes;
+        require(e->offset == end && record <= bytes - end, "%s: record %u lies at %llu with %llu bytes, expected at %llu within %zu; %s", path, i,
+                (unsigned long long)e->offset, (unsigned long long)record, (unsigned long long)end, bytes, hint);
+        require(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes), "%s: image %u has label %d, expected 0 to %u; %s",
+                path, i, e->label, h->classes - 1, hint);
+        crc = crc32(0, shard.file.data + e->offset, record);
+        require(crc == e->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; %s", path, i, crc, e->crc, hint);
+        end += record;
+    }
+    require(end == bytes, "%s: records end at byte %llu, the file at %zu; %s", path, (unsigned long long)end, bytes, hint);
+    return shard;
+}
+// ---- end shared: files -----------------------------------------------------
+
+// ---- shared: DropIT --------------------------------------------------------
+// Which elements of a cached tensor x of n elements are kept, and how they are stored.
+//
+// Every element has a 32-bit key. mink and fastmink: the bits of |x|, so that keys compare as magnitudes do.
+// random: a hash of the element's index. Kept are the k elements with the largest keys, over the whole tensor
+// (mink) or over every tile of 16,384 consecutive elements (fastmink, random); of equal keys those with the
+// lowest indices. So an element is kept when
+//     key > threshold.key || (key == threshold.key && index < threshold.tie_end)
+// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 + 11 + 10 bits of the key,
+// one read of x each; atomics add integers only, so every choice is a function of the values alone.
+//
+// Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for each tile the number of
+// values before it. A tensor that the backward pass recomputes stores its threshold only, and is masked by it.
+enum { MINK, FASTMINK, RANDOM };
+
+#define DROPIT_TILE 16384
+#define DROPIT_THREADS 128 // of every kernel below that works on tiles
+#define DROPIT_BINS 2048
+#define TILE_WORDS (DROPIT_TILE / 32)
+#define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
+
+typedef struct {
+    unsigned key, tie_end;
+} Threshold;
+
+// state of the search over a whole tensor
+typedef struct {
+    unsigned prefix;    // the digits of the threshold found so far
+    unsigned remaining; // how many elements with this prefix are kept
+} Search;
+
+// one tensor as DropIT keeps it
+typedef struct {
+    size_t n, k;
+    Threshold* thresholds; // (1) or, for fastmink and random, (tiles)
+    unsigned* offsets;     // (tiles) values before each tile; NULL: recomputed tensor, thresholds only
+    unsigned* bitmap;      // (words)
+    floatX* values;        // (k + 1): unpacking may read one past the last
+} Dropped;
+
+// what the kernels need to know of the strategy
+typedef struct {
+    int strategy;
+    unsigned long long seed; // random: differs between tensors
+    unsigned step;
+} DropRule;
+
+// scratch of a selection
+typedef struct {
+    Search* search;        // (1)
+    unsigned* histogram;   // (DROPIT_BINS)
+    uint2* tile_counts;    // (tiles) elements above the threshold, elements equal to it
+    unsigned* not_finite;  // (1) NaNs and Infs met by selections since it was last cleared
+} DropScratch;
+
+static size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
+static size_t dropit_words(size_t n) { return CEIL_DIV(n, (size_t)32); }
+
+// in double, as the published int(numel * (1 - gamma)): in float, gamma 0.9 and n 1000 give 100, not 99
+static size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
+
+// k of a whole tensor
+static size_t dropit_k(size_t n, double gamma, int strategy) {
+    if (strategy == MINK) { return dropit_keep(n, gamma); }
+    return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
+}
+
+__device__ inline unsigned magnitude_key(float x) { return __float_as_uint(x) << 1; }
+__device__ inline unsigned magnitude_key(__nv_bfloat16 x) { return (unsigned)__bfloat16_as_ushort(x) << 17; }
+#define INFINITY_KEY 0xff000000u // of Inf; NaNs are above it
+
+template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, DropRule rule) {
+    if constexpr (HASHED) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
+    else { return magnitude_key(x); }
+}
+
+__device__ inline bool is_kept(unsigned key, size_t i, Threshold t) { return key > t.key || (key == t.key && i < t.tie_end); }
+
+// reads elements i .. i+31 of x (n), i a multiple of 32; returns how many there are
+__device__ inline int load_word(floatX* v, const floatX* x, size_t i, size_t n) {
+    if (i + 32 <= n) {
+        for (int q = 0; q < 32; q += VEC) { *(Pack<VEC>*)(v + q) = *(const Pack<VEC>*)(x + i + q); }
+        return 32;
+    }
+    const int m = i < n ? (int)(n - i) : 0;
+    for (int j = 0; j < m; j++) { v[j] = x[i + j]; }
+    return m;
+}
+
+// sum of v over the threads of the block before this one; *sum is that over all of them.
+// warp_sums: 32 words of shared memory. A barrier at the end lets it be used again
+__device__ inline unsigned block_exclusive_sum(unsigned v, unsigned* warp_sums, unsigned* sum) {
+    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+    unsigned before = cg::exclusive_scan(warp, v, cg::plus<unsigned>());
+    if (warp.thread_rank() == 31) { warp_sums[threadIdx.x / 32] = before + v; }
+    __syncthreads();
+    unsigned all = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; w++) {
+        if (w == threadIdx.x / 32) { before += all; }
+        all += warp_sums[w];
+    }
+    __syncthreads();
+    *sum = all;
+    return before;
+}
+
+// One digit of the search. histogram counts, by their next digit, the elements that share the prefix; the
+// search moves to the largest digit d with at least `remaining` elements at or above it. All threads of the block call.
+// remaining == 0 keeps nothing: all digits are ones, and no key lies above
+__device__ inline void search_digit(Search* search, const unsigned* histogram, int bits, unsigned* warp_sums) {
+    const int bins = 1 << bits, per_thread = bins / blockDim.x;
+    const int first = bins - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
+    const Search s = *search;
+    unsigned mine = 0, sum;
+    for (int j = 0; j < per_thread; j++) { mine += histogram[first - j]; }
+    unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
+    if (s.remaining == 0) {
+        if (threadIdx.x == 0) { search->prefix = s.prefix << bits | (unsigned)(bins - 1); }
+    } else if (above < s.remaining && s.remaining <= above + mine) {
+        int d = first;
+        while (above + histogram[d] < s.remaining) { above += histogram[d--]; }
+        search->prefix = s.prefix << bits | (unsigned)d;
+        search->remaining = s.remaining - above;
+    }
+    __syncthreads();
+}
+
+// index after the rank-th (from 1) element with this key among x[begin .. begin + tile), found by the whole block
+template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const floatX* x, size_t begin, size_t n, DropRule rule,
+                                                       unsigned key, unsigned rank, unsigned* warp_sums) {
+    const size_t per_thread = DROPIT_TILE / blockDim.x;
+    const size_t first = begin + threadIdx.x * per_thread;
+    unsigned mine = 0, sum;
+    for (size_t i = first; i < first + per_thread && i < n; i++) { mine += drop_key<HASHED>(x[i], i, rule) == key; }
+    unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
+    if (before < rank && rank <= before + mine) {
+        size_t i = first;
+        for (; ; i++) {
+            if (drop_key<HASHED>(x[i], i, rule) == key && ++before == rank) { break; }
+        }
+        *tie_end = (unsigned)(i + 1);
+    }
+}
+
+// adds the elements i .. i+31 that share the prefix to the histogram of their digit, and counts NaN and Inf in the first pass
+template <bool HASHED> __device__ inline void count_word(unsigned* histogram, unsigned* not_finite, const floatX* x, size_t i, size_t n,
+                                                         DropRule rule, unsigned prefix, int shift, int bits) {
+    floatX v[32];
+    const int m = load_word(v, x, i, n);
+    const bool first = shift + bits == 32;
+    for (int j = 0; j < m; j++) {
+        const unsigned key = drop_key<HASHED>(v[j], i + j, rule);
+        if (first || key >> (shift + bits) == prefix) { atomicAdd(&histogram[key >> shift & ((1u << bits) - 1)], 1u); }
+    }
+    if (first) {
+        unsigned bad = 0;
+        for (int j = 0; j < m; j++) { bad += magnitude_key(v[j]) >= INFINITY_KEY; }
+        if (bad > 0) { atomicAdd(not_finite, bad); }
+    }
+}
+
+// one digit of the search over a whole tensor: histogram (2^bits) += counts. A block counts in shared memory, 8 KiB
+__global__ void dropit_histogram_kernel(unsigned* histogram, unsigned* not_finite, const Search* search, const floatX* x, size_t n,
+                                        DropRule rule, int shift, int bits) {
+    __shared__ unsigned counts[DROPIT_BINS];
+    for (int b = threadIdx.x; b < 1 << bits; b += blockDim.x) { counts[b] = 0; }
+    __syncthreads();
+    const unsigned prefix = search->prefix;
+    const size_t stride = (size_t)gridDim.x * blockDim.x * 32;
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 32; i < n; i += stride) {
+        count_word<false>(counts, not_finite, x, i, n, rule, prefix, shift, bits);
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < 1 << bits; b += blockDim.x) {
+        if (counts[b] > 0) { atomicAdd(&histogram[b], counts[b]); }
+    }
+}
+
+// starts a search for the k largest (k given), or moves it by the digit just counted (bits given); leaves the histogram zero.
+// One block of 256 threads
+__global__ void dropit_search_kernel(Search* search, unsigned* histogram, unsigned k, int bits) {
+    __shared__ unsigned warp_sums[32];
+    if (bits == 0) {
+        if (threadIdx.x == 0) { *search = {0, k}; }
+    } else {
+        search_digit(search, histogram, bits, warp_sums);
+    }
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
+}
+
+// tile_counts[tile] = (elements above the threshold, elements equal to it). One block a tile
+__global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, const floatX* x, size_t n, int shift) {
+    __shared__ unsigned warp_sums[32];
+    const unsigned key = search->prefix << shift;
+    unsigned above = 0, equal = 0;
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        floatX v[32];
+        const size_t i = (size_t)blockIdx.x * DROPIT_TILE + (threadIdx.x * THREAD_WORDS + w) * 32;
+        const int m = load_word(v, x, i, n);
+        for (int j = 0; j < m; j++) {
+            above += magnitude_key(v[j]) > key;
+            equal += magnitude_key(v[j]) == key;
+        }
+    }
+    unsigned sum; // of two counts at once: a tile has 2^14 elements, so 16 bits hold either
+    block_exclusive_sum(above << 16 | equal, warp_sums, &sum);
+    if (threadIdx.x == 0) { tile_counts[blockIdx.x] = make_uint2(sum >> 16, sum & 0xffff); }
+}
+
+// the end of a search: threshold, and (offsets != NULL) how many kept values lie before each tile. One block of 256 threads
+__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* offsets, const uint2* tile_counts, const Search* search,
+                                      const floatX* x, size_t n, int shift) {
+    __shared__ unsigned warp_sums[32];
+    __shared__ unsigned tie_tile;
+    __shared__ unsigned tie_rank;
+    const unsigned key = search->prefix << shift, ties = search->remaining;
+    const size_t tiles = CEIL_DIV(n, (size_t)DROPIT_TILE);
+    if (threadIdx.x == 0) { *threshold = {key, 0}; }
+    unsigned kept_before = 0, equal_before = 0;
+    for (size_t base = 0; base < tiles; base += blockDim.x) {
+        const size_t tile = base + threadIdx.x;
+        const uint2 count = tile < tiles ? tile_counts[tile] : make_uint2(0, 0);
+        unsigned sum;
+        const unsigned before = equal_before + block_exclusive_sum(count.y, warp_sums, &sum);
+        equal_before += sum;
+        if (before < ties && ties <= before + count.y) {
+            tie_tile = (unsigned)tile;
+            tie_rank = ties - before;
+        }
+        const unsigned kept = count.x + (before < ties ? min(count.y, ties - before) : 0u);
+        const unsigned offset = kept_before + block_exclusive_sum(kept, warp_sums, &sum);
+        kept_before += sum;
+        if (offsets != NULL && tile < tiles) { offsets[tile] = offset; }
+    }
+    __syncthreads();
+    if (ties > 0) {
+        find_tie<false>(&threshold->tie_end, x, (size_t)tie_tile * DROPIT_TILE, n, DropRule{}, key, tie_rank, warp_sums);
+    }
+}
+
+// fastmink and random: the threshold of each tile. One block a tile; 8 KiB of shared memory
+template <bool HASHED> __global__ void dropit_tile_kernel(Threshold* thresholds, unsigned* not_finite, const floatX* x, size_t n,
+                                                          DropRule rule, unsigned k_tile, unsigned k_last) {
+    __shared__ unsigned counts[DROPIT_BINS];
+    __shared__ unsigned warp_sums[32];
+    __shared__ Search search;
+    const size_t begin = (size_t)blockIdx.x * DROPIT_TILE;
+    if (threadIdx.x == 0) {
+        search = {0, begin + DROPIT_TILE <= n ? k_tile : k_last};
+        thresholds[blockIdx.x].tie_end = 0;
+    }
+    for (int shift = 21, bits = 11; bits > 0; ) {
+        for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { counts[b] = 0; }
+        __syncthreads();
+        const unsigned prefix = search.prefix;
+        for (int w = 0; w < THREAD_WORDS; w++) {
+            count_word<HASHED>(counts, not_finite, x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, rule, prefix, shift, bits);
+        }
+        __syncthreads();
+        search_digit(&search, counts, bits, warp_sums);
+        bits = min(11, shift);
+        shift -= bits;
+    }
+    const Search s = search;
+    if (threadIdx.x == 0) { thresholds[blockIdx.x].key = s.prefix; }
+    if (s.remaining > 0) { find_tie<HASHED>(&thresholds[blockIdx.x].tie_end, x, begin, n, rule, s.prefix, s.remaining, warp_sums); }
+}
+
+// bitmap and values of the kept elements. One block a tile
+template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsigned* bitmap, const floatX* x, const Threshold* thresholds,
+                                                          const unsigned* offsets, size_t n, DropRule rule) {
+    __shared__ unsigned warp_sums[32];
+    const Threshold t = thresholds[rule.strategy == MINK ? 0 : blockIdx.x];
+    const size_t first = (size_t)blockIdx.x * DROPIT_TILE + threadIdx.x * (THREAD_WORDS * 32);
+    unsigned words[THREAD_WORDS], mine = 0, sum;
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        floatX v[32];
+        const size_t i = first + w * 32;
+        const int m = load_word(v, x, i, n);
+        unsigned word = 0;
+        for (int j = 0; j < m; j++) { word |= (unsigned)is_kept(drop_key<HASHED>(v[j], i + j, rule), i + j, t) << j; }
+        words[w] = word;
+        mine += __popc(word);
+        if (m > 0) { bitmap[i / 32] = word; }
+    }
+    floatX* out = values + offsets[blockIdx.x] + block_exclusive_sum(mine, warp_sums, &sum);
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        for (unsigned word = words[w]; word != 0; word &= word - 1) { *out++ = x[first + w * 32 + __ffs(word) - 1]; }
+    }
+}
+
+// out[i - begin] = i kept ? its value : 0, for begin <= i < end. One block a tile, the first is tile begin / DROPIT_TILE.
+// A thread writes whole packs where V allows it; elements before begin and from end on belong to other chunks
+template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
+                                                      size_t n, size_t begin, size_t end) {
+    __shared__ unsigned warp_sums[32];
+    const size_t tile = begin / DROPIT_TILE + blockIdx.x;
+    const size_t first = tile * DROPIT_TILE + threadIdx.x * (THREAD_WORDS * 32);
+    unsigned words[THREAD_WORDS], mine = 0, sum;
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        words[w] = first + w * 32 < n ? bitmap[first / 32 + w] : 0;
+        mine += __popc(words[w]);
+    }
+    const floatX* in = values + offsets[tile] + block_exclusive_sum(mine, warp_sums, &sum);
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        const size_t i = first + w * 32;
+        const unsigned word = words[w];
+        if (i >= begin && i + 32 <= end) {
+            for (int q = 0; q < 32; q += V) {
+                Pack<V> p;
+                for (int j = 0; j < V; j++) { // without branches: *in is read whether it is this element's or not
+                    const floatX v = *in;
+                    const bool kept = word >> (q + j) & 1;
+                    p.v[j] = kept ? v : (floatX)0.0f;
+                    in += kept;
+                }
+                *(Pack<V>*)(out + (i - begin) + q) = p;
+            }
+        } else {
+            for (int j = 0; j < 32; j++) {
+                const bool kept = word >> j & 1;
+                if (i + j >= begin && i + j < end) { out[i + j - begin] = kept ? *in : (floatX)0.0f; }
+                in += kept;
+            }
+        }
+    }
+}
+
+// x[i - begin] = i kept ? itself : 0, for begin <= i < begin + n: a recomputed chunk becomes what unpacking would give
+template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
+    const size_t first = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (first < n) {
+        const size_t i = begin + first;
+        const Threshold t = thresholds[rule.strategy == MINK ? 0 : i / DROPIT_TILE];
+        Pack<V> p = *(const Pack<V>*)(x + first);
+        for (int j = 0; j < V; j++) { p.v[j] = is_kept(drop_key<HASHED>(p.v[j], i + j, rule), i + j, t) ? p.v[j] : (floatX)0.0f; }
+        *(Pack<V>*)(x + first) = p;
+    }
+}
+
+// the thresholds of x (n), and its bitmap and values where they are stored
+static void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
+    const unsigned tiles = (unsigned)dropit_tiles(d->n);
+    if (rule.strategy == MINK) {
+        const unsigned blocks = tiles < 1024 ? tiles : 1024;
+        const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
+        dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, (unsigned)d->k, 0);
+        int shift = 32;
+        for (int digit = 0; digit < digits; digit++) {
+            const int bits = digit < 2 ? 11 : 10;
+            shift -= bits;
+            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->not_finite, s->search, x, d->n, rule, shift, bits);
+            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, 0u, bits);
+        }
+        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, x, d->n, shift);
+        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, d->offsets, s->tile_counts, s->search, x, d->n, shift);
+    } else {
+        const unsigned k_tile = (unsigned)dropit_keep(DROPIT_TILE, gamma), k_last = (unsigned)dropit_keep(d->n % DROPIT_TILE, gamma);
+        if (rule.strategy == RANDOM) {
+            dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
+        } else {
+            dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
+        }
+    }
+    if (d->offsets != NULL) {
+        if (rule.strategy == RANDOM) {
+            dropit_pack_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, x, d->thresholds, d->offsets, d->n, rule);
+        } else {
+            dropit_pack_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, x, d->thresholds, d->offsets, d->n, rule);
+        }
+    }
+    kernelCheck();
+}
+
+// elements begin .. end-1 of the tensor as the weight gradient sees it
+static void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
+    const unsigned tiles = (unsigned)((end - 1) / DROPIT_TILE - begin / DROPIT_TILE + 1);
+    if (vectorizable(begin, out)) {
+        dropit_unpack_kernel<VEC><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
+    } else {
+        dropit_unpack_kernel<1><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
+    }
+    kernelCheck();
+}
+
+// the same for a recomputed chunk x of elements begin .. end-1, in place
+static void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule rule, cudaStream_t stream) {
+    const size_t n = end - begin;
+    if (rule.strategy == RANDOM) {
+        dropit_mask_kernel<true, 1><<<CEIL_DIV(n, (size_t)256), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
+    } else if (vectorizable(begin | n, x)) {
+        dropit_mask_kernel<false, VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
+    } else {
+        dropit_mask_kernel<false, 1><<<CEIL_DIV(n, (size_t)256), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
+    }
+    kernelCheck();
+}
+// ---- end shared: DropIT ----------------------------------------------------
+
+// ---- shared: linear --------------------------------------------------------
+// Matrix products by cuBLASLt. Plans (descriptors and algorithm) are made once for each shape and kept: asking for an
+// algorithm costs the host more than a small product costs the GPU, and the same plan gives the same bits.
+static cublasHandle_t cublas_handle;
+static cublasLtHandle_t cublaslt_handle;
+static cudaStream_t main_stream;
+#define CUBLAS_WORKSPACE ((size_t)32 << 20) // what NVIDIA recommends for Hopper
+static void* cublas_workspace;              // a line of the plan
+
+typedef struct {
+    int m, n, k;
+    bool transA, transB, bias, accumulate, fp32_out;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t A, B, D;
+    cublasLtMatmulAlgo_t algo;
+} MatmulPlan;
+
+#define MAX_MATMUL_PLANS 256
+static MatmulPlan matmul_plans[MAX_MATMUL_PLANS];
+static int num_matmul_plans;
+
+static MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias, bool accumulate, bool fp32_out) {
+    for (int i = 0; i < num_matmul_plans; i++) {
+        MatmulPlan* p = &matmul_plans[i];
+        if (p->m == m && p->n == n && p->k == k && p->transA == transA && p->transB == transB && p->bias == bias &&
+            p->accumulate == accumulate && p->fp32_out == fp32_out) { return p; }
+    }
+    require(num_matmul_plans < MAX_MATMUL_PLANS, "more than %d shapes of matrix products", MAX_MATMUL_PLANS);
+    MatmulPlan* p = &matmul_plans[num_matmul_plans++];
+    *p = MatmulPlan{m, n, k, transA, transB, bias, accumulate, fp32_out, NULL, NULL, NULL, NULL, {}};
+    const cublasOperation_t opA = transA ? CUBLAS_OP_T : CUBLAS_OP_N, opB = transB ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasLtEpilogue_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &opA, sizeof(opA)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &opB, sizeof(opB)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->A, CUDA_FLOATX, transA ? k : m, transA ? m : k, transA ? k : m));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->B, CUDA_FLOATX, transB ? n : k, transB ? k : n, transB ? n : k));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->D, fp32_out ? CUDA_R_32F : CUDA_FLOATX, m, n, m));
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    const size_t workspace = CUBLAS_WORKSPACE;
+    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                                     sizeof(workspace)));
+    cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
+    require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME "; try PRECISION=FP32", m, n, k);
+    p->algo = result.algo;
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    return p;
+}
+
+// column-major D (m,n) = op(A) (m,k) @ op(B) (k,n) + bias (m) + C, where C (m,n) may be D itself, and bias and C may be NULL.
+// D is floatX, or fp32 for weight gradients
+static void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
+                   bool transA, bool transB, bool fp32_out) {
+    const float one = 1.0f, zero = 0.0f;
+    MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias != NULL, C != NULL, fp32_out);
+    if (bias != NULL) { cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias))); }
+    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, A, p->A, B, p->B, C != NULL ? &one : &zero, C != NULL ? C : D, p->D,
+                               D, p->D, &p->algo, cublas_workspace, CUBLAS_WORKSPACE, main_stream));
+}
+
+// out[r,c] += bias[c]; out (rows, OC)
+__global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int OC) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { out[i] = (floatX)((float)out[i] + (float)bias[i % OC]); }
+}
+
+// out = inp @ weight^T + bias (+ residual); in PyTorch: F.linear(inp, weight, bias) + residual
+// out (rows, OC), inp (rows, C), weight (OC, C), bias (OC), residual (rows, OC) or NULL
+// cuBLAS is column-major and sees transposes: out^T (OC, rows) = weight (OC, C) @ inp^T (C, rows)
+static void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
+                           size_t rows, size_t C, size_t OC) {
+    const bool fused = C % 8 == 0 && OC % 8 == 0; // the bias epilogue wants leading dimensions of whole 16 bytes
+    matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
+    if (!fused) {
+        bias_add_kernel<<<CEIL_DIV(rows * OC, (size_t)256), 256, 0, main_stream>>>(out, bias, rows * OC, (int)OC);
+        kernelCheck();
+    }
+}
+
+// dinp (rows, C) = dout (rows, OC) @ weight (OC, C)
+static void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
+    matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
+}
+
+// Sums over rows, in two steps of fixed order: every SLAB_ROWS rows to a partial sum, then the partial sums.
+// A thread adds up V columns of one slab; threads of a warp read neighbouring columns
+#define SLAB_ROWS 64
+template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
+    if (slab * SLAB_ROWS < rows) {
+        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+        float sum[V] = {0};
+        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+            float v[V];
+            load<V>(v, x + r * OC + column);
+            for (int j = 0; j < V; j++) { sum[j] += v[j]; }
+        }
+        for (int j = 0; j < V; j++) { partial[slab * OC + column + j] = sum[j]; }
+    }
+}
+
+// out[c] += sum over slabs of partial[slab, c]
+__global__ void column_sum_finish_kernel(float* out, const float* partial, size_t slabs, int OC) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c < OC) {
+        float sum = 0.0f;
+        for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
+        out[c] += sum;
+    }
+}
+
+// partial must hold column_sum_scratch(rows, OC) floats
+static size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
+
+// out (OC) += x (rows, OC) summed over rows; in PyTorch: out += x.sum(0)
+static void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
+    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
+    if (vectorizable(OC, x)) {
+        column_sum_kernel<VEC><<<CEIL_DIV(slabs * OC / VEC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
+    } else {
+        column_sum_kernel<1><<<CEIL_DIV(slabs * OC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
+    }
+    column_sum_finish_kernel<<<CEIL_DIV(OC, (size_t)64), 64, 0, main_stream>>>(out, partial, slabs, (int)OC);
+    kernelCheck();
+}
+
+// dweight (OC, C) += dout^T (OC, rows) @ inp (rows, C), in fp32
+static void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC) {
+    matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
+}
+// ---- end shared: linear ----------------------------------------------------
+
+// ---- shared: loss ----------------------------------------------------------
+#define ROW_LANES 8 // lanes that share a row in row-wise kernels: 8 lanes of 16 bytes are one line of 128 bytes
+
+// Softmax cross-entropy with label smoothing and its gradient, in place:
+//     loss = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits)
+//     dlogits = (p - (1 - smoothing) * onehot - smoothing / V) * scale
+// in PyTorch: F.cross_entropy(logits, label, label_smoothing=smoothing)
+// ranks[b] = how many classes come before the label's, by logit, then by index; a NaN counts as coming before.
+// logits (B, V), losses (B), ranks (B), labels (B). ROW_LANES lanes a row
+__global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V, float smoothing, float scale) {
+    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
+    const int b = blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    if (b >= B) { return; }
+    const int lane = (int)lanes.thread_rank(), label = labels[b];
+    floatX* row = logits + (size_t)b * V;
+    const float correct = (float)row[label];
+    float largest = -INFINITY, sum = 0.0f, logit_sum = 0.0f;
+    int before = 0;
+    for (int v = lane; v < V; v += ROW_LANES) {
+        const float x = (float)row[v];
+        largest = fmaxf(largest, x);
+        logit_sum += x;
+        before += v < label ? !(x < correct) : v > label ? !(x <= correct) : 0;
+    }
+    largest = cg::reduce(lanes, largest, cg::greater<float>());
+    for (int v = lane; v < V; v += ROW_LANES) { sum += expf((float)row[v] - largest); }
+    sum = cg::reduce(lanes, sum, cg::plus<float>());
+    logit_sum = cg::reduce(lanes, logit_sum, cg::plus<float>());
+    before = cg::reduce(lanes, before, cg::plus<int>());
+    const float lse = largest + logf(sum);
+    for (int v = lane; v < V; v += ROW_LANES) {
+        const float p = expf((float)row[v] - lse);
+        row[v] = (floatX)((p - (v == label ? 1.0f - smoothing : 0.0f) - smoothing / V) * scale);
+    }
+    if (lane == 0) {
+        losses[b] = (1.0f - smoothing) * (lse - correct) + smoothing * (lse - logit_sum / V);
+        ranks[b] = before;
+    }
+}
+
+// what the host reads after a step
+typedef struct {
+    double loss;         // sum over images
+    unsigned top1, top5; // images with the label among the 1 or 5 best classes
+    unsigned not_finite; // NaNs and Infs that DropIT met
+    float norm;          // of all gradients, before clipping
+} StepResult;
+
+// result += the batch. One block; threads add up strided images, then thread 0 adds up the threads in order
+__global__ void loss_sum_kernel(StepResult* result, const float* losses, const int* ranks, int B) {
+    __shared__ double loss_of[64];
+    __shared__ unsigned top1_of[64];
+    __shared__ unsigned top5_of[64];
+    const int t = threadIdx.x;
+    loss_of[t] = 0.0;
+    top1_of[t] = top5_of[t] = 0;
+    for (int b = t; b < B; b += blockDim.x) {
+        loss_of[t] += losses[b];
+        top1_of[t] += ranks[b] < 1;
+        top5_of[t] += ranks[b] < 5;
+    }
+    __syncthreads();
+    if (t == 0) {
+        for (unsigned i = 0; i < blockDim.x; i++) {
+            result->loss += loss_of[i];
+            result->top1 += top1_of[i];
+            result->top5 += top5_of[i];
+        }
+    }
+}
+
+static void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
+                          float smoothing, float scale) {
+    const int rows_per_block = 64 / ROW_LANES;
+    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, scale);
+    loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
+    kernelCheck();
+}
+// ---- end shared: loss ------------------------------------------------------
+
+// ---- shared: optimizer -----------------------------------------------------
+typedef struct {
+    bool adamw; // else SGD with momentum
+    double learning_rate, beta1, beta2, eps, weight_decay, momentum;
+    double clip; // largest norm of all gradients together; 0: no clipping
+} OptimizerConfig;
+
+// partial[block] = sum over its elements of x^2; fixed order. x (n), partial (NORM_BLOCKS)
+#define NORM_BLOCKS 256
+__global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
+    __shared__ double warp_sums[4];
+    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+    double sum = 0.0;
+    const size_t stride = (size_t)gridDim.x * blockDim.x * 4;
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += stride) { // n is a multiple of 64
+        const float4 v = *(const float4*)(x + i);
+        sum += (double)(v.x * v.x + v.y * v.y) + (double)(v.z * v.z + v.w * v.w);
+    }
+    sum = cg::reduce(warp, sum, cg::plus<double>());
+    if (warp.thread_rank() == 0) { warp_sums[threadIdx.x / 32] = sum; }
+    __syncthreads();
+    if (threadIdx.x == 0) { partial[blockIdx.x] = warp_sums[0] + warp_sums[1] + warp_sums[2] + warp_sums[3]; }
+}
+
+__global__ void norm_kernel(StepResult* result, const double* partial) {
+    double sum = 0.0;
+    for (int b = 0; b < NORM_BLOCKS; b++) { sum += partial[b]; }
+    result->norm = (float)sqrt(sum);
+}
+
+// result->norm = L2 norm of grads (n); in PyTorch: torch.nn.utils.clip_grad_norm_ returns it
+static void gradient_norm(StepResult* result, double* partial, const float* grads, size_t n) {
+    sum_squares_kernel<<<NORM_BLOCKS, 128, 0, main_stream>>>(partial, grads, n);
+    norm_kernel<<<1, 1, 0, main_stream>>>(result, partial);
+    kernelCheck();
+}
+
+// the factor by which torch.nn.utils.clip_grad_norm_ scales gradients
+__device__ inline float clip_factor(const StepResult* result, float clip) {
+    return clip > 0.0f ? fminf(1.0f, clip / (result->norm + 1e-6f)) : 1.0f;
+}
+
+// AdamW (Loshchilov and Hutter, ICLR 2019), as torch.optim.AdamW; correction1 = 1 - beta1^t, correction2 = 1 - beta2^t.
+// params (n) are rounded from master (n); in fp32 master is params itself
+__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
+                             float clip, float lr, float beta1, float beta2, float correction1, float correction2, float eps, float weight_decay) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const float g = grads[i] * clip_factor(result, clip);
+        const float mi = beta1 * m[i] + (1.0f - beta1) * g;
+        const float vi = beta2 * v[i] + (1.0f - beta2) * g * g;
+        const float w = master[i] * (1.0f - lr * weight_decay);
+        const float updated = w - lr / correction1 * mi / (sqrtf(vi) / sqrtf(correction2) + eps);
+        m[i] = mi;
+        v[i] = vi;
+        master[i] = updated;
+        params[i] = (floatX)updated;
+    }
+}
+
+// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m
+__global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
+                           float clip, float lr, float momentum, float weight_decay) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const float w = master[i];
+        const float mi = momentum * m[i] + (grads[i] * clip_factor(result, clip) + weight_decay * w);
+        m[i] = mi;
+        master[i] = w - lr * mi;
+        params[i] = (floatX)master[i];
+    }
+}
+
+// updates n parameters that share one weight decay; step counts from 1
+static void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
+                             OptimizerConfig o, double lr, int step) {
+    if (n == 0) { return; }
+    const size_t blocks = CEIL_DIV(n, (size_t)256);
+    if (o.adamw) {
+        adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr, (float)o.beta1,
+            (float)o.beta2, (float)(1.0 - pow(o.beta1, step)), (float)(1.0 - pow(o.beta2, step)), (float)o.eps, (float)o.weight_decay);
+    } else {
+        sgd_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, grads, n, result, (float)o.clip, (float)lr, (float)o.momentum,
+            (float)o.weight_decay);
+    }
+    kernelCheck();
+}
+
+// linear warm-up, then a half cosine to zero
+static double learning_rate_at(double lr, int step, int warmup, int steps) {
+    if (step < warmup) { return lr * (step + 1) / warmup; }
+    return 0.5 * lr * (1.0 + cos(M_PI * (step - warmup) / (steps > warmup ? steps - warmup : 1)));
+}
+// ---- end shared: optimizer -------------------------------------------------
+
+// ----------------------------------------------------------------------------
+// kernels of the vision transformer, each followed by its launcher
+
+typedef struct {
+    float mean[4], std[4];
+} PixelStats;
+
+// cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
+// with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right
+// patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH). One thread an element of patches
+__global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, size_t n, int S, int P, int CH) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        size_t j = i;
+        const int kw = j % P; j /= P;
+        const int kh = j % P; j /= P;
+        const int c = j % CH; j /= CH;
+        const int pw = j % (S / P); j /= S / P;
+        const int ph = j % (S / P); j /= S / P; // j is b
+        const int h = ph * P + kh, w = flips[j] ? S - 1 - (pw * P + kw) : pw * P + kw;
+        patches[i] = (floatX)(((float)images[((j * S + h) * S + w) * CH + c] / 255.0f - stats.mean[c]) / stats.std[c]);
+    }
+}
+
+// out[b, 0] = cls + pos[0]; out[b, t] = tokens[b, t-1] + pos[t]
+// out (B, T, C), tokens (B, T-1, C), cls (C), pos (T, C). One thread an element
+__global__ void embed_kernel(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const size_t c = i % C, t = i / C % T, b = i / C / T;
+        const float token = t == 0 ? (float)cls[c] : (float)tokens[(b * (T - 1) + t - 1) * C + c];
+        out[i] = (floatX)(token + (float)pos[t * C + c]);
+    }
+}
+
+// dtokens[b, t-1] = dout[b, t] for t > 0: the rows that the patch embedding made, next to one another
+__global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const size_t row = i / C;
+        dtokens[i] = dout[(row / (T - 1) * T + row % (T - 1) + 1) * C + i % C];
+    }
+}
+
+// dpos[t, c] += sum over b of dout[b, t, c]; dcls[c] += the same at t = 0. One thread a (t, c)
+__global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
+    if (i < n) {
+        float sum = 0.0f;
+        for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
+        dpos[i] += sum;
+        if (i < (size_t)C) { dcls[i] += sum; }
+    }
+}
+
+// out = (inp - mean) * rstd * weight + bias over each row; in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
+// out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
+// ROW_LANES lanes a row, V elements at a time; the row is read three times, from cache after the first
+#define LAYERNORM_EPS 1e-6f
+template <int V> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                                                          const floatX* bias, size_t rows, int C, size_t stride) {
+    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    if (r >= rows) { return; }
+    const int first = (int)lanes.thread_rank() * V, step = ROW_LANES * V;
+    const floatX* row = inp + r * stride;
+    float v[V], sum[V] = {0}, squares[V] = {0};
+    for (int c = first; c < C; c += step) {
+        load<V>(v, row + c);
+        for (int j = 0; j < V; j++) { sum[j] += v[j]; }
+    }
+    const float m = cg::reduce(lanes, total<V>(sum), cg::plus<float>()) / C;
+    for (int c = first; c < C; c += step) {
+        load<V>(v, row + c);
+        for (int j = 0; j < V; j++) { squares[j] += (v[j] - m) * (v[j] - m); }
+    }
+    const float s = rsqrtf(cg::reduce(lanes, total<V>(squares), cg::plus<float>()) / C + LAYERNORM_EPS);
+    for (int c = first; c < C; c += step) {
+        float w[V], b[V];
+        load<V>(v, row + c);
+        load<V>(w, weight + c);
+        load<V>(b, bias + c);
+        for (int j = 0; j < V; j++) { v[j] = (v[j] - m) * s * w[j] + b[j]; }
+        store<V>(out + r * C + c, v);
+    }
+    if (first == 0) {
+        mean[r] = m;
+        rstd[r] = s;
+    }
+}
+
+static void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+                              size_t rows, size_t C, size_t stride) {
+    const int block_size = 128;
+    const size_t grid_size = CEIL_DIV(rows, (size_t)(block_size / ROW_LANES));
+    if (vectorizable(C | stride, out, inp, weight, bias)) {
+        layernorm_forward_kernel<VEC><<<grid_size, block_size, 0, main_stream>>>(out, mean, rstd, inp, weight, bias, rows, (int)C, stride);
+    } else {
+        layernorm_forward_kernel<1><<<grid_size, block_size, 0, main_stream>>>(out, mean, rstd, inp, weight, bias, rows, (int)C, stride);
+    }
+    kernelCheck();
+}
+
+// dinp += rstd * (g - mean(g) - norm * mean(g * norm)), with g = dout * weight and norm = (inp - mean) * rstd
+// dinp and inp have rows `stride` apart, dout (rows, C). += : dinp is the gradient of the residual stream
+template <int V> __global__ void layernorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight,
+                                                           const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    if (r >= rows) { return; }
+    const int first = (int)lanes.thread_rank() * V, step = ROW_LANES * V;
+    const float m = mean[r], s = rstd[r];
+    float x[V], g[V], w[V], sum[V] = {0}, norm_sum[V] = {0};
+    for (int c = first; c < C; c += step) {
+        load<V>(x, inp + r * stride + c);
+        load<V>(g, dout + r * C + c);
+        load<V>(w, weight + c);
+        for (int j = 0; j < V; j++) {
+            sum[j] += g[j] * w[j];
+            norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s);
+        }
+    }
+    const float g_mean = cg::reduce(lanes, total<V>(sum), cg::plus<float>()) / C;
+    const float gn_mean = cg::reduce(lanes, total<V>(norm_sum), cg::plus<float>()) / C;
+    for (int c = first; c < C; c += step) {
+        float d[V];
+        load<V>(x, inp + r * stride + c);
+        load<V>(g, dout + r * C + c);
+        load<V>(w, weight + c);
+        load<V>(d, dinp + r * stride + c);
+        for (int j = 0; j < V; j++) { d[j] += s * (g[j] * w[j] - g_mean - (x[j] - m) * s * gn_mean); }
+        store<V>(dinp + r * stride + c, d);
+    }
+}
+
+// per slab of rows: dweight_partial[slab, c] = sum of dout * norm, dbias_partial[slab, c] = sum of dout. As column_sum_kernel
+template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial, float* dbias_partial, const floatX* dout, const floatX* inp,
+                                                         const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t packs = C / V, slab = i / packs, column = i % packs * V;
+    if (slab * SLAB_ROWS < rows) {
+        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+        float dweight[V] = {0}, dbias[V] = {0};
+        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+            const float m = mean[r], s = rstd[r];
+            float x[V], g[V];
+            load<V>(x, inp + r * stride + column);
+            load<V>(g, dout + r * C + column);
+            for (int j = 0; j < V; j++) {
+                dweight[j] += g[j] * ((x[j] - m) * s);
+                dbias[j] += g[j];
+            }
+        }
+        for (int j = 0; j < V; j++) {
+            dweight_partial[slab * C + column + j] = dweight[j];
+            dbias_partial[slab * C + column + j] = dbias[j];
+        }
+    }
+}
+
+// partial holds 2 * column_sum_scratch(rows, C) floats
+static void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
+                               const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
+    const int block_size = 128;
+    const size_t grid_size = CEIL_DIV(rows, (size_t)(block_size / ROW_LANES));
+    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
+    float* partial_bias = partial + slabs * C;
+    if (vectorizable(C | stride, dinp, dout, inp, weight)) {
+        layernorm_weight_kernel<VEC><<<CEIL_DIV(slabs * C / VEC, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean,
+                                                                                                 rstd, rows, (int)C, stride);
+        layernorm_backward_kernel<VEC><<<grid_size, block_size, 0, main_stream>>>(dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
+    } else {
+        layernorm_weight_kernel<1><<<CEIL_DIV(slabs * C, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean, rstd,
+                                                                                           rows, (int)C, stride);
+        layernorm_backward_kernel<1><<<grid_size, block_size, 0, main_stream>>>(dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
+    }
+    column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dweight, partial, slabs, (int)C);
+    column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dbias, partial_bias, slabs, (int)C);
+    kernelCheck();
+}
+
+// out = x * Phi(x), Phi the normal distribution function; in PyTorch: F.gelu(inp). out, inp (n), V elements a thread
+template <int V> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        float x[V];
+        load<V>(x, inp + i);
+        for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
+        store<V>(out + i, x);
+    }
+}
+
+// dinp = dinp * (Phi(x) + x * phi(x)), in place, phi the normal density
+template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX* inp, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        float x[V], d[V];
+        load<V>(x, inp + i);
+        load<V>(d, dinp + i);
+        for (int j = 0; j < V; j++) {
+            d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
+        }
+        store<V>(dinp + i, d);
+    }
+}
+
+static void gelu_forward(floatX* out, const floatX* inp, size_t n) {
+    if (vectorizable(n, out, inp)) {
+        gelu_forward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(out, inp, n);
+    } else {
+        gelu_forward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, inp, n);
+    }
+    kernelCheck();
+}
+
+static void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
+    if (vectorizable(n, dinp, inp)) {
+        gelu_backward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(dinp, inp, n);
+    } else {
+        gelu_backward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(dinp, inp, n);
+    }
+    kernelCheck();
+}
+
+// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them.
+// No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the backward
+// pass rebuilds the probabilities from it. Rows of T x T matrices are `ld` elements apart, T rounded up to 8, so that they
+// can be read in packs; the columns from T on are never read as values.
+typedef struct {
+    int heads, T, HS, ld, max_images;
+    float* scores;  // (images, NH, T, ld) q @ k^T / sqrt(HS)
+    floatX* probs;  // (images, NH, T, ld) softmax of scores; in fp32 the same memory as scores
+    float* dprobs;  // (images, NH, T, ld) gradient of probs
+    floatX* dscores; // (images, NH, T, ld) gradient of scores; in fp32 the same memory as dprobs
+    void** pointers; // (NUM_ATTENTION_POINTERS, images*NH) where each head's matrices begin
+} Attention;
+
+enum { PTR_Q, PTR_K, PTR_V, PTR_OUT, PTR_SCORES, PTR_PROBS, PTR_DQ, PTR_DK, PTR_DV, PTR_DPROBS, PTR_DSCORES, NUM_ATTENTION_POINTERS };
+
+// one thread a (image, head). qkv and dqkv are (images, T, 3, NH, HS), out is (images, T, NH, HS)
+__global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
+    if (i < images * a.heads) {
+        const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
+        const size_t q = image * a.T * 3 * C + head * a.HS, square = (size_t)i * a.T * a.ld;
+        a.pointers[PTR_Q * count + i] = qkv + q;
+        a.pointers[PTR_K * count + i] = qkv + q + C;
+        a.pointers[PTR_V * count + i] = qkv + q + 2 * C;
+        a.pointers[PTR_OUT * count + i] = out + image * a.T * C + head * a.HS;
+        a.pointers[PTR_SCORES * count + i] = a.scores + square;
+        a.pointers[PTR_PROBS * count + i] = a.probs + square;
+        if (dqkv != NULL) {
+            a.pointers[PTR_DQ * count + i] = dqkv + q;
+            a.pointers[PTR_DK * count + i] = dqkv + q + C;
+            a.pointers[PTR_DV * count + i] = dqkv + q + 2 * C;
+            a.pointers[PTR_DPROBS * count + i] = a.dprobs + square;
+            a.pointers[PTR_DSCORES * count + i] = a.dscores + square;
+        }
+    }
+}
+
+// lse = log of the sum of exp over a row; probs = exp(scores - lse), the expression that the backward pass repeats
+// scores, probs (rows, ld), lse (rows); ROW_LANES lanes a row
+__global__ void softmax_forward_kernel(floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
+    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    if (r >= rows) { return; }
+    const int first = (int)lanes.thread_rank() * VEC, step = ROW_LANES * VEC;
+    const float* row = scores + r * ld;
+    float v[VEC], largest[VEC], sum[VEC] = {0};
+    for (int j = 0; j < VEC; j++) { largest[j] = -INFINITY; }
+    for (int c = first; c < T; c += step) {
+        load<VEC>(v, row + c);
+        for (int j = 0; j < VEC; j++) { largest[j] = fmaxf(largest[j], c + j < T ? v[j] : -INFINITY); }
+    }
+    for (int j = 1; j < VEC; j++) { largest[0] = fmaxf(largest[0], largest[j]); }
+    const float m = cg::reduce(lanes, largest[0], cg::greater<float>());
+    for (int c = first; c < T; c += step) {
+        load<VEC>(v, row + c);
+        for (int j = 0; j < VEC; j++) {
+            const float e = expf(v[j] - m);
+            sum[j] += c + j < T ? e : 0.0f;
+        }
+    }
+    const float log_sum = m + logf(cg::reduce(lanes, total<VEC>(sum), cg::plus<float>()));
+    for (int c = first; c < T; c += step) {
+        load<VEC>(v, row + c);
+        for (int j = 0; j < VEC; j++) { v[j] = expf(v[j] - log_sum); }
+        store<VEC>(probs + r * ld + c, v);
+    }
+    if (first == 0) { lse[r] = log_sum; }
+}
+
+// probs = exp(scores - lse); dscores = probs * (dprobs - sum over the row of probs * dprobs). That sum is the one of
+// dout * out over the head, so the backward pass needs no output of attention
+__global__ void softmax_backward_kernel(floatX* probs, floatX* dscores, const float* scores, const float* dprobs, const float* lse,
+                                        size_t rows, int T, int ld) {
+    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    if (r >= rows) { return; }
+    const int first = (int)lanes.thread_rank() * VEC, step = ROW_LANES * VEC;
+    const float log_sum = lse[r];
+    float p[VEC], d[VEC], sum[VEC] = {0};
+    for (int c = first; c < T; c += step) {
+        load<VEC>(p, scores + r * ld + c);
+        load<VEC>(d, dprobs + r * ld + c);
+        for (int j = 0; j < VEC; j++) {
+            const float e = expf(p[j] - log_sum) * d[j];
+            sum[j] += c + j < T ? e : 0.0f;
+        }
+    }
+    const float row_sum = cg::reduce(lanes, total<VEC>(sum), cg::plus<float>());
+    for (int c = first; c < T; c += step) {
+        load<VEC>(p, scores + r * ld + c);
+        load<VEC>(d, dprobs + r * ld + c);
+        for (int j = 0; j < VEC; j++) {
+            p[j] = expf(p[j] - log_sum);
+            d[j] = p[j] * (d[j] - row_sum);
+        }
+        store<VEC>(probs + r * ld + c, p);
+        store<VEC>(dscores + r * ld + c, d);
+    }
+}
+
+// column-major D = alpha * op(A) @ op(B) for every head of a chunk
+static void attention_matmul(const Attention* a, int images, int D, int A, int B, bool transA, bool transB, int m, int n, int k, float alpha,
+                             int lda, int ldb, int ldd, cudaDataType_t D_type) {
+    const float zero = 0.0f;
+    const size_t count = (size_t)a->max_images * a->heads;
+    cublasCheck(cublasGemmBatchedEx(cublas_handle, transA ? CUBLAS_OP_T : CUBLAS_OP_N, transB ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha,
+        (const void* const*)(a->pointers + A * count), CUDA_FLOATX, lda, (const void* const*)(a->pointers + B * count), CUDA_FLOATX, ldb, &zero,
+        (void* const*)(a->pointers + D * count), D_type, ldd, images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+static void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
+    attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
+    kernelCheck();
+}
+
+// scores (T_q, T_k) = q @ k^T / sqrt(HS); row-major matrices, that cuBLAS sees as their transposes
+static void attention_scores(const Attention* a, int images) {
+    const int row = 3 * a->heads * a->HS; // of qkv
+    attention_matmul(a, images, PTR_SCORES, PTR_K, PTR_Q, true, false, a->T, a->T, a->HS, 1.0f / sqrtf((float)a->HS), row, row, a->ld, CUDA_R_32F);
+}
+
+// out = softmax(q @ k^T / sqrt(HS)) @ v for each head; in PyTorch: F.scaled_dot_product_attention(q, k, v)
+// out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
+static void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
+    const int T = a->T, C = a->heads * a->HS, rows_per_block = 128 / ROW_LANES;
+    const size_t rows = (size_t)images * a->heads * T;
+    attention_pointers(a, qkv, out, NULL, images);
+    attention_scores(a, images);
+    softmax_forward_kernel<<<CEIL_DIV(rows, (size_t)rows_per_block), 128, 0, main_stream>>>(a->probs, lse, a->scores, rows, T, a->ld);
+    kernelCheck();
+    attention_matmul(a, images, PTR_OUT, PTR_V, PTR_PROBS, false, false, a->HS, T, T, 1.0f, 3 * C, a->ld, C, CUDA_FLOATX);
+}
+
+// dqkv (images, T, 3C) from dout (images, T, C), qkv and lse
+static void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
+    const int T = a->T, C = a->heads * a->HS, HS = a->HS, ld = a->ld, rows_per_block = 128 / ROW_LANES;
+    const size_t rows = (size_t)images * a->heads * T;
+    const float scale = 1.0f / sqrtf((float)HS);
+    attention_pointers(a, qkv, dout, dqkv, images); // PTR_OUT is dout here
+    attention_scores(a, images);
+    attention_matmul(a, images, PTR_DPROBS, PTR_V, PTR_OUT, true, false, T, T, HS, 1.0f, 3 * C, C, ld, CUDA_R_32F);          // dout @ v^T
+    softmax_backward_kernel<<<CEIL_DIV(rows, (size_t)rows_per_block), 128, 0, main_stream>>>(a->probs, a->dscores, a->scores, a->dprobs, lse,
+                                                                                             rows, T, ld);
+    kernelCheck();
+    attention_matmul(a, images, PTR_DV, PTR_OUT, PTR_PROBS, false, true, HS, T, T, 1.0f, C, ld, 3 * C, CUDA_FLOATX);         // probs^T @ dout
+    attention_matmul(a, images, PTR_DQ, PTR_K, PTR_DSCORES, false, false, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);   // dscores @ k
+    attention_matmul(a, images, PTR_DK, PTR_Q, PTR_DSCORES, false, true, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);    // dscores^T @ q
+}
+
+// ----------------------------------------------------------------------------
+// the model: its tables, its memory
+
+typedef struct {
+    int image_size, patch_size, image_channels, num_classes;
+    int channels, depth, heads;
+} DeitConfig;
+
+typedef struct {
+    const char* name;
+    DeitConfig config;
+} DeitPreset;
+
+static const DeitPreset deit_presets[] = {
+    {"deit_nano",  {28,  4,  1, 10,   64,  4,  4}}, // for the bundled data
+    {"deit_tiny",  {224, 16, 3, 1000, 192, 12, 3}},
+    {"deit_small", {224, 16, 3, 1000, 384, 12, 6}},
+    {"deit_base",  {224, 16, 3, 1000, 768, 12, 12}},
+    {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
+};
+
+enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_TINY, INIT_FAN_IN };
+
+// X(name, name in timm, copies, shape of one copy, weight decay, initial value). timm initialises linear layers and positions
+// from a normal distribution of 0.02, the patch embedding as any convolution: uniform up to 1/sqrt(fan-in)
+#define PARAMETERS(X) \
+    X(patchw, "patch_embed.proj.weight",   1, (C, CH, P, P), 1, INIT_FAN_IN) \
+    X(patchb, "patch_embed.proj.bias",     1, (C),           0, INIT_FAN_IN) \
+    X(cls,    "cls_token",                 1, (1, 1, C),     0, INIT_TINY)   \
+    X(pos,    "pos_embed",                 1, (1, T, C),     0, INIT_NORMAL) \
+    X(ln1w,   "blocks.%d.norm1.weight",    L, (C),           0, INIT_ONE)    \
+    X(ln1b,   "blocks.%d.norm1.bias",      L, (C),           0, INIT_ZERO)   \
+    X(qkvw,   "blocks.%d.attn.qkv.weight", L, (3*C, C),      1, INIT_NORMAL) \
+    X(qkvb,   "blocks.%d.attn.qkv.bias",   L, (3*C),         0, INIT_ZERO)   \
+    X(projw,  "blocks.%d.attn.proj.weight", L, (C, C),       1, INIT_NORMAL) \
+    X(projb,  "blocks.%d.attn.proj.bias",  L, (C),           0, INIT_ZERO)   \
+    X(ln2w,   "blocks.%d.norm2.weight",    L, (C),           0, INIT_ONE)    \
+    X(ln2b,   "blocks.%d.norm2.bias",      L, (C),           0, INIT_ZERO)   \
+    X(fc1w,   "blocks.%d.mlp.fc1.weight",  L, (4*C, C),      1, INIT_NORMAL) \
+    X(fc1b,   "blocks.%d.mlp.fc1.bias",    L, (4*C),         0, INIT_ZERO)   \
+    X(fc2w,   "blocks.%d.mlp.fc2.weight",  L, (C, 4*C),      1, INIT_NORMAL) \
+    X(fc2b,   "blocks.%d.mlp.fc2.bias",    L, (C),           0, INIT_ZERO)   \
+    X(lnfw,   "norm.weight",               1, (C),           0, INIT_ONE)    \
+    X(lnfb,   "norm.bias",                 1, (C),           0, INIT_ZERO)   \
+    X(headw,  "head.weight",               1, (V, C),        1, INIT_NORMAL) \
+    X(headb,  "head.bias",                 1, (V),           0, INIT_ZERO)
+
+// X(name, type, copies, shape of one copy, level, cache)
+//   level: the tensor is recomputed, and not cached, at -r level and above. NEVER: always cached
+//   KEEP:  stored dense, as it is
+//   DROP:  the input of a linear layer that the backward pass reads for the weight gradient alone: stored by DropIT
+//   ALL:   the same, but the published DropIT leaves it dense; DROP under -g_all 1
+#define NEVER 4
+#define ACTIVATIONS(X) \
+    X(patches,   floatX, 1,   (B, T-1, CH*P*P), NEVER, ALL)  /* input of the patch embedding */ \
+    X(residual,  floatX, L+1, (B, T, C),        NEVER, KEEP) /* input of each block, output of the last */ \
+    X(ln1_mean,  float,  L,   (B, T),           3,     KEEP) \
+    X(ln1_rstd,  float,  L,   (B, T),           3,     KEEP) \
+    X(ln1,       floatX, L,   (B, T, C),        1,     DROP) /* input of the qkv linear */ \
+    X(qkv,       floatX, L,   (B, T, 3*C),      2,     KEEP) /* input of attention */ \
+    X(lse,       float,  L,   (B, NH, T),       3,     KEEP) /* log-sum-exp of the rows of scores */ \
+    X(atty,      floatX, L,   (B, T, C),        3,     DROP) /* output of attention, input of the projection */ \
+    X(residual2, floatX, L,   (B, T, C),        3,     KEEP) /* residual after attention */ \
+    X(ln2_mean,  float,  L,   (B, T),           3,     KEEP) \
+    X(ln2_rstd,  float,  L,   (B, T),           3,     KEEP) \
+    X(ln2,       floatX, L,   (B, T, C),        1,     DROP) /* input of fc1 */ \
+    X(fch,       floatX, L,   (B, T, 4*C),      2,     KEEP) /* output of fc1, input of GELU */ \
+    X(fch_gelu,  floatX, L,   (B, T, 4*C),      1,     DROP) /* input of fc2 */ \
+    X(lnf_mean,  float,  1,   (B),              NEVER, KEEP) \
+    X(lnf_rstd,  float,  1,   (B),              NEVER, KEEP) \
+    X(lnf,       floatX, 1,   (B, C),           NEVER, ALL)  /* input of the head */ \
+    X(logits,    floatX, 1,   (B, V),           NEVER, KEEP) /* and their gradient, in the same place */
+
+enum { KEEP, DROP, ALL };
+
+// one line of ACTIVATIONS, with the memory that holds it
+typedef struct {
+    const char* name;
+    size_t n, per_image;    // elements of one copy, of one image
+    size_t element;         // bytes of one element
+    int copies;
+    bool cached, dropped;   // stored for the backward pass; chosen from by DropIT
+    int id;                 // of copy 0 among all dropped tensors, for the random strategy; copy l has id + 4*l
+    char* data;             // cached and not dropped: (copies, n), each copy 256 bytes aligned
+    char* batch;            // dropped: the whole tensor until its elements are chosen; one, or under -stats all copies
+    char* chunk;            // recomputed or dropped: what the backward pass (forward, if not dropped) works on
+    Dropped dropit;         // dropped: copy 0; the others follow at these strides:
+    size_t tiles, words, values;
+} Activation;
+
+enum {
+#define X(name, ...) PARAM_##name,
+    PARAMETERS(X)
+#undef X
+    NUM_PARAMETER_TENSORS
+};
+enum {
+#define X(name, ...) ACT_##name,
+    ACTIVATIONS(X)
+#undef X
+    NUM_ACTIVATION_TENSORS
+};
+
+typedef struct {
+    const char* name; // in timm; %d is the copy
+    int copies, dims, init;
+    bool decay;
+    size_t shape[4];
+    size_t n;         // elements of one copy; copies follow one another
+    size_t offset;    // of copy 0 in the memory of parameters, gradients, moments and masters alike
+} ParameterSpec;
+
+typedef struct {
+#define X(name, ...) floatX* name;
+    PARAMETERS(X)
+#undef X
+} ParameterTensors;
+
+typedef struct {
+#define X(name, ...) float* name;
+    PARAMETERS(X)
+#undef X
+} GradientTensors;
+
+typedef struct {
+#define X(name, ...) Activation name;
+    ACTIVATIONS(X)
+#undef X
+} ActivationTensors;
+
+typedef struct {
+    DeitConfig config;
+    size_t B;                // largest batch
+    double gamma;            // DropIT: fraction dropped; 0: off
+    int strategy;            // MINK, FASTMINK, RANDOM
+    bool drop_all;           // also in the patch embedding and the head
+    int recompute;           // -r: 0 to 3
+    bool adamw;              // two moments, else one
+    bool stats;              // -stats: exact inputs are kept beside the dropped ones
+    size_t chunk_bytes;      // size of fch_gelu, the widest tensor of a block, in one chunk
+    unsigned long long seed;
+} DeitOptions;
+
+#define DEFAULT_CHUNK_BYTES ((size_t)32 << 20)
+#define STATS_SUMS 24 // six for each linear of a block
+
+typedef struct {
+    DeitOptions options;
+    size_t T, chunk_images;
+    ParameterSpec specs[NUM_PARAMETER_TENSORS];
+    size_t num_parameters, num_decayed; // elements with padding; the decayed tensors come first
+    ParameterTensors params;
+    GradientTensors grads;
+    ActivationTensors acts;
+    floatX* params_memory;
+    float *grads_memory, *master, *m, *v; // master == params_memory in fp32; v is NULL for SGD
+    // scratch
+    uint8_t* images;   // (B, S, S, CH) of the next batch
+    int *labels, *flips, *ranks; // (B)
+    float* losses;     // (B)
+    StepResult* result;
+    double* norm_partial;
+    floatX *tokens, *dresidual, *dbranch, *dqkv, *dfch, *dlnf;
+    float* partial;    // of column sums
+    Attention attention;
+    DropScratch drop_scratch;
+    float *stats_exact, *stats_kept; // weight gradients of one block, under -stats
+    double* stats_sums;
+    Plan plan;
+    const char* too_large; // a dropped tensor of 2^32 elements or more: indices have 32 bits
+    char* blocks[NUM_CATEGORIES];
+    unsigned drop_step; // counts forward passes of training, for the random strategy
+    bool stats_now;     // this step reports
+} DeitModel;
+
+template <class... Dims> static void set_shape(ParameterSpec* s, Dims... dims) {
+    const size_t shape[] = {(size_t)dims...};
+    s->dims = sizeof...(dims);
+    for (int i = 0; i < s->dims; i++) { s->shape[i] = shape[i]; }
+    s->n = numel(dims...);
+}
+#define IN_PARENTHESES(...) __VA_ARGS__
+
+// lays out the parameters: decayed tensors first, each 256 bytes aligned in floatX and in fp32
+static void deit_parameter_specs(DeitModel* model) {
+    const DeitConfig c = model->options.config;
+    const size_t C = c.channels, L = c.depth, V = c.num_classes, CH = c.image_channels, P = c.patch_size, T = model->T;
+    int n = 0;
+#define X(field, timm, copies_, shape_, decay_, init_) { \
+        ParameterSpec* s = &model->specs[n++]; \
+        s->name = timm; \
+        s->copies = (int)(copies_); \
+        s->decay = decay_; \
+        s->init = init_; \
+        set_shape(s, IN_PARENTHESES shape_); }
+    PARAMETERS(X)
+#undef X
+    size_t offset = 0;
+    for (int decay = 1; decay >= 0; decay--) {
+        for (int i = 0; i < n; i++) {
+            ParameterSpec* s = &model->specs[i];
+            if (s->decay != (decay == 1)) { continue; }
+            s->offset = offset;
+            offset += CEIL_DIV(s->copies * s->n, (size_t)128) * 128;
+        }
+        if (decay == 1) { model->num_decayed = offset; }
+    }
+    model->num_parameters = offset;
+}
+
+static void plan_activation(DeitModel* model, Activation* a, const char* name, const char* shape, size_t element, size_t copies, size_t n,
+                            int level, int cache, int next_id[2]) {
+    Plan* plan = &model->plan;
+    const DeitOptions* o = &model->options;
+    a->name = name;
+    a->n = n;
+    a->per_image = n / o->B;
+    a->element = element;
+    a->copies = (int)copies;
+    a->cached = o->recompute < level;
+    a->dropped = o->gamma > 0.0 && (cache == DROP || (cache == ALL && o->drop_all));
+    const size_t dense = copies * align_up(n * element), chunk = model->chunk_images * a->per_image * element;
+    if (!a->dropped) {
+        if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, dense, dense); }
+        else { plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, dense); }
+        return;
+    }
+    if (n >= (size_t)1 << 32) { model->too_large = name; }
+    Dropped* d = &a->dropit;
+    a->id = next_id[cache == ALL]++;
+    a->tiles = dropit_tiles(n);
+    d->n = n;
+    d->k = dropit_k(n, o->gamma, o->strategy);
+    const size_t thresholds = o->strategy == MINK ? 1 : a->tiles;
+    if (a->cached) {
+        a->words = dropit_words(n);
+        a->values = CEIL_DIV(d->k + 1, (size_t)128) * 128;
+        plan_add(plan, CACHED, name, ".values", shape, &d->values, copies * a->values * element, dense);
+        plan_add(plan, CACHED, name, ".bitmap", "1 bit an element", &d->bitmap, copies * a->words * sizeof(unsigned), 0);
+        plan_add(plan, CACHED, name, ".offsets", "4 bytes a tile", &d->offsets, copies * a->tiles * sizeof(unsigned), 0);
+    }
+    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, copies * thresholds * sizeof(Threshold), a->cached ? 0 : dense);
+    plan_add(plan, SCRATCH, name, ".batch", shape, &a->batch, (o->stats ? copies : 1) * align_up(n * element), 0);
+    plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, 0);
+}
+
+// fills model->plan for model->options
+static void deit_plan(DeitModel* model) {
+    const DeitOptions* o = &model->options;
+    const DeitConfig c = o->config;
+    Plan* plan = &model->plan;
+    const size_t B = o->B, C = c.channels, L = c.depth, NH = c.heads, V = c.num_classes, CH = c.image_channels, P = c.patch_size;
+    const size_t S = c.image_size, N = (S / P) * (S / P), T = N + 1;
+    memset(plan, 0, sizeof(*plan));
+    model->too_large = NULL;
+    model->T = T;
+    deit_parameter_specs(model);
+    // chunks of nearly equal size, none above chunk_bytes where a single image is not
+    size_t chunks = CEIL_DIV(B * T * 4*C * sizeof(floatX), o->chunk_bytes);
+    if (chunks > B) { chunks = B; }
+    const size_t I = model->chunk_images = CEIL_DIV(B, chunks);
+
+    const size_t n = model->num_parameters;
+    plan_add(plan, PARAMETERS_MEMORY, "parameters", "", "with padding", &model->params_memory, n * sizeof(floatX), n * sizeof(floatX));
+    plan_add(plan, GRADIENTS, "gradients", "", "fp32", &model->grads_memory, n * sizeof(float), n * sizeof(float));
+    plan_add(plan, OPTIMIZER, "momentum", "", "fp32", &model->m, n * sizeof(float), n * sizeof(float));
+    if (o->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, n * sizeof(float), n * sizeof(float)); }
+    if (sizeof(floatX) != sizeof(float)) {
+        plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, n * sizeof(float), n * sizeof(float));
+    }
+
+    // ids for the random strategy: 4 * block + (0 qkv, 1 proj, 2 fc1, 3 fc2), then the patch embedding, then the head
+    int next_id[2] = {0, 4 * c.depth};
+#define X(name, type, copies, shape, level, cache) \
+    plan_activation(model, &model->acts.name, #name, #copies " x " #shape, sizeof(type), copies, numel shape, level, cache, next_id);
+    ACTIVATIONS(X)
+#undef X
+
+    plan_add(plan, SCRATCH, "images", "", "(B, S, S, CH) bytes", &model->images, B * S * S * CH, 0);
+    plan_add(plan, SCRATCH, "labels", "", "(B)", &model->labels, B * sizeof(int), 0);
+    plan_add(plan, SCRATCH, "flips", "", "(B)", &model->flips, B * sizeof(int), 0);
+    plan_add(plan, SCRATCH, "ranks", "", "(B)", &model->ranks, B * sizeof(int), 0);
+    plan_add(plan, SCRATCH, "losses", "", "(B)", &model->losses, B * sizeof(float), 0);
+    plan_add(plan, SCRATCH, "result", "", "(1)", &model->result, sizeof(StepResult), 0);
+    plan_add(plan, SCRATCH, "norm partials", "", "fp64", &model->norm_partial, NORM_BLOCKS * sizeof(double), 0);
+    plan_add(plan, SCRATCH, "dresidual", "", "(B, T, C)", &model->dresidual, B * T * C * sizeof(floatX), 0);
+    // I images in a chunk
+    plan_add(plan, SCRATCH, "tokens", "", "(I, T-1, C)", &model->tokens, I * N * C * sizeof(floatX), 0);
+    plan_add(plan, SCRATCH, "dbranch", "", "(I, T, C)", &model->dbranch, I * T * C * sizeof(floatX), 0);
+    plan_add(plan, SCRATCH, "dqkv", "", "(I, T, 3*C)", &model->dqkv, I * T * 3*C * sizeof(floatX), 0);
+    plan_add(plan, SCRATCH, "dfch", "", "(I, T, 4*C)", &model->dfch, I * T * 4*C * sizeof(floatX), 0);
+    plan_add(plan, SCRATCH, "dlnf", "", "(B, C)", &model->dlnf, B * C * sizeof(floatX), 0);
+    size_t partial = column_sum_scratch(I * T, 4*C);
+    if (partial < 2 * column_sum_scratch(B, C)) { partial = 2 * column_sum_scratch(B, C); }
+    if (partial < column_sum_scratch(B, V)) { partial = column_sum_scratch(B, V); }
+    plan_add(plan, SCRATCH, "sum partials", "", "fp32", &model->partial, partial * sizeof(float), 0);
+
+    Attention* a = &model->attention;
+    a->heads = (int)NH;
+    a->T = (int)T;
+    a->HS = (int)(C / NH);
+    a->ld = (int)(CEIL_DIV(T, (size_t)VEC) * VEC);
+    a->max_images = (int)I;
+    const size_t squares = I * NH * T * a->ld;
+    plan_add(plan, SCRATCH, "scores", "", "(I, NH, T, T) fp32", &a->scores, squares * sizeof(float), 0);
+    plan_add(plan, SCRATCH, "dprobs", "", "(I, NH, T, T) fp32", &a->dprobs, squares * sizeof(float), 0);
+    if (sizeof(floatX) != sizeof(float)) {
+        plan_add(plan, SCRATCH, "probs", "", "(I, NH, T, T)", &a->probs, squares * sizeof(floatX), 0);
+        plan_add(plan, SCRATCH, "dscores", "", "(I, NH, T, T)", &a->dscores, squares * sizeof(floatX), 0);
+    }
+    plan_add(plan, SCRATCH, "head pointers", "", "(11, I, NH)", &a->pointers, NUM_ATTENTION_POINTERS * I * NH * sizeof(void*), 0);
+
+    DropScratch* d = &model->drop_scratch;
+    if (o->gamma > 0.0) {
+        size_t largest = B * T * 4*C;
+        if (o->drop_all && largest < B * N * CH*P*P) { largest = B * N * CH*P*P; }
+        plan_add(plan, SCRATCH, "search", "", "(1)", &d->search, sizeof(Search), 0);
+        plan_add(plan, SCRATCH, "histogram", "", "(2048)", &d->histogram, DROPIT_BINS * sizeof(unsigned), 0);
+        plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, dropit_tiles(largest) * sizeof(uint2), 0);
+    }
+    if (o->stats) {
+        plan_add(plan, SCRATCH, "stats exact", "", "12 C^2 fp32", &model->stats_exact, 12 * C * C * sizeof(float), 0);
+        plan_add(plan, SCRATCH, "stats kept", "", "12 C^2 fp32", &model->stats_kept, 12 * C * C * sizeof(float), 0);
+        plan_add(plan, SCRATCH, "stats sums", "", "fp64", &model->stats_sums, STATS_SUMS * sizeof(double), 0);
+    }
+    plan_add(plan, SCRATCH, "cuBLAS workspace", "", "bytes", &cublas_workspace, CUBLAS_WORKSPACE, 0);
+}
+
+// the largest batch whose plan fits into `bytes`; 0: none
+static size_t deit_largest_batch(DeitOptions options, size_t bytes) {
+    DeitModel* trial = (DeitModel*)calloc(1, sizeof(DeitModel));
+    size_t fits = 0;
+    for (size_t step = 1 << 20; step > 0; step /= 2) {
+        options.B = fits + step;
+        trial->options = options;
+        deit_plan(trial);
+        if (plan_total(&trial->plan) <= bytes && trial->too_large == NULL) { fits += step; }
+    }
+    free(trial);
+    return fits;
+}
+
+// allocates everything; fails with what is needed, what is there and what would fit
+static void deit_allocate(DeitModel* model) {
+    deit_plan(model);
+    require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)",
+            model->too_large);
+    size_t free_bytes, total_bytes;
+    const size_t need = plan_total(&model->plan);
+    cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
+    require(need <= free_bytes, "%zu bytes of device memory are needed, %zu are free; the largest batch that fits is -b %zu, and -r %d or -g "
+            "lower the need", need, free_bytes, deit_largest_batch(model->options, free_bytes), model->options.recompute < 3 ? 3 : 2);
+    plan_allocate(&model->plan, model->blocks);
+    if (sizeof(floatX) == sizeof(float)) {
+        model->master = (float*)model->params_memory;
+        model->attention.probs = (floatX*)model->attention.scores;
+        model->attention.dscores = (floatX*)model->attention.dprobs;
+    }
+    int n = 0;
+#define X(name, ...) \
+    model->params.name = model->params_memory + model->specs[n].offset; \
+    model->grads.name = model->grads_memory + model->specs[n].offset; \
+    n++;
+    PARAMETERS(X)
+#undef X
+    const size_t bytes = model->num_parameters * sizeof(float);
+    cudaCheck(cudaMemsetAsync(model->params_memory, 0, model->num_parameters * sizeof(floatX), main_stream)); // padding takes part in updates
+    cudaCheck(cudaMemsetAsync(model->grads_memory, 0, bytes, main_stream));
+    cudaCheck(cudaMemsetAsync(model->m, 0, bytes, main_stream));
+    if (model->v != NULL) { cudaCheck(cudaMemsetAsync(model->v, 0, bytes, main_stream)); }
+    cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
+    model->drop_scratch.not_finite = &model->result->not_finite;
+    // fastmink and random: every tile keeps a number known beforehand
+    Activation* acts = (Activation*)&model->acts;
+    for (int i = 0; i < NUM_ACTIVATION_TENSORS; i++) {
+        const Activation* a = &acts[i];
+        if (a->dropped && a->cached && model->options.strategy != MINK) {
+            unsigned* offsets = (unsigned*)malloc(a->copies * a->tiles * sizeof(unsigned));
+            for (size_t t = 0; t < a->copies * a->tiles; t++) {
+                offsets[t] = (unsigned)(t % a->tiles * dropit_keep(DROPIT_TILE, model->options.gamma));
+            }
+            cudaCheck(cudaMemcpy(a->dropit.offsets, offsets, a->copies * a->tiles * sizeof(unsigned), cudaMemcpyHostToDevice));
+            free(offsets);
+        }
+    }
+    cudaCheck(cudaStreamSynchronize(main_stream));
+}
+
+static void deit_free(DeitModel* model) {
+    for (int c = 0; c < NUM_CATEGORIES; c++) { cudaCheck(cudaFree(model->blocks[c])); }
+}
+
+// name of copy l of a parameter, as timm writes it
+static const char* parameter_name(const ParameterSpec* s, int l) {
+    static char name[64];
+    snprintf(name, sizeof(name), s->name, l);
+    return name;
+}
+
+// copies host values (num_parameters) to the device, as masters and rounded
+static void deit_set_parameters(DeitModel* model, const float* values) {
+    const size_t n = model->num_parameters;
+    floatX* rounded = (floatX*)malloc(n * sizeof(floatX));
+    require(rounded != NULL, "out of host memory for %zu parameters", n);
+    for (size_t i = 0; i < n; i++) { rounded[i] = (floatX)values[i]; }
+    cudaCheck(cudaMemcpy(model->params_memory, rounded, n * sizeof(floatX), cudaMemcpyHostToDevice));
+    if ((void*)model->master != (void*)model->params_memory) {
+        cudaCheck(cudaMemcpy(model->master, values, n * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    free(rounded);
+}
+
+// initial values as timm chooses them, drawn by Philox(seed, RNG_INIT, tensor, element)
+static void deit_init_parameters(DeitModel* model) {
+    float* values = (float*)calloc(model->num_parameters, sizeof(float));
+    require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+    const double bound = 1.0 / sqrt((double)model->specs[PARAM_patchw].n / model->specs[PARAM_patchw].shape[0]);
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        for (size_t j = 0; j < s->copies * s->n; j++) {
+            const uint4 u = philox(model->options.seed, RNG_INIT, i, j);
+            values[s->offset + j] = (float)(s->init == INIT_ONE ? 1.0
+                                          : s->init == INIT_NORMAL ? 0.02 * normal(u)
+                                          : s->init == INIT_TINY ? 1e-6 * normal(u)
+                                          : s->init == INIT_FAN_IN ? bound * (2.0 * uniform(u.x) - 1.0) : 0.0);
+        }
+    }
+    deit_set_parameters(model, values);
+    free(values);
+}
+
+// parameters by their timm names, each with `prefix` before it ("" for weights, "param." in a dump)
+static void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
+    float* values = (float*)calloc(model->num_parameters, sizeof(float));
+    require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+    int wrong = 0, found = 0;
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        for (int l = 0; l < s->copies; l++) {
+            char name[96];
+            snprintf(name, sizeof(name), "%s%s", prefix, parameter_name(s, l));
+            const StTensor* t = safetensors_find(st, name);
+            bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == s->dims;
+            for (int d = 0; fits && d < s->dims; d++) { fits = t->shape[d] == s->shape[d]; }
+            if (fits) {
+                memcpy(values + s->offset + l * s->n, safetensors_data(st, t), s->n * sizeof(float));
+                found++;
+                continue;
+            }
+            fprintf(stderr, "%s: %s: %s, expected F32 (", st->file.path, name, t == NULL ? "missing" : "has another type or shape");
+            for (int d = 0; d < s->dims; d++) { fprintf(stderr, "%s%zu", d ? ", " : "", s->shape[d]); }
+            fprintf(stderr, ")\n");
+            wrong++;
+        }
+    }
+    int extra = 0;
+    for (int i = 0; prefix[0] == 0 && i < st->num_tensors; i++) { extra++; }
+    require(wrong == 0 && (prefix[0] != 0 || extra == found), "%s: %d tensors are missing or do not fit, %d of its tensors are not of this "
+            "model; check -m, -size, -patch, -chans and -classes", st->file.path, wrong, prefix[0] == 0 ? extra - found : 0);
+    deit_set_parameters(model, values);
+    free(values);
+}
+
+// ----------------------------------------------------------------------------
+// forward and backward passes
+
+// where image b0 of copy l of an activation is written in the forward pass, or recomputed and read in the backward pass
+static char* activation_at(const DeitModel* model, const Activation* a, int l, size_t b0, bool backward) {
+    if (a->cached && !a->dropped) { return a->data + l * align_up(a->n * a->element) + b0 * a->per_image * a->element; }
+    if (a->dropped && !backward) { return a->batch + (model->options.stats ? l : 0) * align_up(a->n * a->element) + b0 * a->per_image * a->element; }
+    return a->chunk;
+}
+
+static Dropped dropped_copy(const DeitModel* model, const Activation* a, int l) {
+    Dropped d = a->dropit;
+    d.thresholds += l * (model->options.strategy == MINK ? 1 : a->tiles);
+    if (a->cached) {
+        d.offsets += l * a->tiles;
+        d.bitmap += l * a->words;
+        d.values += l * a->values;
+    }
+    return d;
+}
+
+static DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
+    return DropRule{model->options.strategy, model->options.seed ^ (unsigned long long)(a->id + 4 * l + 1) << 32, model->drop_step};
+}
+
+// chooses what is kept of copy l, once the whole tensor has been computed
+static void drop_activation(const DeitModel* model, const Activation* a, int l) {
+    if (!a->dropped) { return; }
+    const Dropped d = dropped_copy(model, a, l);
+    dropit_select(&d, &model->drop_scratch, (const floatX*)activation_at(model, a, l, 0, false), model->options.gamma, drop_rule(model, a, l),
+                  main_stream);
+}
+
+// Images b0 .. b0+nb-1 through block l. With recompute only what is not cached is computed, by the same calls: the same bits
+static void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute) {
+    const size_t C = model->options.config.channels, T = model->T, rows = nb * T;
+    const ParameterTensors* p = &model->params;
+    ActivationTensors* acts = &model->acts;
+    const int level = recompute ? model->options.recompute : NEVER;
+#define AT(type, name) ((type*)activation_at(model, &acts->name, l, b0, recompute))
+    floatX* residual = AT(floatX, residual);
+    floatX *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv), *atty = AT(floatX, atty), *residual2 = AT(floatX, residual2);
+    floatX *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch), *fch_gelu = AT(floatX, fch_gelu);
+    if (level >= 1) { layernorm_forward(ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w + l*C, p->ln1b + l*C, rows, C, C); }
+    if (level >= 2) { linear_forward(qkv, ln1, p->qkvw + l * 3*C*C, p->qkvb + l * 3*C, NULL, rows, C, 3*C); }
+    if (level >= 3) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
+    if (level >= 3) { linear_forward(residual2, atty, p->projw + l * C*C, p->projb + l*C, residual, rows, C, C); }
+    if (level >= 1) { layernorm_forward(ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w + l*C, p->ln2b + l*C, rows, C, C); }
+    if (level >= 2) { linear_forward(fch, ln2, p->fc1w + l * 4*C*C, p->fc1b + l * 4*C, NULL, rows, C, 4*C); }
+    if (level >= 1) { gelu_forward(fch_gelu, fch, rows * 4*C); }
+#undef AT
+    if (!recompute) {
+        floatX* out = (floatX*)activation_at(model, &acts->residual, l + 1, b0, false);
+        linear_forward(out, fch_gelu, p->fc2w + l * 4*C*C, p->fc2b + l*C, residual2, rows, 4*C, C);
+    }
+}
+
+// logits of the n <= B images whose patches and labels are on the device. training: DropIT chooses from the cached inputs
+static void deit_forward(DeitModel* model, size_t n, bool training) {
+    const DeitConfig c = model->options.config;
+    const size_t C = c.channels, T = model->T, V = c.num_classes, K = (size_t)c.image_channels * c.patch_size * c.patch_size;
+    const ParameterTensors* p = &model->params;
+    ActivationTensors* acts = &model->acts;
+    const size_t I = model->chunk_images;
+    for (size_t b0 = 0; b0 < n; b0 += I) {
+        const size_t nb = n - b0 < I ? n - b0 : I;
+        const floatX* patches = (const floatX*)activation_at(model, &acts->patches, 0, b0, false);
+        linear_forward(model->tokens, patches, p->patchw, p->patchb, NULL, nb * (T-1), K, C);
+        floatX* out = (floatX*)activation_at(model, &acts->residual, 0, b0, false);
+        embed_kernel<<<CEIL_DIV(nb*T*C, (size_t)256), 256, 0, main_stream>>>(out, model->tokens, p->cls, p->pos, nb*T*C, (int)T, (int)C);
+        kernelCheck();
+    }
+    if (training) { drop_activation(model, &acts->patches, 0); }
+    for (int l = 0; l < c.depth; l++) {
+        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, n - b0 < I ? n - b0 : I, false); }
+        if (training) {
+            drop_activation(model, &acts->ln1, l);
+            drop_activation(model, &acts->atty, l);
+            drop_activation(model, &acts->ln2, l);
+            drop_activation(model, &acts->fch_gelu, l);
+        }
+    }
+    // the head reads the class token alone, so the last norm is taken of that row only: rows T*C apart
+    floatX* lnf = (floatX*)activation_at(model, &acts->lnf, 0, 0, false);
+    layernorm_forward(lnf, (float*)acts->lnf_mean.data, (float*)acts->lnf_rstd.data,
+                      (floatX*)activation_at(model, &acts->residual, c.depth, 0, false), p->lnfw, p->lnfb, n, C, T*C);
+    linear_forward((floatX*)acts->logits.data, lnf, p->headw, p->headb, NULL, n, C, V);
+    if (training) { drop_activation(model, &acts->lnf, 0); }
+}
+
+// sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports, not for speed
+template <class T> __global__ void dot_kernel(double* sums, const T* a, const T* b, size_t n) {
+    __shared__ double of[3][128];
+    const int t = threadIdx.x;
+    double ab = 0.0, aa = 0.0, bb = 0.0;
+    for (size_t i = t; i < n; i += 128) {
+        const double x = (float)a[i], y = (float)b[i];
+        ab += x * y;
+        aa += x * x;
+        bb += y * y;
+    }
+    of[0][t] = ab;
+    of[1][t] = aa;
+    of[2][t] = bb;
+    __syncthreads();
+    if (t < 3) {
+        for (int i = 0; i < 128; i++) { sums[t] += of[t][i]; }
+    }
+}
+
+// -stats, for the four linears of a block: where each keeps its weight gradients in units of C^2, and their size
+static const int stats_offset[4] = {0, 3, 4, 8}, stats_size[4] = {3, 1, 4, 4};
+
+static void stats_clear(DeitModel* model) {
+    const size_t bytes = 12 * sizeof(float) * model->options.config.channels * model->options.config.channels;
+    cudaCheck(cudaMemsetAsync(model->stats_kept, 0, bytes, main_stream));
+    cudaCheck(cudaMemsetAsync(model->stats_exact, 0, bytes, main_stream));
+    cudaCheck(cudaMemsetAsync(model->stats_sums, 0, STATS_SUMS * sizeof(double), main_stream));
+}
+
+// adds a chunk: x as DropIT has it, exact as it was; x and exact (rows, C), dout (rows, OC)
+static void stats_add(DeitModel* model, const Activation* a, const floatX* x, const floatX* exact, const floatX* dout, size_t rows,
+                      size_t C, size_t OC) {
+    const size_t offset = stats_offset[a->id] * (size_t)model->options.config.channels * model->options.config.channels;
+    linear_backward_weight(model->stats_kept + offset, dout, x, rows, C, OC);
+    linear_backward_weight(model->stats_exact + offset, dout, exact, rows, C, OC);
+    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(model->stats_sums + 6 * a->id, x, exact, rows * C);
+    kernelCheck();
+}
+
+// prints what DropIT kept of the inputs of block l, and what that does to its weight gradients
+static void stats_report(DeitModel* model, int l) {
+    const Activation* const inputs[4] = {&model->acts.ln1, &model->acts.atty, &model->acts.ln2, &model->acts.fch_gelu};
+    const size_t square = (size_t)model->options.config.channels * model->options.config.channels;
+    double sums[STATS_SUMS];
+    for (int i = 0; i < 4; i++) {
+        dot_kernel<float><<<1, 128, 0, main_stream>>>(model->stats_sums + 6 * i + 3, model->stats_kept + stats_offset[i] * square,
+                                                      model->stats_exact + stats_offset[i] * square, stats_size[i] * square);
+        kernelCheck();
+    }
+    cudaCheck(cudaMemcpyAsync(sums, model->stats_sums, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    for (int i = 0; i < 4; i++) {
+        const double *x = sums + 6 * i, *dw = x + 3;
+        printf("stats block %2d %-8s | kept %6.2f %% of the elements, %6.2f %% of the sum of squares | cosine of dW with the exact %.4f\n",
+               l, inputs[i]->name, 100.0 * inputs[i]->dropit.k / inputs[i]->dropit.n, 100.0 * x[1] / x[2], dw[0] / sqrt(dw[1] * dw[2]));
+    }
+}
+
+// dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 with `tokens` rows each.
+// X is copy l of the activation as the backward pass has it: dense, unpacked, or recomputed and masked
+static void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweight, float* dbias, const floatX* dout,
+                            size_t b0, size_t nb, size_t tokens, size_t C, size_t OC) {
+    floatX* x = (floatX*)activation_at(model, a, l, b0, true);
+    if (a->dropped) {
+        const Dropped d = dropped_copy(model, a, l);
+        const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
+        if (a->cached) { dropit_unpack(x, &d, begin, end, main_stream); }
+        else { dropit_mask(x, &d, begin, end, drop_rule(model, a, l), main_stream); }
+        if (model->stats_now && a->id < 4) { // of the blocks, not of patch embedding and head
+            stats_add(model, a, x, (const floatX*)activation_at(model, a, l, b0, false), dout, nb * tokens, C, OC);
+        }
+    }
+    linear_backward_weight(dweight, dout, x, nb * tokens, C, OC);
+    column_sum(dbias, dout, model->partial, nb * tokens, OC);
+}
+
+// gradients of block l for images b0 .. b0+nb-1; dresidual holds the gradient of the block's output, and then of its input
+static void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
+    const size_t C = model->options.config.channels, T = model->T, rows = nb * T;
+    const ParameterTensors* p = &model->params;
+    const GradientTensors* g = &model->grads;
+    ActivationTensors* acts = &model->acts;
+    floatX *dres = model->dresidual + b0 * T*C, *dbranch = model->dbranch, *dqkv = model->dqkv, *dfch = model->dfch;
+    block_forward(model, l, b0, nb, true);
+#define AT(type, name) ((type*)activation_at(model, &acts->name, l, b0, true))
+    // the mlp: residual + fc2(gelu(fc1(ln2(residual2))))
+    weight_gradient(model, &acts->fch_gelu, l, g->fc2w + l * 4*C*C, g->fc2b + l*C, dres, b0, nb, T, 4*C, C);
+    linear_backward_input(dfch, dres, p->fc2w + l * 4*C*C, rows, 4*C, C);
+    gelu_backward(dfch, AT(floatX, fch), rows * 4*C);
+    weight_gradient(model, &acts->ln2, l, g->fc1w + l * 4*C*C, g->fc1b + l * 4*C, dfch, b0, nb, T, C, 4*C);
+    linear_backward_input(dbranch, dfch, p->fc1w + l * 4*C*C, rows, C, 4*C);
+    layernorm_backward(dres, g->ln2w + l*C, g->ln2b + l*C, model->partial, dbranch, AT(floatX, residual2), p->ln2w + l*C,
+                       AT(float, ln2_mean), AT(float, ln2_rstd), rows, C, C);
+    // attention: residual + proj(attention(qkv(ln1(residual))))
+    weight_gradient(model, &acts->atty, l, g->projw + l * C*C, g->projb + l*C, dres, b0, nb, T, C, C);
+    linear_backward_input(dbranch, dres, p->projw + l * C*C, rows, C, C);
+    attention_backward(dqkv, dbranch, AT(floatX, qkv), AT(float, lse), &model->attention, (int)nb);
+    weight_gradient(model, &acts->ln1, l, g->qkvw + l * 3*C*C, g->qkvb + l * 3*C, dqkv, b0, nb, T, C, 3*C);
+    linear_backward_input(dbranch, dqkv, p->qkvw + l * 3*C*C, rows, C, 3*C);
+    layernorm_backward(dres, g->ln1w + l*C, g->ln1b + l*C, model->partial, dbranch, AT(floatX, residual), p->ln1w + l*C,
+                       AT(float, ln1_mean), AT(float, ln1_rstd), rows, C, C);
+#undef AT
+}
+
+// grads += gradients of the loss, after deit_forward and deit_loss on a whole batch
+static void deit_backward(DeitModel* model) {
+    const DeitConfig c = model->options.config;
+    const size_t B = model->options.B, C = c.channels, T = model->T, V = c.num_classes;
+    const size_t K = (size_t)c.image_channels * c.patch_size * c.patch_size, I = model->chunk_images;
+    const ParameterTensors* p = &model->params;
+    const GradientTensors* g = &model->grads;
+    ActivationTensors* acts = &model->acts;
+    const floatX* dlogits = (const floatX*)acts->logits.data;
+    for (size_t b0 = 0; b0 < B; b0 += I) {
+        weight_gradient(model, &acts->lnf, 0, g->headw, g->headb, dlogits + b0 * V, b0, B - b0 < I ? B - b0 : I, 1, C, V);
+    }
+    linear_backward_input(model->dlnf, dlogits, p->headw, B, C, V);
+    // only the class tokens' rows of the last residual have a gradient yet
+    cudaCheck(cudaMemsetAsync(model->dresidual, 0, B*T*C * sizeof(floatX), main_stream));
+    layernorm_backward(model->dresidual, g->lnfw, g->lnfb, model->partial, model->dlnf,
+                       (floatX*)activation_at(model, &acts->residual, c.depth, 0, true), p->lnfw, (float*)acts->lnf_mean.data,
+                       (float*)acts->lnf_rstd.data, B, C, T*C);
+    for (int l = c.depth - 1; l >= 0; l--) {
+        if (model->stats_now) { stats_clear(model); }
+        for (size_t b0 = 0; b0 < B; b0 += I) { block_backward(model, l, b0, B - b0 < I ? B - b0 : I); }
+        if (model->stats_now) { stats_report(model, l); }
+    }
+    for (size_t b0 = 0; b0 < B; b0 += I) {
+        const size_t nb = B - b0 < I ? B - b0 : I, n = nb * (T-1) * C;
+        const floatX* dres = model->dresidual + b0 * T*C;
+        embed_backward_positions_kernel<<<CEIL_DIV(T*C, (size_t)64), 64, 0, main_stream>>>(g->pos, g->cls, dres, (int)nb, (int)T, (int)C);
+        embed_backward_tokens_kernel<<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(model->tokens, dres, n, (int)T, (int)C);
+        kernelCheck();
+        weight_gradient(model, &acts->patches, 0, g->patchw, g->patchb, model->tokens, b0, nb, T-1, K, C);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// one step
+
+// normalised patches of the n images in model->images
+static void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
+    const DeitConfig c = model->options.config;
+    const size_t elements = n * model->acts.patches.per_image;
+    floatX* patches = (floatX*)activation_at(model, &model->acts.patches, 0, 0, false);
+    patchify_kernel<<<CEIL_DIV(elements, (size_t)256), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements,
+                                                                             c.image_size, c.patch_size, c.image_channels);
+    kernelCheck();
+}
+
+// adds the loss of n images to model->result, and turns the logits into their gradient, scaled
+static void deit_loss(DeitModel* model, size_t n, float smoothing, float scale) {
+    cross_entropy(model->result, model->losses, model->ranks, (floatX*)model->acts.logits.data, model->labels, (int)n,
+                  model->options.config.num_classes, smoothing, scale);
+}
+
+static void deit_zero_gradients(DeitModel* model) {
+    cudaCheck(cudaMemsetAsync(model->grads_memory, 0, model->num_parameters * sizeof(float), main_stream));
+    cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
+}
+
+// step counts from 1
+static void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
+    const size_t decayed = model->num_decayed, n = model->num_parameters;
+    OptimizerConfig no_decay = o;
+    no_decay.weight_decay = 0.0;
+    gradient_norm(model->result, model->norm_partial, model->grads_memory, n);
+    optimizer_update(model->params_memory, model->master, model->m, model->v, model->grads_memory, decayed, model->result, o, lr, step);
+    optimizer_update(model->params_memory + decayed, model->master + decayed, model->m + decayed, model->v == NULL ? NULL : model->v + decayed,
+                     model->grads_memory + decayed, n - decayed, model->result, no_decay, lr, step);
+}
+
+// what the device has added up since deit_zero_gradients; waits for it
+static StepResult deit_result(const DeitModel* model) {
+    StepResult result;
+    cudaCheck(cudaMemcpyAsync(&result, model->result, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    return result;
+}
+
+template <class T> static bool all_finite(const void* device, size_t n) {
+    T* host = (T*)malloc(n * sizeof(T));
+    require(host != NULL, "out of host memory for %zu elements", n);
+    cudaCheck(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) { finite = finite && isfinite((float)host[i]); }
+    free(host);
+    return finite;
+}
+
+// the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
+static const char* deit_not_finite(const DeitModel* model) {
+    static char name[80];
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        for (int l = 0; l < s->copies; l++) {
+            if (!all_finite<floatX>(model->params_memory + s->offset + l * s->n, s->n)) {
+                snprintf(name, sizeof(name), "parameter %s", parameter_name(s, l));
+                return name;
+            }
+        }
+    }
+    const Activation* acts = (const Activation*)&model->acts;
+    for (int l = 0; l <= model->options.config.depth; l++) {
+        for (int i = 0; i < NUM_ACTIVATION_TENSORS; i++) {
+            const Activation* a = &acts[i];
+            // tensors of one copy follow the last block, but for the patches, which come first
+            const int copy = a->copies > 1 ? l : i == ACT_patches ? (l == 0 ? 0 : -1) : (l == model->options.config.depth ? 0 : -1);
+            if (copy < 0 || copy >= a->copies || !a->cached) { continue; }
+            const Dropped d = dropped_copy(model, a, copy);
+            const bool finite = a->dropped ? all_finite<floatX>(d.values, d.k)
+                              : a->element == sizeof(float) ? all_finite<float>(a->data + copy * align_up(a->n * a->element), a->n)
+                                                            : all_finite<floatX>(a->data + copy * align_up(a->n * a->element), a->n);
+            if (!finite) {
+                snprintf(name, sizeof(name), "activation %s, copy %d", a->name, copy);
+                return name;
+            }
+        }
+    }
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        for (int l = 0; l < s->copies; l++) {
+            if (!all_finite<float>(model->grads_memory + s->offset + l * s->n, s->n)) {
+                snprintf(name, sizeof(name), "gradient of %s", parameter_name(s, l));
+                return name;
+            }
+        }
+    }
+    return "no stored tensor";
+}
+
+static void device_open(void) {
+    int devices = 0;
+    cudaDeviceProp properties;
+    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
+    cudaCheck(cudaSetDevice(0));
+    cudaCheck(cudaGetDeviceProperties(&properties, 0));
+    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with `make PRECISION=FP32`",
+            properties.name, properties.major, properties.minor);
+    cudaCheck(cudaStreamCreate(&main_stream));
+    cublasCheck(cublasCreate(&cublas_handle));
+    cublasCheck(cublasSetStream(cublas_handle, main_stream));
+    cublasCheck(cublasLtCreate(&cublaslt_handle));
+    printf("device: %s, " PRECISION_NAME "\n", properties.name);
+}
+
+#ifndef TESTING
+// everything below is skipped when test_deit.cu includes this file
+
+// ---- shared: command line --------------------------------------------------
+// one table: the parser and the usage text are generated from it, so they cannot disagree
+typedef struct {
+    const char* flag;
+    char type;        // 'i' int, 'f' double, 's' string
+    void* value;      // holds the default until it is parsed
+    const char* help;
+    double low, high; // of numbers
+} Option;
+
+static void usage(FILE* out, const char* program, const Option* options, int n) {
+    fprintf(out, "usage: %s [flag value] ...\n", program);
+    for (int i = 0; i < n; i++) {
+        const Option* o = &options[i];
+        fprintf(out, "  %-10s %s (default ", o->flag, o->help);
+        if (o->type == 'i') { fprintf(out, "%d)\n", *(int*)o->value); }
+        else if (o->type == 'f') { fprintf(out, "%g)\n", *(double*)o->value); }
+        else { fprintf(out, "%s)\n", **(const char***)&o->value ? *(const char**)o->value : "none"); }
+    }
+}
+
+static void parse_options(int argc, char** argv, const Option* options, int n) {
+    for (int i = 1; i < argc; i += 2) {
+        if (strcmp(argv[i], "-h") == 0) {
+            usage(stdout, argv[0], options, n);
+            exit(EXIT_SUCCESS);
+        }
+        const Option* o = NULL;
+        for (int j = 0; j < n; j++) { if (strcmp(argv[i], options[j].flag) == 0) { o = &options[j]; } }
+        require(o != NULL, "unknown flag %s; %s -h lists the flags", argv[i], argv[0]);
+        require(i + 1 < argc, "flag %s lacks its value; %s -h lists the flags", argv[i], argv[0]);
+        const char* arg = argv[i+1];
+        if (o->type == 's') {
+            *(const char**)o->value = arg;
+            continue;
+        }
+        char* end;
+        const double v = strtod(arg, &end);
+        require(end != arg && *end == 0, "%s wants a number, got '%s'", o->flag, arg);
+        require(v >= o->low && v <= o->high, "%s must be between %g and %g, got %s", o->flag, o->low, o->high, arg); // a NaN fails
+        if (o->type == 'f') { *(double*)o->value = v; continue; }
+        require(v == (int)v, "%s wants a whole number, got '%s'", o->flag, arg);
+        *(int*)o->value = (int)v;
+    }
+}
+
+// "24GiB", "512MiB", "1000000"
+static size_t parse_bytes(const char* text) {
+    char* end;
+    const double v = strtod(text, &end);
+    const double unit = strcmp(end, "GiB") == 0 ? 1073741824.0 : strcmp(end, "MiB") == 0 ? 1048576.0 : *end == 0 ? 1.0 : 0.0;
+    require(end != text && unit > 0.0 && v >= 0.0 && v * unit < 1e18, "-plan wants 1 or a memory size such as 24GiB or 512MiB, got '%s'", text);
+    return (size_t)(v * unit);
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static int by_value(const void* a, const void* b) {
+    const double x = *(const double*)a, y = *(const double*)b;
+    return x < y ? -1 : x > y;
+}
+// ---- end shared: command line ----------------------------------------------
+
+// ---- shared: data loader ---------------------------------------------------
+// Batches are consecutive slices of the epoch's permutation; what does not fill a batch at its end is dropped.
+typedef struct {
+    Shard shard;
+    unsigned* order;      // (images) of the current epoch
+    uint8_t* pixels;      // pinned, one batch
+    int *labels, *flips;  // pinned, one batch
+} Loader;
+
+static void loader_open(Loader* loader, Shard shard, size_t B) {
+    const ShardHeader* h = shard.header;
+    loader->shard = shard;
+    loader->order = (unsigned*)malloc(h->images * sizeof(unsigned));
+    require(loader->order != NULL, "out of host memory for the order of %u images", h->images);
+    for (unsigned i = 0; i < h->images; i++) { loader->order[i] = i; }
+    cudaCheck(cudaMallocHost((void**)&loader->pixels, B * shard.entries[0].height * shard.entries[0].width * h->channels));
+    cudaCheck(cudaMallocHost((void**)&loader->labels, B * sizeof(int)));
+    cudaCheck(cudaMallocHost((void**)&loader->flips, B * sizeof(int)));
+}
+
+// images first .. first+n-1 of the order, to the device; flip: mirror half of them, chosen by Philox(seed, RNG_AUGMENT, epoch, place)
+static void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size_t first, size_t n, bool flip,
+                         unsigned long long seed, unsigned epoch) {
+    const ShardEntry* entries = loader->shard.entries;
+    const size_t bytes = (size_t)entries[0].height * entries[0].width * loader->shard.header->channels;
+    cudaCheck(cudaStreamSynchronize(main_stream)); // the pinned buffers may still be read
+    for (size_t i = 0; i < n; i++) {
+        const ShardEntry* e = &entries[loader->order[first + i]];
+        memcpy(loader->pixels + i * bytes, loader->shard.file.data + e->offset, bytes);
+        loader->labels[i] = e->label;
+        loader->flips[i] = flip && (philox(seed, RNG_AUGMENT, epoch, first + i).x & 1);
+    }
+    cudaCheck(cudaMemcpyAsync(images, loader->pixels, n * bytes, cudaMemcpyHostToDevice, main_stream));
+    cudaCheck(cudaMemcpyAsync(labels, loader->labels, n * sizeof(int), cudaMemcpyHostToDevice, main_stream));
+    cudaCheck(cudaMemcpyAsync(flips, loader->flips, n * sizeof(int), cudaMemcpyHostToDevice, main_stream));
+}
+
+static PixelStats shard_stats(const Shard* shard) {
+    PixelStats stats;
+    memcpy(stats.mean, shard->header->mean, sizeof(stats.mean));
+    memcpy(stats.std, shard->header->std, sizeof(stats.std));
+    return stats;
+}
+// ---- end shared: data loader -----------------------------------------------
+
+// a shard must hold what the model takes
+static Shard open_shard(const char* path, DeitConfig c) {
+    Shard shard = shard_open(path);
+    const ShardHeader* h = shard.header;
+    require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
+    require(h->channels == (unsigned)c.image_channels, "%s has images of %u channels, the model takes %d; set -chans", path, h->channels, c.image_channels);
+    require(h->classes == (unsigned)c.num_classes, "%s has %u classes, the model %d; set -classes", path, h->classes, c.num_classes);
+    for (uint32_t i = 0; i < h->images; i++) {
+        require(shard.entries[i].height == (unsigned)c.image_size && shard.entries[i].width == (unsigned)c.image_size,
+                "%s: image %u is %u x %u, the model takes %d x %d; set -size or make a shard of that size", path, i,
+                shard.entries[i].height, shard.entries[i].width, c.image_size, c.image_size);
+    }
+    return shard;
+}
+
+typedef struct {
+    double loss, top1, top5;
+} Evaluation;
+
+// mean loss and accuracies over a whole shard, in its order
+static Evaluation evaluate(DeitModel* model, Loader* loader) {
+    const size_t images = loader->shard.header->images, B = model->options.B;
+    const PixelStats stats = shard_stats(&loader->shard);
+    cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
+    for (size_t first = 0; first < images; first += B) {
+        const size_t n = images - first < B ? images - first : B;
+        loader_batch(loader, model->images, model->labels, model->flips, first, n, false, 0, 0);
+        deit_patchify(model, stats, n);
+        deit_forward(model, n, false);
+        deit_loss(model, n, 0.0f, 1.0f);
+    }
+    const StepResult r = deit_result(model);
+    return Evaluation{r.loss / images, (double)r.top1 / images, (double)r.top5 / images};
+}
+
+int main(int argc, char** argv) {
+    const char *model_name = "deit_nano", *train_path = "data/fashion_train.bin", *val_path = "data/fashion_val.bin";
+    const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0";
+    int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
+    int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
+    double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
+    const Option options[] = {
+        {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
+        {"-i",        's', &train_path,     "training shard", 0, 0},
+        {"-j",        's', &val_path,       "validation shard", 0, 0},
+        {"-o",        's', &output,         "output directory, for main.log", 0, 0},
+        {"-b",        'i', &B,              "batch size", 1, 1 << 20},
+        {"-a",        'i', &accumulation,   "gradient accumulation: batches a step", 1, 1 << 20},
+        {"-e",        'i', &epochs,         "epochs", 1, 1 << 20},
+        {"-x",        'i', &max_steps,      "stop after this many steps, 0: after the epochs", 0, 2e9},
+        {"-l",        'f', &lr,             "learning rate", 0, 1e6},
+        {"-opt",      's', &optimizer,      "optimizer: adamw, sgd", 0, 0},
+        {"-wd",       'f', &weight_decay,   "weight decay", 0, 1e6},
+        {"-beta1",    'f', &beta1,          "AdamW: decay of the first moment", 0, 0.999999},
+        {"-beta2",    'f', &beta2,          "AdamW: decay of the second moment", 0, 0.9999999},
+        {"-momentum", 'f', &momentum,       "SGD: momentum", 0, 0.999999},
+        {"-warmup",   'i', &warmup,         "steps of linear warm-up before the cosine", 0, 2e9},
+        {"-clip",     'f', &clip,           "largest norm of the gradient, 0: no clipping", 0, 1e30},
+        {"-smoothing", 'f', &smoothing,     "label smoothing", 0, 0.999999},
+        {"-flip",     'i', &flip,           "1: mirror half of the training images", 0, 1},
+        {"-g",        'f', &gamma,          "DropIT: fraction of each cached input to drop, 0: off", 0, 0.99999999},
+        {"-s",        's', &strategy,       "DropIT: mink, fastmink, random", 0, 0},
+        {"-g_all",    'i', &drop_all,       "DropIT: 1: also in patch embedding and head", 0, 1},
+        {"-stats",    'i', &stats,          "DropIT: report what is kept every N steps, 0: never", 0, 2e9},
+        {"-r",        'i', &recompute,      "recompute in the backward pass: 0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block", 0, 3},
+        {"-w",        's', &weights,        "initial weights (.safetensors)", 0, 0},
+        {"-v",        'i', &evaluate_every, "evaluate every N epochs, and at the end; 0: only at the end", 0, 1 << 20},
+        {"-eval",     'i', &evaluate_only,  "1: evaluate only", 0, 1},
+        {"-seed",     'i', &seed,           "seed of all random choices", 0, 2e9},
+        {"-size",     'i', &size,           "image size, 0: the model's", 0, 65535},
+        {"-patch",    'i', &patch,          "patch size, 0: the model's", 0, 65535},
+        {"-chans",    'i', &image_channels, "image channels, 0: the model's", 0, 4},
+        {"-classes",  'i', &classes,        "classes, 0: the model's", 0, 1 << 24},
+        {"-plan",     's', &plan,           "1: print the memory plan and exit; 24GiB: also the largest batch that fits", 0, 0},
+        {"-bench",    'i', &bench,          "time this many steps on random images and exit", 0, 1 << 20},
+    };
+    parse_options(argc, argv, options, sizeof(options) / sizeof(options[0]));
+
+    DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
+    DeitOptions* o = &model->options;
+    bool known = false;
+    for (size_t i = 0; i < sizeof(deit_presets) / sizeof(deit_presets[0]); i++) {
+        if (strcmp(model_name, deit_presets[i].name) == 0) {
+            o->config = deit_presets[i].config;
+            known = true;
+        }
+    }
+    require(known, "-m %s is not a model; choose deit_nano, deit_tiny, deit_small, deit_base or vit_base", model_name);
+    if (size) { o->config.image_size = size; }
+    if (patch) { o->config.patch_size = patch; }
+    if (image_channels) { o->config.image_channels = image_channels; }
+    if (classes) { o->config.num_classes = classes; }
+    require(o->config.image_size % o->config.patch_size == 0, "an image of %d pixels does not divide into patches of %d; change -size or -patch",
+            o->config.image_size, o->config.patch_size);
+    require(strcmp(optimizer, "adamw") == 0 || strcmp(optimizer, "sgd") == 0, "-opt %s is not an optimizer; choose adamw or sgd", optimizer);
+    o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
+    require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
+    require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
+    o->B = B;
+    o->gamma = gamma;
+    o->drop_all = drop_all;
+    o->recompute = recompute;
+    o->adamw = strcmp(optimizer, "adamw") == 0;
+    o->stats = stats > 0;
+    o->chunk_bytes = DEFAULT_CHUNK_BYTES;
+    o->seed = (unsigned long long)seed;
+    const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip};
+
+    if (strcmp(plan, "0") != 0) {
+        const size_t limit = strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan);
+        deit_plan(model);
+        require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)", model->too_large);
+        plan_print(&model->plan);
+        printf("plan");
+        for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s=%zu", category_names[c], model->plan.bytes[c]); }
+        if (limit > 0) { printf(" max_batch=%zu", deit_largest_batch(*o, limit)); }
+        printf(" total=%zu\n", plan_total(&model->plan));
+        return EXIT_SUCCESS;
+    }
+
+    // everything the user gave is read and checked before anything is written
+    Loader train, val;
+    Shard train_shard = {}, val_shard = {};
+    if (bench == 0) {
+        if (!evaluate_only) { train_shard = open_shard(train_path, o->config); }
+        val_shard = open_shard(val_path, o->config);
+    }
+    const size_t images = train_shard.header != NULL ? train_shard.header->images : 0;
+    const size_t batches = images / B, epoch_steps = batches / accumulation;
+    require(bench > 0 || evaluate_only || epoch_steps > 0, "%s has %zu images, fewer than the %d of one step (-b %d x -a %d)", train_path, images,
+            B * accumulation, B, accumulation);
+    Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
+    device_open();
+    deit_allocate(model);
+    if (initial != NULL) {
+        deit_load_parameters(model, initial, "");
+        safetensors_close(initial);
+    } else {
+        deit_init_parameters(model);
+    }
+
+    const double MiB = 1048576.0;
+    printf("model: %s, image %d, patch %d, channels %d, classes %d, width %d, depth %d, heads %d, %zu parameters\n", model_name, o->config.image_size,
+           o->config.patch_size, o->config.image_channels, o->config.num_classes, o->config.channels, o->config.depth, o->config.heads,
+           model->num_parameters);
+    printf("DropIT: gamma %g, %s; recompute level %d\n", gamma, gamma > 0.0 ? strategy : "off", recompute);
+    printf("memory:");
+    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], model->plan.bytes[c] / MiB); }
+    printf(" total %.1f MiB; chunks of %zu images\n", plan_total(&model->plan) / MiB, model->chunk_images);
+
+    if (bench > 0) {
+        const size_t bytes = (size_t)B * o->config.image_size * o->config.image_size * o->config.image_channels;
+        uint8_t* pixels = (uint8_t*)malloc(bytes);
+        int* zeros = (int*)calloc(B, sizeof(int));
+        double* ms = (double*)malloc(bench * sizeof(double));
+        require(pixels != NULL && zeros != NULL && ms != NULL, "out of host memory for a batch of %d images", B);
+        for (size_t i = 0; i < bytes; i++) { pixels[i] = (uint8_t)philox(seed, RNG_AUGMENT, 0, i).x; }
+        cudaCheck(cudaMemcpy(model->images, pixels, bytes, cudaMemcpyHostToDevice));
+        cudaCheck(cudaMemcpy(model->labels, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
+        cudaCheck(cudaMemcpy(model->flips, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
+        const PixelStats no_stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
+        for (int step = -2; step < bench; step++) { // two steps warm up
+            const double start = seconds();
+            deit_zero_gradients(model);
+            deit_patchify(model, no_stats, B);
+            deit_forward(model, B, true);
+            deit_loss(model, B, 0.0f, 1.0f / B);
+            deit_backward(model);
+            deit_update(model, optimizer_config, 0.0, step + 3);
+            deit_result(model);
+            if (step >= 0) { ms[step] = 1e3 * (seconds() - start); }
+        }
+        qsort(ms, bench, sizeof(double), by_value);
+        printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f\n", ms[0], ms[bench / 2], 1e3 * B / ms[bench / 2]);
+        return EXIT_SUCCESS;
+    }
+
+    loader_open(&val, val_shard, B);
+    if (evaluate_only) {
+        const Evaluation e = evaluate(model, &val);
+        printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
+        return EXIT_SUCCESS;
+    }
+    loader_open(&train, train_shard, B);
+    FILE* log = NULL;
+    if (output != NULL) {
+        char path[4096];
+        require(mkdir(output, 0777) == 0 || errno == EEXIST, "cannot make the output directory %s: %m", output);
+        snprintf(path, sizeof(path), "%s/main.log", output);
+        log = fopen(path, "w");
+        require(log != NULL, "cannot write %s: %m", path);
+    }
+    const PixelStats pixel_stats = shard_stats(&train.shard);
+    const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
+    Evaluation result = {};
+    bool evaluated = false;
+    double start = seconds(), timed = 0.0; // timed: without the first step
+    for (int step = 0; step < steps; step++) {
+        const unsigned epoch = (unsigned)(step / epoch_steps);
+        if (step % epoch_steps == 0) { shuffle(train.order, (unsigned)images, o->seed, epoch); }
+        model->stats_now = stats > 0 && step % stats == 0;
+        deit_zero_gradients(model);
+        for (int micro = 0; micro < accumulation; micro++) {
+            const size_t first = (step % epoch_steps * accumulation + micro) * B;
+            loader_batch(&train, model->images, model->labels, model->flips, first, B, flip, o->seed, epoch);
+            deit_patchify(model, pixel_stats, B);
+            deit_forward(model, B, true);
+            deit_loss(model, B, (float)smoothing, 1.0f / ((float)B * accumulation));
+            deit_backward(model);
+            model->drop_step++;
+        }
+        const double rate = learning_rate_at(lr, step, warmup, scheduled);
+        deit_update(model, optimizer_config, rate, step + 1);
+        const StepResult r = deit_result(model);
+        const double now = seconds(), ms = 1e3 * (now - start), seen = (double)B * accumulation, loss = r.loss / seen;
+        start = now;
+        timed += step > 0 ? ms : 0.0;
+        const int left = (int)(1e-3 * (step > 0 ? timed / step : ms) * (steps - 1 - step));
+        printf("step %5d/%d | loss %8.6f | acc %6.2f%% | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | left %d:%02d\n", step + 1, steps, loss,
+               100.0 * r.top1 / seen, r.norm, rate, ms, 1e3 * seen / ms, left / 60, left % 60);
+        if (log != NULL) {
+            fprintf(log, "s:%d trl:%.9g lr:%.9g norm:%.9g ms:%.3f\n", step + 1, loss, rate, r.norm, ms);
+            fflush(log);
+        }
+        require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
+                "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
+        evaluated = step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
+        if (evaluated) {
+            result = evaluate(model, &val);
+            printf("eval  epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
+            if (log != NULL) {
+                fprintf(log, "s:%d tel:%.9g top1:%.9g top5:%.9g\n", step + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
+                fflush(log);
+            }
+            start = seconds();
+        }
+    }
+    if (log != NULL) { fclose(log); }
+    deit_free(model);
+    printf("final loss=%.6f top1=%.2f top5=%.2f\n", result.loss, 100.0 * result.top1, 100.0 * result.top5);
+    return EXIT_SUCCESS;
+}
+#endif
