@@ -65,6 +65,8 @@ else
   MULTI_GPU := $(HAS_MPI)
   HAS_OMP := $(if $(NO_OMP)$(VARIANT),,$(call probe,openmp,\043include <omp.h>\nint main() { return omp_get_max_threads() < 1; },-fopenmp))
   HAS_OPENBLAS := $(if $(NO_OPENBLAS)$(VARIANT),,$(call probe,openblas,extern "C" void openblas_set_num_threads(int); int main() { openblas_set_num_threads(1); },-lopenblas))
+  # all of AVX-512, where -march=native has it: GCC would use half of it
+  WIDE := $(if $(call probe,wide,int main() { return 0; },-mprefer-vector-width=512),-mprefer-vector-width=512)
   $(call say,OpenMP:    $(if $(HAS_OMP),yes,no: one core does all the work$(if $(NO_OMP)$(VARIANT),, (apt install libgomp1, or libomp-dev for clang))))
   $(call say,OpenBLAS:  $(if $(HAS_OPENBLAS),yes,no: the built-in matrix product is slower$(if $(NO_OPENBLAS)$(VARIANT),, (apt install libopenblas-dev))))
   $(call say,MPI:       $(if $(HAS_MPI),yes,no: one process only$(if $(NO_MPI)$(VARIANT),, (apt install libopenmpi-dev))))
@@ -81,7 +83,7 @@ OPTIMIZE_tsan = -O1 -g -fsanitize=thread
 OPTIMIZE = $(or $(OPTIMIZE_$(VARIANT)),-O3 -g)
 # no contraction: a kernel gives the same bits as a vector loop and thread by thread. No strict aliasing: kernels read
 # packed data through vector types, as nvcc lets them
-CPU_FLAGS = -std=c++17 $(OPTIMIZE) -march=native -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing \
+CPU_FLAGS = -std=c++17 $(OPTIMIZE) -march=native $(WIDE) -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing \
     $(WARNINGS) $(if $(HAS_OMP),-fopenmp) -I dev/cpu $(DEFINES) $(if $(HAS_OPENBLAS),-DCPU_OPENBLAS)
 CPU_LIBS = -Wl,--as-needed $(if $(HAS_OPENBLAS),-lopenblas) $(if $(MULTI_GPU),$(MPI_FLAGS)) -lm
 NVCC_FLAGS = -O3 -std=c++17 -arch=$(ARCH) -lineinfo -Xcompiler -Wall,-Wextra $(if $(WERROR),-Werror all-warnings) $(DEFINES)

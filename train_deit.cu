@@ -24,6 +24,7 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -93,9 +94,18 @@ template <int V, class T> __device__ inline void store(T* p, const float* v) {
 }
 
 // true when rows of n elements that start at these pointers can be read VEC elements at a time
-template <class... Pointers> static bool vectorizable(size_t n, Pointers... p) {
+template <class... Pointers> bool vectorizable(size_t n, Pointers... p) {
     return n % VEC == 0 && ((((uintptr_t)p | ...) % 16) == 0);
 }
+
+// Row-wise kernels are templates over V and LANES, the lanes that share a row: so many that each has at least some four packs, for
+// a lane alone with its row hides no latency, and lanes without work cost. A row's sums are then one reduction of a group
+#define LAUNCH_ROWS(kernel, vector, n, rows, ...) do { \
+    if (!(vector)) { kernel<1, 8><<<CEIL_DIV(rows, (size_t)(128 / 8)), 128, 0, main_stream>>>(__VA_ARGS__); } \
+    else if ((n) <= 12 * VEC) { kernel<VEC, 2><<<CEIL_DIV(rows, (size_t)(128 / 2)), 128, 0, main_stream>>>(__VA_ARGS__); } \
+    else if ((n) <= 32 * VEC) { kernel<VEC, 4><<<CEIL_DIV(rows, (size_t)(128 / 4)), 128, 0, main_stream>>>(__VA_ARGS__); } \
+    else { kernel<VEC, 8><<<CEIL_DIV(rows, (size_t)(128 / 8)), 128, 0, main_stream>>>(__VA_ARGS__); } \
+    kernelCheck(); } while (0)
 
 // V float registers added up in pairs: four times shorter a chain than one after the other
 template <int V> __device__ inline float total(const float* v) {
@@ -127,13 +137,13 @@ __host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpos
 }
 
 // uniform in (0, 1)
-static double uniform(unsigned u) { return (u + 0.5) / 4294967296.0; }
+double uniform(unsigned u) { return (u + 0.5) / 4294967296.0; }
 
 // normal, by Box and Muller
-static double normal(uint4 u) { return sqrt(-2.0 * log(uniform(u.x))) * cos(2.0 * M_PI * uniform(u.y)); }
+double normal(uint4 u) { return sqrt(-2.0 * log(uniform(u.x))) * cos(2.0 * M_PI * uniform(u.y)); }
 
 // perm = a permutation of 0..n-1 (Fisher and Yates) that depends on seed and epoch alone
-static void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch) {
+void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch) {
     for (unsigned i = 0; i < n; i++) { perm[i] = i; }
     for (unsigned i = n; i-- > 1; ) {
         uint4 u = philox(seed, RNG_SHUFFLE, epoch, i);
@@ -168,12 +178,12 @@ typedef struct {
 } Plan;
 
 #define ALIGNMENT 256
-static size_t align_up(size_t bytes) { return CEIL_DIV(bytes, (size_t)ALIGNMENT) * ALIGNMENT; }
+size_t align_up(size_t bytes) { return CEIL_DIV(bytes, (size_t)ALIGNMENT) * ALIGNMENT; }
 
 // numel (L, 3*C, C) -> L * 3*C * C in size_t: such products overflow an int at batch sizes in use
-template <class... Dims> static size_t numel(Dims... dims) { return ((size_t)1 * ... * (size_t)dims); }
+template <class... Dims> size_t numel(Dims... dims) { return ((size_t)1 * ... * (size_t)dims); }
 
-template <class T> static void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
+template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                         T** pointer, size_t bytes, size_t dense_bytes) {
     assert(plan->n < MAX_ALLOCATIONS);
     Allocation* a = &plan->list[plan->n++];
@@ -186,14 +196,14 @@ template <class T> static void plan_add(Plan* plan, int category, const char* na
     plan->bytes[category] += a->bytes;
 }
 
-static size_t plan_total(const Plan* plan) {
+size_t plan_total(const Plan* plan) {
     size_t total = 0;
     for (int c = 0; c < NUM_CATEGORIES; c++) { total += plan->bytes[c]; }
     return total;
 }
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
-static void plan_allocate(Plan* plan, char* blocks[NUM_CATEGORIES]) {
+void plan_allocate(Plan* plan, char* blocks[NUM_CATEGORIES]) {
     for (int c = 0; c < NUM_CATEGORIES; c++) {
         blocks[c] = NULL;
         if (plan->bytes[c] == 0) { continue; }
@@ -207,7 +217,7 @@ static void plan_allocate(Plan* plan, char* blocks[NUM_CATEGORIES]) {
     }
 }
 
-static void plan_print(const Plan* plan) {
+void plan_print(const Plan* plan) {
     const double MiB = 1048576.0;
     printf("| %-22s | %-10s | %-22s | %10s | %10s |\n", "tensor", "memory", "shape", "dense MiB", "kept MiB");
     for (int i = 0; i < plan->n; i++) {
@@ -227,7 +237,7 @@ static void plan_print(const Plan* plan) {
 // Everything that a file claims is checked against its size before it is used.
 
 // CRC-32 of zlib and PNG (polynomial 0xEDB88320), eight bytes a step by eight tables
-static uint32_t crc32(uint32_t crc, const void* data, size_t n) {
+uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     static uint32_t table[8][256];
     if (table[0][1] == 0) {
         for (uint32_t i = 0; i < 256; i++) {
@@ -259,7 +269,7 @@ typedef struct {
 } MappedFile;
 
 // maps a whole file; hint says what to do when it is not there
-static MappedFile map_file(const char* path, const char* hint) {
+MappedFile map_file(const char* path, const char* hint) {
     MappedFile file = {path, NULL, 0};
     int fd = open(path, O_RDONLY);
     require(fd >= 0, "cannot open %s: %m; %s", path, hint);
@@ -274,7 +284,7 @@ static MappedFile map_file(const char* path, const char* hint) {
     return file;
 }
 
-static void unmap_file(MappedFile* file) {
+void unmap_file(MappedFile* file) {
     munmap((void*)file->data, file->bytes);
     file->data = NULL;
 }
@@ -302,29 +312,29 @@ typedef struct {
     size_t at, header_end; // the parser's position
 } Safetensors;
 
-static void st_fail(const Safetensors* st, const char* what) {
+void st_fail(const Safetensors* st, const char* what) {
     require(false, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
 }
 
-static void st_space(Safetensors* st) {
+void st_space(Safetensors* st) {
     while (st->at < st->header_end && strchr(" \t\r\n", st->file.data[st->at]) && st->file.data[st->at] != 0) { st->at++; }
 }
 
 // skips white space and takes c if it comes next
-static bool st_take(Safetensors* st, char c) {
+bool st_take(Safetensors* st, char c) {
     st_space(st);
     if (st->at >= st->header_end || st->file.data[st->at] != (uint8_t)c) { return false; }
     st->at++;
     return true;
 }
 
-static void st_expect(Safetensors* st, char c) {
+void st_expect(Safetensors* st, char c) {
     char what[32];
     snprintf(what, sizeof(what), "expected '%c'", c);
     if (!st_take(st, c)) { st_fail(st, what); }
 }
 
-static void st_string(Safetensors* st, char* out, size_t size) {
+void st_string(Safetensors* st, char* out, size_t size) {
     st_expect(st, '"');
     size_t n = 0;
     while (st->at < st->header_end && st->file.data[st->at] != '"') {
@@ -341,7 +351,7 @@ static void st_string(Safetensors* st, char* out, size_t size) {
     st_expect(st, '"');
 }
 
-static size_t st_number(Safetensors* st) {
+size_t st_number(Safetensors* st) {
     st_space(st);
     size_t v = 0, start = st->at;
     while (st->at < st->header_end && st->file.data[st->at] >= '0' && st->file.data[st->at] <= '9') {
@@ -353,7 +363,7 @@ static size_t st_number(Safetensors* st) {
     return v;
 }
 
-static void st_tensor(Safetensors* st, StTensor* t) {
+void st_tensor(Safetensors* st, StTensor* t) {
     bool have_dtype = false, have_shape = false, have_offsets = false;
     st_expect(st, '{');
     do {
@@ -389,7 +399,7 @@ static void st_tensor(Safetensors* st, StTensor* t) {
     if (!have_dtype || !have_shape || !have_offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
 }
 
-static size_t st_numel(const StTensor* t) {
+size_t st_numel(const StTensor* t) {
     size_t n = 1;
     for (int i = 0; i < t->dims; i++) {
         if (t->shape[i] != 0 && n > SIZE_MAX / t->shape[i]) { return SIZE_MAX; }
@@ -398,14 +408,14 @@ static size_t st_numel(const StTensor* t) {
     return n;
 }
 
-static int st_by_offset(const void* a, const void* b) {
+int st_by_offset(const void* a, const void* b) {
     const StTensor* x = (const StTensor*)a;
     const StTensor* y = (const StTensor*)b;
     if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
     return x->end < y->end ? -1 : x->end > y->end;
 }
 
-static Safetensors* safetensors_open(const char* path) {
+Safetensors* safetensors_open(const char* path) {
     Safetensors* st = (Safetensors*)calloc(1, sizeof(Safetensors));
     st->file = map_file(path, "give the path of a .safetensors file");
     uint64_t length = 0;
@@ -472,20 +482,20 @@ static Safetensors* safetensors_open(const char* path) {
     return st;
 }
 
-static void safetensors_close(Safetensors* st) {
+void safetensors_close(Safetensors* st) {
     unmap_file(&st->file);
     free(st->tensors);
     free(st);
 }
 
-static const StTensor* safetensors_find(const Safetensors* st, const char* name) {
+const StTensor* safetensors_find(const Safetensors* st, const char* name) {
     for (int i = 0; i < st->num_tensors; i++) {
         if (strcmp(st->tensors[i].name, name) == 0) { return &st->tensors[i]; }
     }
     return NULL;
 }
 
-static const void* safetensors_data(const Safetensors* st, const StTensor* t) {
+const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
 
@@ -513,7 +523,7 @@ typedef struct {
     const ShardEntry* entries;
 } Shard;
 
-static Shard shard_open(const char* path) {
+Shard shard_open(const char* path) {
     const char* hint = "run `make data` or a script in data/ to write it again";
     Shard shard;
     shard.file = map_file(path, hint);
@@ -530,8 +540,8 @@ static Shard shard_open(const char* path) {
             path, h->images, h->images ? "many" : "few", bytes, hint);
     const size_t index_end = sizeof(ShardHeader) + h->images * sizeof(ShardEntry);
     require(h->data_offset == index_end, "%s: data at byte %llu, expected %zu; %s", path, (unsigned long long)h->data_offset, index_end, hint);
-    uint32_t crc = crc32(0, h, offsetof(ShardHeader, crc));
-    crc = crc32(crc, shard.file.data + sizeof(ShardHeader), index_end - sizeof(ShardHeader));
+    uint32_t crc = crc_32(0, h, offsetof(ShardHeader, crc));
+    crc = crc_32(crc, shard.file.data + sizeof(ShardHeader), index_end - sizeof(ShardHeader));
     require(crc == h->crc, "%s: checksum of header and index is %08x, expected %08x: it is damaged; %s", path, crc, h->crc, hint);
     require(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, "%s: %u channels, %u classes, task %u; expected 1 to 4, "
             "at least 1, 0 or 1; %s", path, h->channels, h->classes, h->task, hint);
@@ -550,7 +560,7 @@ static Shard shard_open(const char* path) {
                 (unsigned long long)e->offset, (unsigned long long)record, (unsigned long long)end, bytes, hint);
         require(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes), "%s: image %u has label %d, expected 0 to %u; %s",
                 path, i, e->label, h->classes - 1, hint);
-        crc = crc32(0, shard.file.data + e->offset, record);
+        crc = crc_32(0, shard.file.data + e->offset, record);
         require(crc == e->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; %s", path, i, crc, e->crc, hint);
         end += record;
     }
@@ -614,14 +624,14 @@ typedef struct {
     unsigned* not_finite;  // (1) NaNs and Infs met by selections since it was last cleared
 } DropScratch;
 
-static size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
-static size_t dropit_words(size_t n) { return CEIL_DIV(n, (size_t)32); }
+size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
+size_t dropit_words(size_t n) { return CEIL_DIV(n, (size_t)32); }
 
 // in double, as the published int(numel * (1 - gamma)): in float, gamma 0.9 and n 1000 give 100, not 99
-static size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
+size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
 
 // k of a whole tensor
-static size_t dropit_k(size_t n, double gamma, int strategy) {
+size_t dropit_k(size_t n, double gamma, int strategy) {
     if (strategy == MINK) { return dropit_keep(n, gamma); }
     return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
 }
@@ -900,7 +910,7 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
 }
 
 // the thresholds of x (n), and its bitmap and values where they are stored
-static void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
+void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
     const unsigned tiles = (unsigned)dropit_tiles(d->n);
     if (rule.strategy == MINK) {
         const unsigned blocks = tiles < 1024 ? tiles : 1024;
@@ -934,7 +944,7 @@ static void dropit_select(const Dropped* d, const DropScratch* s, const floatX* 
 }
 
 // elements begin .. end-1 of the tensor as the weight gradient sees it
-static void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
+void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
     const unsigned tiles = (unsigned)((end - 1) / DROPIT_TILE - begin / DROPIT_TILE + 1);
     if (vectorizable(begin, out)) {
         dropit_unpack_kernel<VEC><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
@@ -945,7 +955,7 @@ static void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t en
 }
 
 // the same for a recomputed chunk x of elements begin .. end-1, in place
-static void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule rule, cudaStream_t stream) {
+void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule rule, cudaStream_t stream) {
     const size_t n = end - begin;
     if (rule.strategy == RANDOM) {
         dropit_mask_kernel<true, 1><<<CEIL_DIV(n, (size_t)256), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
@@ -979,7 +989,7 @@ typedef struct {
 static MatmulPlan matmul_plans[MAX_MATMUL_PLANS];
 static int num_matmul_plans;
 
-static MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias, bool accumulate, bool fp32_out) {
+MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias, bool accumulate, bool fp32_out) {
     for (int i = 0; i < num_matmul_plans; i++) {
         MatmulPlan* p = &matmul_plans[i];
         if (p->m == m && p->n == n && p->k == k && p->transA == transA && p->transB == transB && p->bias == bias &&
@@ -1013,7 +1023,7 @@ static MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bo
 
 // column-major D (m,n) = op(A) (m,k) @ op(B) (k,n) + bias (m) + C, where C (m,n) may be D itself, and bias and C may be NULL.
 // D is floatX, or fp32 for weight gradients
-static void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
+void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
                    bool transA, bool transB, bool fp32_out) {
     const float one = 1.0f, zero = 0.0f;
     MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias != NULL, C != NULL, fp32_out);
@@ -1031,7 +1041,7 @@ __global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int O
 // out = inp @ weight^T + bias (+ residual); in PyTorch: F.linear(inp, weight, bias) + residual
 // out (rows, OC), inp (rows, C), weight (OC, C), bias (OC), residual (rows, OC) or NULL
 // cuBLAS is column-major and sees transposes: out^T (OC, rows) = weight (OC, C) @ inp^T (C, rows)
-static void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
+void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                            size_t rows, size_t C, size_t OC) {
     const bool fused = C % 8 == 0 && OC % 8 == 0; // the bias epilogue wants leading dimensions of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
@@ -1042,7 +1052,7 @@ static void linear_forward(floatX* out, const floatX* inp, const floatX* weight,
 }
 
 // dinp (rows, C) = dout (rows, OC) @ weight (OC, C)
-static void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
+void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
     matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
 }
 
@@ -1075,10 +1085,10 @@ __global__ void column_sum_finish_kernel(float* out, const float* partial, size_
 }
 
 // partial must hold column_sum_scratch(rows, OC) floats
-static size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
+size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
 
 // out (OC) += x (rows, OC) summed over rows; in PyTorch: out += x.sum(0)
-static void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
+void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     if (vectorizable(OC, x)) {
         column_sum_kernel<VEC><<<CEIL_DIV(slabs * OC / VEC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
@@ -1090,42 +1100,41 @@ static void column_sum(float* out, const floatX* x, float* partial, size_t rows,
 }
 
 // dweight (OC, C) += dout^T (OC, rows) @ inp (rows, C), in fp32
-static void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC) {
+void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC) {
     matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 // ---- end shared: linear ----------------------------------------------------
 
 // ---- shared: loss ----------------------------------------------------------
-#define ROW_LANES 8 // lanes that share a row in row-wise kernels: 8 lanes of 16 bytes are one line of 128 bytes
-
+#define LOSS_LANES 8 // lanes that share a row of logits
 // Softmax cross-entropy with label smoothing and its gradient, in place:
 //     loss = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits)
 //     dlogits = (p - (1 - smoothing) * onehot - smoothing / V) * scale
 // in PyTorch: F.cross_entropy(logits, label, label_smoothing=smoothing)
 // ranks[b] = how many classes come before the label's, by logit, then by index; a NaN counts as coming before.
-// logits (B, V), losses (B), ranks (B), labels (B). ROW_LANES lanes a row
+// logits (B, V), losses (B), ranks (B), labels (B). LOSS_LANES lanes a row
 __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V, float smoothing, float scale) {
-    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
-    const int b = blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+    auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
+    const int b = blockIdx.x * (blockDim.x / LOSS_LANES) + threadIdx.x / LOSS_LANES;
     if (b >= B) { return; }
     const int lane = (int)lanes.thread_rank(), label = labels[b];
     floatX* row = logits + (size_t)b * V;
     const float correct = (float)row[label];
     float largest = -INFINITY, sum = 0.0f, logit_sum = 0.0f;
     int before = 0;
-    for (int v = lane; v < V; v += ROW_LANES) {
+    for (int v = lane; v < V; v += LOSS_LANES) {
         const float x = (float)row[v];
         largest = fmaxf(largest, x);
         logit_sum += x;
         before += v < label ? !(x < correct) : v > label ? !(x <= correct) : 0;
     }
     largest = cg::reduce(lanes, largest, cg::greater<float>());
-    for (int v = lane; v < V; v += ROW_LANES) { sum += expf((float)row[v] - largest); }
+    for (int v = lane; v < V; v += LOSS_LANES) { sum += expf((float)row[v] - largest); }
     sum = cg::reduce(lanes, sum, cg::plus<float>());
     logit_sum = cg::reduce(lanes, logit_sum, cg::plus<float>());
     before = cg::reduce(lanes, before, cg::plus<int>());
     const float lse = largest + logf(sum);
-    for (int v = lane; v < V; v += ROW_LANES) {
+    for (int v = lane; v < V; v += LOSS_LANES) {
         const float p = expf((float)row[v] - lse);
         row[v] = (floatX)((p - (v == label ? 1.0f - smoothing : 0.0f) - smoothing / V) * scale);
     }
@@ -1166,9 +1175,9 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
     }
 }
 
-static void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
+void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
                           float smoothing, float scale) {
-    const int rows_per_block = 64 / ROW_LANES;
+    const int rows_per_block = 64 / LOSS_LANES;
     cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, scale);
     loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
     kernelCheck();
@@ -1206,7 +1215,7 @@ __global__ void norm_kernel(StepResult* result, const double* partial) {
 }
 
 // result->norm = L2 norm of grads (n); in PyTorch: torch.nn.utils.clip_grad_norm_ returns it
-static void gradient_norm(StepResult* result, double* partial, const float* grads, size_t n) {
+void gradient_norm(StepResult* result, double* partial, const float* grads, size_t n) {
     sum_squares_kernel<<<NORM_BLOCKS, 128, 0, main_stream>>>(partial, grads, n);
     norm_kernel<<<1, 1, 0, main_stream>>>(result, partial);
     kernelCheck();
@@ -1249,7 +1258,7 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
 }
 
 // updates n parameters that share one weight decay; step counts from 1
-static void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
+void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
                              OptimizerConfig o, double lr, int step) {
     if (n == 0) { return; }
     const size_t blocks = CEIL_DIV(n, (size_t)256);
@@ -1264,7 +1273,7 @@ static void optimizer_update(floatX* params, float* master, float* m, float* v, 
 }
 
 // linear warm-up, then a half cosine to zero
-static double learning_rate_at(double lr, int step, int warmup, int steps) {
+double learning_rate_at(double lr, int step, int warmup, int steps) {
     if (step < warmup) { return lr * (step + 1) / warmup; }
     return 0.5 * lr * (1.0 + cos(M_PI * (step - warmup) / (steps > warmup ? steps - warmup : 1)));
 }
@@ -1325,28 +1334,42 @@ __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const 
     }
 }
 
+// mean and sum of squared deviations of n values, and how those of two sets join (Chan, Golub and LeVeque 1983)
+typedef struct {
+    float n, mean, squares;
+} Moments;
+
+struct JoinMoments {
+    __device__ Moments operator()(Moments a, Moments b) const {
+        const float n = a.n + b.n, share = n > 0.0f ? b.n / n : 0.0f, apart = b.mean - a.mean;
+        return Moments{n, a.mean + apart * share, a.squares + b.squares + apart * apart * a.n * share};
+    }
+};
+
 // out = (inp - mean) * rstd * weight + bias over each row; in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
 // out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
-// ROW_LANES lanes a row, V elements at a time; the row is read three times, from cache after the first
+// The row is read three times, from cache after the first
 #define LAYERNORM_EPS 1e-6f
-template <int V> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                                                          const floatX* bias, size_t rows, int C, size_t stride) {
-    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+template <int V, int LANES> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
+                                                                     const floatX* weight, const floatX* bias, size_t rows, int C, size_t stride) {
+    auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
+    const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
-    const int first = (int)lanes.thread_rank() * V, step = ROW_LANES * V;
+    const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const floatX* row = inp + r * stride;
-    float v[V], sum[V] = {0}, squares[V] = {0};
+    float v[V], sum[V] = {0}, squares[V] = {0}, n = 0.0f;
     for (int c = first; c < C; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) { sum[j] += v[j]; }
+        n += V;
     }
-    const float m = cg::reduce(lanes, total<V>(sum), cg::plus<float>()) / C;
+    const float lane_mean = n > 0.0f ? total<V>(sum) / n : 0.0f;
     for (int c = first; c < C; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) { squares[j] += (v[j] - m) * (v[j] - m); }
+        for (int j = 0; j < V; j++) { squares[j] += (v[j] - lane_mean) * (v[j] - lane_mean); }
     }
-    const float s = rsqrtf(cg::reduce(lanes, total<V>(squares), cg::plus<float>()) / C + LAYERNORM_EPS);
+    const Moments all = cg::reduce(lanes, Moments{n, lane_mean, total<V>(squares)}, JoinMoments());
+    const float m = all.mean, s = rsqrtf(all.squares / C + LAYERNORM_EPS);
     for (int c = first; c < C; c += step) {
         float w[V], b[V];
         load<V>(v, row + c);
@@ -1361,26 +1384,24 @@ template <int V> __global__ void layernorm_forward_kernel(floatX* out, float* me
     }
 }
 
-static void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
-                              size_t rows, size_t C, size_t stride) {
-    const int block_size = 128;
-    const size_t grid_size = CEIL_DIV(rows, (size_t)(block_size / ROW_LANES));
-    if (vectorizable(C | stride, out, inp, weight, bias)) {
-        layernorm_forward_kernel<VEC><<<grid_size, block_size, 0, main_stream>>>(out, mean, rstd, inp, weight, bias, rows, (int)C, stride);
-    } else {
-        layernorm_forward_kernel<1><<<grid_size, block_size, 0, main_stream>>>(out, mean, rstd, inp, weight, bias, rows, (int)C, stride);
-    }
-    kernelCheck();
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+                       size_t rows, size_t C, size_t stride) {
+    LAUNCH_ROWS(layernorm_forward_kernel, vectorizable(C | stride, out, inp, weight, bias), C, rows, out, mean, rstd, inp, weight, bias, rows,
+                (int)C, stride);
 }
+
+struct AddPairs {
+    __device__ float2 operator()(float2 a, float2 b) const { return make_float2(a.x + b.x, a.y + b.y); }
+};
 
 // dinp += rstd * (g - mean(g) - norm * mean(g * norm)), with g = dout * weight and norm = (inp - mean) * rstd
 // dinp and inp have rows `stride` apart, dout (rows, C). += : dinp is the gradient of the residual stream
-template <int V> __global__ void layernorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight,
-                                                           const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
-    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+template <int V, int LANES> __global__ void layernorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight,
+                                                                      const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+    auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
+    const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
-    const int first = (int)lanes.thread_rank() * V, step = ROW_LANES * V;
+    const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float m = mean[r], s = rstd[r];
     float x[V], g[V], w[V], sum[V] = {0}, norm_sum[V] = {0};
     for (int c = first; c < C; c += step) {
@@ -1392,8 +1413,8 @@ template <int V> __global__ void layernorm_backward_kernel(floatX* dinp, const f
             norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s);
         }
     }
-    const float g_mean = cg::reduce(lanes, total<V>(sum), cg::plus<float>()) / C;
-    const float gn_mean = cg::reduce(lanes, total<V>(norm_sum), cg::plus<float>()) / C;
+    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), AddPairs());
+    const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
         float d[V];
         load<V>(x, inp + r * stride + c);
@@ -1431,21 +1452,19 @@ template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial,
 }
 
 // partial holds 2 * column_sum_scratch(rows, C) floats
-static void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
+void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
                                const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
-    const int block_size = 128;
-    const size_t grid_size = CEIL_DIV(rows, (size_t)(block_size / ROW_LANES));
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     float* partial_bias = partial + slabs * C;
-    if (vectorizable(C | stride, dinp, dout, inp, weight)) {
+    const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
+    if (vector) {
         layernorm_weight_kernel<VEC><<<CEIL_DIV(slabs * C / VEC, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean,
                                                                                                  rstd, rows, (int)C, stride);
-        layernorm_backward_kernel<VEC><<<grid_size, block_size, 0, main_stream>>>(dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
     } else {
         layernorm_weight_kernel<1><<<CEIL_DIV(slabs * C, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean, rstd,
                                                                                            rows, (int)C, stride);
-        layernorm_backward_kernel<1><<<grid_size, block_size, 0, main_stream>>>(dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
     }
+    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
     column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dweight, partial, slabs, (int)C);
     column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dbias, partial_bias, slabs, (int)C);
     kernelCheck();
@@ -1476,7 +1495,7 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
     }
 }
 
-static void gelu_forward(floatX* out, const floatX* inp, size_t n) {
+void gelu_forward(floatX* out, const floatX* inp, size_t n) {
     if (vectorizable(n, out, inp)) {
         gelu_forward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(out, inp, n);
     } else {
@@ -1485,7 +1504,7 @@ static void gelu_forward(floatX* out, const floatX* inp, size_t n) {
     kernelCheck();
 }
 
-static void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
+void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     if (vectorizable(n, dinp, inp)) {
         gelu_backward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(dinp, inp, n);
     } else {
@@ -1531,71 +1550,83 @@ __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out,
     }
 }
 
-// lse = log of the sum of exp over a row; probs = exp(scores - lse), the expression that the backward pass repeats
-// scores, probs (rows, ld), lse (rows); ROW_LANES lanes a row
-__global__ void softmax_forward_kernel(floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
-    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
-    if (r >= rows) { return; }
-    const int first = (int)lanes.thread_rank() * VEC, step = ROW_LANES * VEC;
-    const float* row = scores + r * ld;
-    float v[VEC], largest[VEC], sum[VEC] = {0};
-    for (int j = 0; j < VEC; j++) { largest[j] = -INFINITY; }
-    for (int c = first; c < T; c += step) {
-        load<VEC>(v, row + c);
-        for (int j = 0; j < VEC; j++) { largest[j] = fmaxf(largest[j], c + j < T ? v[j] : -INFINITY); }
+// the largest of some scores, and the sum of exp(score - largest). No -INFINITY: a lane without scores joins as (-FLT_MAX, 0)
+typedef struct {
+    float largest, sum;
+} ExpSum;
+
+struct JoinExpSums {
+    __device__ ExpSum operator()(ExpSum a, ExpSum b) const {
+        const float m = fmaxf(a.largest, b.largest);
+        return ExpSum{m, a.sum * expf(a.largest - m) + b.sum * expf(b.largest - m)};
     }
-    for (int j = 1; j < VEC; j++) { largest[0] = fmaxf(largest[0], largest[j]); }
-    const float m = cg::reduce(lanes, largest[0], cg::greater<float>());
+};
+
+// lse = log of the sum of exp over a row; probs = exp(scores - lse), the expression that the backward pass repeats
+// scores, probs (rows, ld), lse (rows). Columns from T to ld are padding: read with the pack they are in, never used
+template <int V, int LANES> __global__ void softmax_forward_kernel(floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
+    auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
+    const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
+    if (r >= rows) { return; }
+    const int first = (int)lanes.thread_rank() * V, step = LANES * V;
+    const float* row = scores + r * ld;
+    float v[V], largest[V], sum[V] = {0};
+    for (int j = 0; j < V; j++) { largest[j] = -FLT_MAX; }
     for (int c = first; c < T; c += step) {
-        load<VEC>(v, row + c);
-        for (int j = 0; j < VEC; j++) {
-            const float e = expf(v[j] - m);
+        load<V>(v, row + c);
+        for (int j = 0; j < V; j++) { largest[j] = fmaxf(largest[j], c + j < T ? v[j] : -FLT_MAX); }
+    }
+    for (int j = 1; j < V; j++) { largest[0] = fmaxf(largest[0], largest[j]); }
+    for (int c = first; c < T; c += step) {
+        load<V>(v, row + c);
+        for (int j = 0; j < V; j++) {
+            const float e = expf(v[j] - largest[0]);
             sum[j] += c + j < T ? e : 0.0f;
         }
     }
-    const float log_sum = m + logf(cg::reduce(lanes, total<VEC>(sum), cg::plus<float>()));
+    const ExpSum all = cg::reduce(lanes, ExpSum{largest[0], total<V>(sum)}, JoinExpSums());
+    const float log_sum = all.largest + logf(all.sum);
     for (int c = first; c < T; c += step) {
-        load<VEC>(v, row + c);
-        for (int j = 0; j < VEC; j++) { v[j] = expf(v[j] - log_sum); }
-        store<VEC>(probs + r * ld + c, v);
+        load<V>(v, row + c);
+        for (int j = 0; j < V; j++) { v[j] = expf(v[j] - log_sum); }
+        store<V>(probs + r * ld + c, v);
     }
     if (first == 0) { lse[r] = log_sum; }
 }
 
 // probs = exp(scores - lse); dscores = probs * (dprobs - sum over the row of probs * dprobs). That sum is the one of
 // dout * out over the head, so the backward pass needs no output of attention
-__global__ void softmax_backward_kernel(floatX* probs, floatX* dscores, const float* scores, const float* dprobs, const float* lse,
-                                        size_t rows, int T, int ld) {
-    auto lanes = cg::tiled_partition<ROW_LANES>(cg::this_thread_block());
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / ROW_LANES) + threadIdx.x / ROW_LANES;
+template <int V, int LANES> __global__ void softmax_backward_kernel(floatX* probs, floatX* dscores, const float* scores, const float* dprobs,
+                                                                    const float* lse, size_t rows, int T, int ld) {
+    auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
+    const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
-    const int first = (int)lanes.thread_rank() * VEC, step = ROW_LANES * VEC;
+    const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float log_sum = lse[r];
-    float p[VEC], d[VEC], sum[VEC] = {0};
+    float p[V], d[V], sum[V] = {0};
     for (int c = first; c < T; c += step) {
-        load<VEC>(p, scores + r * ld + c);
-        load<VEC>(d, dprobs + r * ld + c);
-        for (int j = 0; j < VEC; j++) {
+        load<V>(p, scores + r * ld + c);
+        load<V>(d, dprobs + r * ld + c);
+        for (int j = 0; j < V; j++) {
             const float e = expf(p[j] - log_sum) * d[j];
             sum[j] += c + j < T ? e : 0.0f;
         }
     }
-    const float row_sum = cg::reduce(lanes, total<VEC>(sum), cg::plus<float>());
+    const float row_sum = cg::reduce(lanes, total<V>(sum), cg::plus<float>());
     for (int c = first; c < T; c += step) {
-        load<VEC>(p, scores + r * ld + c);
-        load<VEC>(d, dprobs + r * ld + c);
-        for (int j = 0; j < VEC; j++) {
+        load<V>(p, scores + r * ld + c);
+        load<V>(d, dprobs + r * ld + c);
+        for (int j = 0; j < V; j++) {
             p[j] = expf(p[j] - log_sum);
             d[j] = p[j] * (d[j] - row_sum);
         }
-        store<VEC>(probs + r * ld + c, p);
-        store<VEC>(dscores + r * ld + c, d);
+        store<V>(probs + r * ld + c, p);
+        store<V>(dscores + r * ld + c, d);
     }
 }
 
 // column-major D = alpha * op(A) @ op(B) for every head of a chunk
-static void attention_matmul(const Attention* a, int images, int D, int A, int B, bool transA, bool transB, int m, int n, int k, float alpha,
+void attention_matmul(const Attention* a, int images, int D, int A, int B, bool transA, bool transB, int m, int n, int k, float alpha,
                              int lda, int ldb, int ldd, cudaDataType_t D_type) {
     const float zero = 0.0f;
     const size_t count = (size_t)a->max_images * a->heads;
@@ -1604,40 +1635,37 @@ static void attention_matmul(const Attention* a, int images, int D, int A, int B
         (void* const*)(a->pointers + D * count), D_type, ldd, images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-static void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
+void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
     kernelCheck();
 }
 
 // scores (T_q, T_k) = q @ k^T / sqrt(HS); row-major matrices, that cuBLAS sees as their transposes
-static void attention_scores(const Attention* a, int images) {
+void attention_scores(const Attention* a, int images) {
     const int row = 3 * a->heads * a->HS; // of qkv
     attention_matmul(a, images, PTR_SCORES, PTR_K, PTR_Q, true, false, a->T, a->T, a->HS, 1.0f / sqrtf((float)a->HS), row, row, a->ld, CUDA_R_32F);
 }
 
 // out = softmax(q @ k^T / sqrt(HS)) @ v for each head; in PyTorch: F.scaled_dot_product_attention(q, k, v)
 // out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
-static void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
-    const int T = a->T, C = a->heads * a->HS, rows_per_block = 128 / ROW_LANES;
+void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
+    const int T = a->T, C = a->heads * a->HS;
     const size_t rows = (size_t)images * a->heads * T;
     attention_pointers(a, qkv, out, NULL, images);
     attention_scores(a, images);
-    softmax_forward_kernel<<<CEIL_DIV(rows, (size_t)rows_per_block), 128, 0, main_stream>>>(a->probs, lse, a->scores, rows, T, a->ld);
-    kernelCheck();
+    LAUNCH_ROWS(softmax_forward_kernel, true, T, rows, a->probs, lse, a->scores, rows, T, a->ld); // rows are padded to whole packs
     attention_matmul(a, images, PTR_OUT, PTR_V, PTR_PROBS, false, false, a->HS, T, T, 1.0f, 3 * C, a->ld, C, CUDA_FLOATX);
 }
 
 // dqkv (images, T, 3C) from dout (images, T, C), qkv and lse
-static void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
-    const int T = a->T, C = a->heads * a->HS, HS = a->HS, ld = a->ld, rows_per_block = 128 / ROW_LANES;
+void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
+    const int T = a->T, C = a->heads * a->HS, HS = a->HS, ld = a->ld;
     const size_t rows = (size_t)images * a->heads * T;
     const float scale = 1.0f / sqrtf((float)HS);
     attention_pointers(a, qkv, dout, dqkv, images); // PTR_OUT is dout here
     attention_scores(a, images);
     attention_matmul(a, images, PTR_DPROBS, PTR_V, PTR_OUT, true, false, T, T, HS, 1.0f, 3 * C, C, ld, CUDA_R_32F);          // dout @ v^T
-    softmax_backward_kernel<<<CEIL_DIV(rows, (size_t)rows_per_block), 128, 0, main_stream>>>(a->probs, a->dscores, a->scores, a->dprobs, lse,
-                                                                                             rows, T, ld);
-    kernelCheck();
+    LAUNCH_ROWS(softmax_backward_kernel, true, T, rows, a->probs, a->dscores, a->scores, a->dprobs, lse, rows, T, ld);
     attention_matmul(a, images, PTR_DV, PTR_OUT, PTR_PROBS, false, true, HS, T, T, 1.0f, C, ld, 3 * C, CUDA_FLOATX);         // probs^T @ dout
     attention_matmul(a, images, PTR_DQ, PTR_K, PTR_DSCORES, false, false, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);   // dscores @ k
     attention_matmul(a, images, PTR_DK, PTR_Q, PTR_DSCORES, false, true, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);    // dscores^T @ q
@@ -1818,7 +1846,7 @@ typedef struct {
     bool stats_now;     // this step reports
 } DeitModel;
 
-template <class... Dims> static void set_shape(ParameterSpec* s, Dims... dims) {
+template <class... Dims> void set_shape(ParameterSpec* s, Dims... dims) {
     const size_t shape[] = {(size_t)dims...};
     s->dims = sizeof...(dims);
     for (int i = 0; i < s->dims; i++) { s->shape[i] = shape[i]; }
@@ -1827,7 +1855,7 @@ template <class... Dims> static void set_shape(ParameterSpec* s, Dims... dims) {
 #define IN_PARENTHESES(...) __VA_ARGS__
 
 // lays out the parameters: decayed tensors first, each 256 bytes aligned in floatX and in fp32
-static void deit_parameter_specs(DeitModel* model) {
+void deit_parameter_specs(DeitModel* model) {
     const DeitConfig c = model->options.config;
     const size_t C = c.channels, L = c.depth, V = c.num_classes, CH = c.image_channels, P = c.patch_size, T = model->T;
     int n = 0;
@@ -1853,7 +1881,7 @@ static void deit_parameter_specs(DeitModel* model) {
     model->num_parameters = offset;
 }
 
-static void plan_activation(DeitModel* model, Activation* a, const char* name, const char* shape, size_t element, size_t copies, size_t n,
+void plan_activation(DeitModel* model, Activation* a, const char* name, const char* shape, size_t element, size_t copies, size_t n,
                             int level, int cache, int next_id[2]) {
     Plan* plan = &model->plan;
     const DeitOptions* o = &model->options;
@@ -1890,7 +1918,7 @@ static void plan_activation(DeitModel* model, Activation* a, const char* name, c
 }
 
 // fills model->plan for model->options
-static void deit_plan(DeitModel* model) {
+void deit_plan(DeitModel* model) {
     const DeitOptions* o = &model->options;
     const DeitConfig c = o->config;
     Plan* plan = &model->plan;
@@ -1972,21 +2000,25 @@ static void deit_plan(DeitModel* model) {
 }
 
 // the largest batch whose plan fits into `bytes`; 0: none
-static size_t deit_largest_batch(DeitOptions options, size_t bytes) {
+size_t deit_largest_batch(DeitOptions options, size_t bytes) {
     DeitModel* trial = (DeitModel*)calloc(1, sizeof(DeitModel));
-    size_t fits = 0;
-    for (size_t step = 1 << 20; step > 0; step /= 2) {
-        options.B = fits + step;
+    size_t fits = 0, limit = 64;
+    // a larger batch may need less scratch, where it divides into smaller chunks: so no bisection, but a look at twice what fits
+    for (size_t B = 1; B <= limit; B++) {
+        options.B = B;
         trial->options = options;
         deit_plan(trial);
-        if (plan_total(&trial->plan) <= bytes && trial->too_large == NULL) { fits += step; }
+        if (plan_total(&trial->plan) <= bytes && trial->too_large == NULL) {
+            fits = B;
+            limit = 2 * B + 64;
+        }
     }
     free(trial);
     return fits;
 }
 
 // allocates everything; fails with what is needed, what is there and what would fit
-static void deit_allocate(DeitModel* model) {
+void deit_allocate(DeitModel* model) {
     deit_plan(model);
     require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)",
             model->too_large);
@@ -2031,19 +2063,19 @@ static void deit_allocate(DeitModel* model) {
     cudaCheck(cudaStreamSynchronize(main_stream));
 }
 
-static void deit_free(DeitModel* model) {
+void deit_free(DeitModel* model) {
     for (int c = 0; c < NUM_CATEGORIES; c++) { cudaCheck(cudaFree(model->blocks[c])); }
 }
 
 // name of copy l of a parameter, as timm writes it
-static const char* parameter_name(const ParameterSpec* s, int l) {
+const char* parameter_name(const ParameterSpec* s, int l) {
     static char name[64];
     snprintf(name, sizeof(name), s->name, l);
     return name;
 }
 
 // copies host values (num_parameters) to the device, as masters and rounded
-static void deit_set_parameters(DeitModel* model, const float* values) {
+void deit_set_parameters(DeitModel* model, const float* values) {
     const size_t n = model->num_parameters;
     floatX* rounded = (floatX*)malloc(n * sizeof(floatX));
     require(rounded != NULL, "out of host memory for %zu parameters", n);
@@ -2056,7 +2088,7 @@ static void deit_set_parameters(DeitModel* model, const float* values) {
 }
 
 // initial values as timm chooses them, drawn by Philox(seed, RNG_INIT, tensor, element)
-static void deit_init_parameters(DeitModel* model) {
+void deit_init_parameters(DeitModel* model) {
     float* values = (float*)calloc(model->num_parameters, sizeof(float));
     require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
     const double bound = 1.0 / sqrt((double)model->specs[PARAM_patchw].n / model->specs[PARAM_patchw].shape[0]);
@@ -2075,7 +2107,7 @@ static void deit_init_parameters(DeitModel* model) {
 }
 
 // parameters by their timm names, each with `prefix` before it ("" for weights, "param." in a dump)
-static void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
+void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
     float* values = (float*)calloc(model->num_parameters, sizeof(float));
     require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
     int wrong = 0, found = 0;
@@ -2110,13 +2142,13 @@ static void deit_load_parameters(DeitModel* model, const Safetensors* st, const 
 // forward and backward passes
 
 // where image b0 of copy l of an activation is written in the forward pass, or recomputed and read in the backward pass
-static char* activation_at(const DeitModel* model, const Activation* a, int l, size_t b0, bool backward) {
+char* activation_at(const DeitModel* model, const Activation* a, int l, size_t b0, bool backward) {
     if (a->cached && !a->dropped) { return a->data + l * align_up(a->n * a->element) + b0 * a->per_image * a->element; }
     if (a->dropped && !backward) { return a->batch + (model->options.stats ? l : 0) * align_up(a->n * a->element) + b0 * a->per_image * a->element; }
     return a->chunk;
 }
 
-static Dropped dropped_copy(const DeitModel* model, const Activation* a, int l) {
+Dropped dropped_copy(const DeitModel* model, const Activation* a, int l) {
     Dropped d = a->dropit;
     d.thresholds += l * (model->options.strategy == MINK ? 1 : a->tiles);
     if (a->cached) {
@@ -2127,12 +2159,12 @@ static Dropped dropped_copy(const DeitModel* model, const Activation* a, int l) 
     return d;
 }
 
-static DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
+DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
     return DropRule{model->options.strategy, model->options.seed ^ (unsigned long long)(a->id + 4 * l + 1) << 32, model->drop_step};
 }
 
 // chooses what is kept of copy l, once the whole tensor has been computed
-static void drop_activation(const DeitModel* model, const Activation* a, int l) {
+void drop_activation(const DeitModel* model, const Activation* a, int l) {
     if (!a->dropped) { return; }
     const Dropped d = dropped_copy(model, a, l);
     dropit_select(&d, &model->drop_scratch, (const floatX*)activation_at(model, a, l, 0, false), model->options.gamma, drop_rule(model, a, l),
@@ -2140,7 +2172,7 @@ static void drop_activation(const DeitModel* model, const Activation* a, int l) 
 }
 
 // Images b0 .. b0+nb-1 through block l. With recompute only what is not cached is computed, by the same calls: the same bits
-static void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute) {
+void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute) {
     const size_t C = model->options.config.channels, T = model->T, rows = nb * T;
     const ParameterTensors* p = &model->params;
     ActivationTensors* acts = &model->acts;
@@ -2164,7 +2196,7 @@ static void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool re
 }
 
 // logits of the n <= B images whose patches and labels are on the device. training: DropIT chooses from the cached inputs
-static void deit_forward(DeitModel* model, size_t n, bool training) {
+void deit_forward(DeitModel* model, size_t n, bool training) {
     const DeitConfig c = model->options.config;
     const size_t C = c.channels, T = model->T, V = c.num_classes, K = (size_t)c.image_channels * c.patch_size * c.patch_size;
     const ParameterTensors* p = &model->params;
@@ -2219,7 +2251,7 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
 // -stats, for the four linears of a block: where each keeps its weight gradients in units of C^2, and their size
 static const int stats_offset[4] = {0, 3, 4, 8}, stats_size[4] = {3, 1, 4, 4};
 
-static void stats_clear(DeitModel* model) {
+void stats_clear(DeitModel* model) {
     const size_t bytes = 12 * sizeof(float) * model->options.config.channels * model->options.config.channels;
     cudaCheck(cudaMemsetAsync(model->stats_kept, 0, bytes, main_stream));
     cudaCheck(cudaMemsetAsync(model->stats_exact, 0, bytes, main_stream));
@@ -2227,7 +2259,7 @@ static void stats_clear(DeitModel* model) {
 }
 
 // adds a chunk: x as DropIT has it, exact as it was; x and exact (rows, C), dout (rows, OC)
-static void stats_add(DeitModel* model, const Activation* a, const floatX* x, const floatX* exact, const floatX* dout, size_t rows,
+void stats_add(DeitModel* model, const Activation* a, const floatX* x, const floatX* exact, const floatX* dout, size_t rows,
                       size_t C, size_t OC) {
     const size_t offset = stats_offset[a->id] * (size_t)model->options.config.channels * model->options.config.channels;
     linear_backward_weight(model->stats_kept + offset, dout, x, rows, C, OC);
@@ -2237,7 +2269,7 @@ static void stats_add(DeitModel* model, const Activation* a, const floatX* x, co
 }
 
 // prints what DropIT kept of the inputs of block l, and what that does to its weight gradients
-static void stats_report(DeitModel* model, int l) {
+void stats_report(DeitModel* model, int l) {
     const Activation* const inputs[4] = {&model->acts.ln1, &model->acts.atty, &model->acts.ln2, &model->acts.fch_gelu};
     const size_t square = (size_t)model->options.config.channels * model->options.config.channels;
     double sums[STATS_SUMS];
@@ -2257,7 +2289,7 @@ static void stats_report(DeitModel* model, int l) {
 
 // dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 with `tokens` rows each.
 // X is copy l of the activation as the backward pass has it: dense, unpacked, or recomputed and masked
-static void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweight, float* dbias, const floatX* dout,
+void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweight, float* dbias, const floatX* dout,
                             size_t b0, size_t nb, size_t tokens, size_t C, size_t OC) {
     floatX* x = (floatX*)activation_at(model, a, l, b0, true);
     if (a->dropped) {
@@ -2274,7 +2306,7 @@ static void weight_gradient(DeitModel* model, const Activation* a, int l, float*
 }
 
 // gradients of block l for images b0 .. b0+nb-1; dresidual holds the gradient of the block's output, and then of its input
-static void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
+void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
     const size_t C = model->options.config.channels, T = model->T, rows = nb * T;
     const ParameterTensors* p = &model->params;
     const GradientTensors* g = &model->grads;
@@ -2302,7 +2334,7 @@ static void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
 }
 
 // grads += gradients of the loss, after deit_forward and deit_loss on a whole batch
-static void deit_backward(DeitModel* model) {
+void deit_backward(DeitModel* model) {
     const DeitConfig c = model->options.config;
     const size_t B = model->options.B, C = c.channels, T = model->T, V = c.num_classes;
     const size_t K = (size_t)c.image_channels * c.patch_size * c.patch_size, I = model->chunk_images;
@@ -2338,7 +2370,7 @@ static void deit_backward(DeitModel* model) {
 // one step
 
 // normalised patches of the n images in model->images
-static void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
+void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
     const DeitConfig c = model->options.config;
     const size_t elements = n * model->acts.patches.per_image;
     floatX* patches = (floatX*)activation_at(model, &model->acts.patches, 0, 0, false);
@@ -2348,18 +2380,18 @@ static void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
 }
 
 // adds the loss of n images to model->result, and turns the logits into their gradient, scaled
-static void deit_loss(DeitModel* model, size_t n, float smoothing, float scale) {
+void deit_loss(DeitModel* model, size_t n, float smoothing, float scale) {
     cross_entropy(model->result, model->losses, model->ranks, (floatX*)model->acts.logits.data, model->labels, (int)n,
                   model->options.config.num_classes, smoothing, scale);
 }
 
-static void deit_zero_gradients(DeitModel* model) {
+void deit_zero_gradients(DeitModel* model) {
     cudaCheck(cudaMemsetAsync(model->grads_memory, 0, model->num_parameters * sizeof(float), main_stream));
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
 }
 
 // step counts from 1
-static void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
+void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
     const size_t decayed = model->num_decayed, n = model->num_parameters;
     OptimizerConfig no_decay = o;
     no_decay.weight_decay = 0.0;
@@ -2370,14 +2402,14 @@ static void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step
 }
 
 // what the device has added up since deit_zero_gradients; waits for it
-static StepResult deit_result(const DeitModel* model) {
+StepResult deit_result(const DeitModel* model) {
     StepResult result;
     cudaCheck(cudaMemcpyAsync(&result, model->result, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
     return result;
 }
 
-template <class T> static bool all_finite(const void* device, size_t n) {
+template <class T> bool all_finite(const void* device, size_t n) {
     T* host = (T*)malloc(n * sizeof(T));
     require(host != NULL, "out of host memory for %zu elements", n);
     cudaCheck(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -2388,7 +2420,7 @@ template <class T> static bool all_finite(const void* device, size_t n) {
 }
 
 // the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
-static const char* deit_not_finite(const DeitModel* model) {
+const char* deit_not_finite(const DeitModel* model) {
     static char name[80];
     for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
         const ParameterSpec* s = &model->specs[i];
@@ -2428,7 +2460,7 @@ static const char* deit_not_finite(const DeitModel* model) {
     return "no stored tensor";
 }
 
-static void device_open(void) {
+void device_open(void) {
     int devices = 0;
     cudaDeviceProp properties;
     require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
@@ -2456,7 +2488,7 @@ typedef struct {
     double low, high; // of numbers
 } Option;
 
-static void usage(FILE* out, const char* program, const Option* options, int n) {
+void usage(FILE* out, const char* program, const Option* options, int n) {
     fprintf(out, "usage: %s [flag value] ...\n", program);
     for (int i = 0; i < n; i++) {
         const Option* o = &options[i];
@@ -2467,7 +2499,7 @@ static void usage(FILE* out, const char* program, const Option* options, int n) 
     }
 }
 
-static void parse_options(int argc, char** argv, const Option* options, int n) {
+void parse_options(int argc, char** argv, const Option* options, int n) {
     for (int i = 1; i < argc; i += 2) {
         if (strcmp(argv[i], "-h") == 0) {
             usage(stdout, argv[0], options, n);
@@ -2493,7 +2525,7 @@ static void parse_options(int argc, char** argv, const Option* options, int n) {
 }
 
 // "24GiB", "512MiB", "1000000"
-static size_t parse_bytes(const char* text) {
+size_t parse_bytes(const char* text) {
     char* end;
     const double v = strtod(text, &end);
     const double unit = strcmp(end, "GiB") == 0 ? 1073741824.0 : strcmp(end, "MiB") == 0 ? 1048576.0 : *end == 0 ? 1.0 : 0.0;
@@ -2501,13 +2533,13 @@ static size_t parse_bytes(const char* text) {
     return (size_t)(v * unit);
 }
 
-static double seconds(void) {
+double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-static int by_value(const void* a, const void* b) {
+int by_value(const void* a, const void* b) {
     const double x = *(const double*)a, y = *(const double*)b;
     return x < y ? -1 : x > y;
 }
@@ -2522,7 +2554,7 @@ typedef struct {
     int *labels, *flips;  // pinned, one batch
 } Loader;
 
-static void loader_open(Loader* loader, Shard shard, size_t B) {
+void loader_open(Loader* loader, Shard shard, size_t B) {
     const ShardHeader* h = shard.header;
     loader->shard = shard;
     loader->order = (unsigned*)malloc(h->images * sizeof(unsigned));
@@ -2534,7 +2566,7 @@ static void loader_open(Loader* loader, Shard shard, size_t B) {
 }
 
 // images first .. first+n-1 of the order, to the device; flip: mirror half of them, chosen by Philox(seed, RNG_AUGMENT, epoch, place)
-static void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size_t first, size_t n, bool flip,
+void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size_t first, size_t n, bool flip,
                          unsigned long long seed, unsigned epoch) {
     const ShardEntry* entries = loader->shard.entries;
     const size_t bytes = (size_t)entries[0].height * entries[0].width * loader->shard.header->channels;
@@ -2550,7 +2582,7 @@ static void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flip
     cudaCheck(cudaMemcpyAsync(flips, loader->flips, n * sizeof(int), cudaMemcpyHostToDevice, main_stream));
 }
 
-static PixelStats shard_stats(const Shard* shard) {
+PixelStats shard_stats(const Shard* shard) {
     PixelStats stats;
     memcpy(stats.mean, shard->header->mean, sizeof(stats.mean));
     memcpy(stats.std, shard->header->std, sizeof(stats.std));
@@ -2559,7 +2591,7 @@ static PixelStats shard_stats(const Shard* shard) {
 // ---- end shared: data loader -----------------------------------------------
 
 // a shard must hold what the model takes
-static Shard open_shard(const char* path, DeitConfig c) {
+Shard open_shard(const char* path, DeitConfig c) {
     Shard shard = shard_open(path);
     const ShardHeader* h = shard.header;
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
@@ -2578,7 +2610,7 @@ typedef struct {
 } Evaluation;
 
 // mean loss and accuracies over a whole shard, in its order
-static Evaluation evaluate(DeitModel* model, Loader* loader) {
+Evaluation evaluate(DeitModel* model, Loader* loader) {
     const size_t images = loader->shard.header->images, B = model->options.B;
     const PixelStats stats = shard_stats(&loader->shard);
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));

@@ -13,8 +13,8 @@ import gzip
 import hashlib
 import os
 import sys
-import urllib.error
 import urllib.request
+import zlib
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def unpacked(name, source):
             with urllib.request.urlopen(origin, timeout=60) as reply:  # raises on 4xx and 5xx
                 packed = reply.read()
         content = gzip.decompress(packed)
-    except (OSError, EOFError, urllib.error.URLError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # URLError is an OSError
         fail(f"cannot read {origin} ({error}); install the Debian package dataset-fashion-mnist, "
              "or name a folder that has the four .gz files with --source")
     found = hashlib.sha256(content).hexdigest()
@@ -70,8 +70,6 @@ def load(part, source):
 
 
 def make(path, images, labels, count):
-    if not 1 <= count <= len(images):
-        fail(f"{path}: {count} images asked, expected 1 to {len(images)}")
     items = ((images[i], int(labels[i])) for i in range(count))
     try:
         write_shard(path, items, count, CLASSES, [MEAN], [STD])
@@ -98,6 +96,9 @@ def main():
     if source == "auto":
         source = PACKAGED if os.path.isdir(PACKAGED) else "download"
     source = None if source == "download" else source
+    for flag, count, most in (("--train", options.train, 60000), ("--val", options.val, 10000)):
+        if not 1 <= count <= most:
+            fail(f"{flag} {count} is not in 1 to {most}")
     # everything is read and checked before the first file is written
     train, val = load("train", source), load("t10k", source)
     make(options.train_out, *train, options.train)

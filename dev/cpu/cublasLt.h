@@ -1,13 +1,14 @@
 /*
-cuBLASLt on the CPU: descriptors, and cublasLtMatmul with the epilogues BIAS, BGRADA and BGRADB, on top of blas.h.
+cuBLASLt on the CPU: descriptors and cublasLtMatmul, on top of blas.h. The epilogues are
 
-    D = alpha * op(A) @ op(B) + beta * C            epilogue DEFAULT; C may be D
-    D = alpha * op(A) @ op(B) + beta * C + bias     BIAS: bias (m), added in float before the one rounding
-    and bias (m) = sum over k of A                  BGRADA: stored, not accumulated; not scaled by alpha
-    and bias (n) = sum over k of B                  BGRADB: likewise
+    DEFAULT   D = alpha * op(A) @ op(B) + beta * C; C may be D
+    BIAS      the same + bias (m), added in float before the one rounding
+    BGRADA    as DEFAULT, and bias (m) = sum over k of A: stored, not accumulated, without alpha
+    BGRADB    as DEFAULT, and bias (n) = sum over k of B: likewise
 
-Column-major matrices, types as in cublas_v2.h, alpha and beta on the host. Any other epilogue or attribute returns
-CUBLAS_STATUS_NOT_SUPPORTED, and so does what NVIDIA's library or its users say that a GPU refuses (matmul_problem below).
+Column-major matrices, types as in cublas_v2.h, alpha and beta on the host. Any other epilogue or
+attribute returns CUBLAS_STATUS_NOT_SUPPORTED, and so does what NVIDIA's documentation or its own
+programs say that a GPU refuses (see matmul_problem).
 */
 #pragma once
 
@@ -53,10 +54,10 @@ typedef cublasLtContext* cublasLtHandle_t;
 typedef struct {
     cublasComputeType_t compute_type;
     cudaDataType scale_type;
-    int32_t transa, transb;   // cublasOperation_t
-    uint32_t epilogue;        // cublasLtEpilogue_t
+    int32_t transa, transb;  // cublasOperation_t
+    uint32_t epilogue;       // cublasLtEpilogue_t
     void* bias;
-    int32_t bias_type;        // cudaDataType, -1 for the type of D
+    int32_t bias_type;  // cudaDataType, -1 for the type of D
 } cublasLtMatmulDescOpaque_t;
 typedef cublasLtMatmulDescOpaque_t* cublasLtMatmulDesc_t;
 
@@ -94,11 +95,12 @@ inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t computeType,
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc,
+                                               cublasComputeType_t computeType,
                                                cudaDataType scaleType) {
     if (desc == NULL) { return CUBLAS_STATUS_INVALID_VALUE; }
-    *desc = new cublasLtMatmulDescOpaque_t{computeType, scaleType, CUBLAS_OP_N, CUBLAS_OP_N,
-                                           CUBLASLT_EPILOGUE_DEFAULT, NULL, -1};
+    *desc = new cublasLtMatmulDescOpaque_t{
+        computeType, scaleType, CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL, -1};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -132,7 +134,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t
 
 namespace cpu {
 
-// one attribute from the caller's buffer. A size other than the attribute's own is the caller's mistake.
+// one attribute from the caller's buffer. A size other than the attribute's own is the caller's
+// mistake.
 template <class T> cublasStatus_t set_attribute(T* attribute, const void* buf, size_t bytes) {
     if (buf == NULL || bytes != sizeof(T)) { return CUBLAS_STATUS_INVALID_VALUE; }
     memcpy(attribute, buf, sizeof(T));
@@ -141,7 +144,8 @@ template <class T> cublasStatus_t set_attribute(T* attribute, const void* buf, s
 
 }  // namespace cpu
 
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attr,
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatmulDescAttributes_t attr,
                                                      const void* buf, size_t sizeInBytes) {
     if (desc == NULL) { return CUBLAS_STATUS_INVALID_VALUE; }
     switch (attr) {
@@ -154,7 +158,8 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, 
     }
 }
 
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attr,
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                       cublasLtMatrixLayoutAttribute_t attr,
                                                        const void* buf, size_t sizeInBytes) {
     if (layout == NULL) { return CUBLAS_STATUS_INVALID_VALUE; }
     switch (attr) {
@@ -164,9 +169,9 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t la
     }
 }
 
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
-                                                           cublasLtMatmulPreferenceAttributes_t attr,
-                                                           const void* buf, size_t sizeInBytes) {
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
+    cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attr,
+    const void* buf, size_t sizeInBytes) {
     if (preference == NULL) { return CUBLAS_STATUS_INVALID_VALUE; }
     switch (attr) {
         case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
@@ -181,11 +186,16 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 namespace cpu {
 
 // the problem that the descriptors state, without its pointers, or why it is refused
-inline cublasStatus_t matmul_problem(const cublasLtMatmulDescOpaque_t* desc, const cublasLtMatrixLayoutOpaque_t* A,
-                                     const cublasLtMatrixLayoutOpaque_t* B, const cublasLtMatrixLayoutOpaque_t* C,
+inline cublasStatus_t matmul_problem(const cublasLtMatmulDescOpaque_t* desc,
+                                     const cublasLtMatrixLayoutOpaque_t* A,
+                                     const cublasLtMatrixLayoutOpaque_t* B,
+                                     const cublasLtMatrixLayoutOpaque_t* C,
                                      const cublasLtMatrixLayoutOpaque_t* D, Gemm* p) {
-    if (desc == NULL || A == NULL || B == NULL || C == NULL || D == NULL) { return CUBLAS_STATUS_INVALID_VALUE; }
-    if (!is_operation((cublasOperation_t)desc->transa) || !is_operation((cublasOperation_t)desc->transb)) {
+    if (desc == NULL || A == NULL || B == NULL || C == NULL || D == NULL) {
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    if (!is_operation((cublasOperation_t)desc->transa) ||
+        !is_operation((cublasOperation_t)desc->transb)) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     for (auto x : {A, B, C, D}) {
@@ -193,12 +203,14 @@ inline cublasStatus_t matmul_problem(const cublasLtMatmulDescOpaque_t* desc, con
             x->batch_count != D->batch_count) {
             return CUBLAS_STATUS_INVALID_VALUE;
         }
-        if (x->rows > INT_MAX || x->cols > INT_MAX || x->ld > INT_MAX) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+        if (x->rows > INT_MAX || x->cols > INT_MAX || x->ld > INT_MAX) {
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+        }
     }
     bool transa = desc->transa != CUBLAS_OP_N, transb = desc->transb != CUBLAS_OP_N;
     size_t m = D->rows, n = D->cols, k = transa ? A->rows : A->cols;
-    if ((transa ? A->cols : A->rows) != m || (transb ? B->cols : B->rows) != k || (transb ? B->rows : B->cols) != n ||
-        C->rows != m || C->cols != n) {
+    if ((transa ? A->cols : A->rows) != m || (transb ? B->cols : B->rows) != k ||
+        (transb ? B->rows : B->cols) != n || C->rows != m || C->cols != n) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     p->transa = transa, p->transb = transb;
@@ -215,23 +227,27 @@ inline cublasStatus_t matmul_problem(const cublasLtMatmulDescOpaque_t* desc, con
     bool bias_type_of_d = desc->bias_type == -1 || desc->bias_type == D->type;
     bool supported = desc->epilogue == CUBLASLT_EPILOGUE_BIAS;
     if (desc->epilogue == CUBLASLT_EPILOGUE_BGRADA || desc->epilogue == CUBLASLT_EPILOGUE_BGRADB) {
-        // a GPU sums only the operand that it reads along its columns (A not transposed, B transposed), and wants leading
-        // dimensions that divide by 8; a gradient for each problem of a batch would need a stride, which is not offered
-        supported = (desc->epilogue == CUBLASLT_EPILOGUE_BGRADA ? !transa : transb) && D->batch_count == 1 &&
-                    p->lda % 8 == 0 && p->ldb % 8 == 0 && p->ldd % 8 == 0;
+        // a GPU sums only the operand that it reads along its columns (A not transposed, B
+        // transposed), and wants leading dimensions that divide by 8; a gradient for each problem
+        // of a batch would need a stride, which is not offered
+        supported = (desc->epilogue == CUBLASLT_EPILOGUE_BGRADA ? !transa : transb) &&
+                    D->batch_count == 1 && p->lda % 8 == 0 && p->ldb % 8 == 0 && p->ldd % 8 == 0;
     }
     return supported && bias_type_of_d ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 }  // namespace cpu
 
-// One algorithm, without workspace; none where the product is not supported, and the status says so as on a GPU.
+// One algorithm, without workspace; none where the product is not supported, and the status says so
+// as on a GPU.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
-        cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t Adesc, cublasLtMatrixLayout_t Bdesc,
-        cublasLtMatrixLayout_t Cdesc, cublasLtMatrixLayout_t Ddesc, cublasLtMatmulPreference_t preference,
-        int requestedAlgoCount, cublasLtMatmulHeuristicResult_t heuristicResultsArray[], int* returnAlgoCount) {
+    cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t Adesc,
+    cublasLtMatrixLayout_t Bdesc, cublasLtMatrixLayout_t Cdesc, cublasLtMatrixLayout_t Ddesc,
+    cublasLtMatmulPreference_t preference, int requestedAlgoCount,
+    cublasLtMatmulHeuristicResult_t heuristicResultsArray[], int* returnAlgoCount) {
     if (handle == NULL) { return CUBLAS_STATUS_NOT_INITIALIZED; }
-    if (preference == NULL || requestedAlgoCount <= 0 || heuristicResultsArray == NULL || returnAlgoCount == NULL) {
+    if (preference == NULL || requestedAlgoCount <= 0 || heuristicResultsArray == NULL ||
+        returnAlgoCount == NULL) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     cpu::Gemm p = {};
@@ -245,22 +261,27 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     return status;
 }
 
-inline cublasStatus_t cublasLtMatmul(
-        cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t Adesc,
-        const void* B, cublasLtMatrixLayout_t Bdesc, const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc,
-        void* D, cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t* /*algo*/, void* workspace,
-        size_t workspaceSizeInBytes, cudaStream_t /*stream*/) {
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                     const void* alpha, const void* A, cublasLtMatrixLayout_t Adesc,
+                                     const void* B, cublasLtMatrixLayout_t Bdesc, const void* beta,
+                                     const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
+                                     cublasLtMatrixLayout_t Ddesc,
+                                     const cublasLtMatmulAlgo_t* /*algo*/, void* workspace,
+                                     size_t workspaceSizeInBytes, cudaStream_t /*stream*/) {
     if (handle == NULL) { return CUBLAS_STATUS_NOT_INITIALIZED; }
     cpu::Gemm shape = {};
     cublasStatus_t status = cpu::matmul_problem(desc, Adesc, Bdesc, Cdesc, Ddesc, &shape);
     if (status != CUBLAS_STATUS_SUCCESS) { return status; }
     bool has_bias = desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT;
-    if (alpha == NULL || beta == NULL || (has_bias && desc->bias == NULL) || (workspace == NULL && workspaceSizeInBytes > 0)) {
+    if (alpha == NULL || beta == NULL || (has_bias && desc->bias == NULL) ||
+        (workspace == NULL && workspaceSizeInBytes > 0)) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     shape.alpha = *(const float*)alpha, shape.beta = *(const float*)beta;
-    // C is D when the addresses are equal, and then it is updated in place; two layouts of one matrix would overlap
-    if (C == D && shape.beta != 0.0f && (shape.ldc != shape.ldd || Cdesc->batch_stride != Ddesc->batch_stride)) {
+    // C is D when the addresses are equal, and then it is updated in place; two layouts of one
+    // matrix would overlap
+    if (C == D && shape.beta != 0.0f &&
+        (shape.ldc != shape.ldd || Cdesc->batch_stride != Ddesc->batch_stride)) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     auto problem = [=](size_t i) {
@@ -277,11 +298,14 @@ inline cublasStatus_t cublasLtMatmul(
     cpu::require_device_operands("cublasLtMatmul", problem(batch - 1));
     if (has_bias) {
         size_t length = desc->epilogue == CUBLASLT_EPILOGUE_BGRADB ? shape.n : shape.m;
-        cpu::require_device("cublasLtMatmul", "the bias", desc->bias, length * cpu::type_bytes(shape.bias_type));
+        cpu::require_device("cublasLtMatmul", "the bias", desc->bias,
+                            length * cpu::type_bytes(shape.bias_type));
     }
-    if (workspaceSizeInBytes > 0) { cpu::require_device("cublasLtMatmul", "workspace", workspace, workspaceSizeInBytes); }
+    if (workspaceSizeInBytes > 0) {
+        cpu::require_device("cublasLtMatmul", "workspace", workspace, workspaceSizeInBytes);
+    }
 
-    cpu::gemm_batched(batch, problem);
+    cpu::gemm(batch, problem);
     // the operand lies column by column with its k along the columns: a sum of columns
     if (desc->epilogue == CUBLASLT_EPILOGUE_BGRADA) {
         cpu::row_sums(desc->bias, shape.bias_type, A, shape.a_type, shape.m, shape.k, shape.lda);

@@ -1,10 +1,10 @@
 /*
 cuBLAS on the CPU: handles, and the matrix products that the trainers call, on top of blas.h.
 
-Enumerators, signatures and error codes are those of CUDA 13's cublas_v2.h; what is absent here fails to compile. Sums are
-FP32 with alpha and beta on the host: FP32 inputs with an FP32 output, BF16 inputs with a BF16 or FP32 output. Every other
-combination returns CUBLAS_STATUS_NOT_SUPPORTED. TF32 is accepted and computes in full FP32. Matrices that are not in
-device memory end the program, where a GPU would fault.
+Enumerators, signatures and error codes are those of CUDA 13; what is absent here fails to compile.
+Sums are FP32, alpha and beta lie on the host. FP32 inputs give an FP32 output, BF16 inputs a BF16
+or FP32 output; every other combination returns CUBLAS_STATUS_NOT_SUPPORTED. TF32 is accepted and
+computes in full FP32. A matrix that is not in device memory ends the program: a GPU would fault.
 */
 #pragma once
 
@@ -81,7 +81,9 @@ inline cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream
 // The workspace is not needed here, but a wrong one is an error on the GPU too.
 inline cublasStatus_t cublasSetWorkspace(cublasHandle_t handle, void* workspace, size_t bytes) {
     if (handle == NULL) { return CUBLAS_STATUS_NOT_INITIALIZED; }
-    if ((workspace == NULL && bytes > 0) || (uintptr_t)workspace % 256 != 0) { return CUBLAS_STATUS_INVALID_VALUE; }
+    if ((workspace == NULL && bytes > 0) || (uintptr_t)workspace % 256 != 0) {
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
     if (bytes > 0) { cpu::require_device("cublasSetWorkspace", "workspace", workspace, bytes); }
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -97,17 +99,22 @@ inline cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode
 
 namespace cpu {
 
-inline size_t type_bytes(MatrixType type) { return type == FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
+inline size_t type_bytes(MatrixType type) {
+    return type == FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+}
 
 // element `offset` of an array of this type
 inline const void* element(const void* p, MatrixType type, long long offset) {
     return (const char*)p + offset * (long long)type_bytes(type);
 }
 
-inline bool is_operation(cublasOperation_t op) { return op == CUBLAS_OP_N || op == CUBLAS_OP_T || op == CUBLAS_OP_C; }
+inline bool is_operation(cublasOperation_t op) {
+    return op == CUBLAS_OP_N || op == CUBLAS_OP_T || op == CUBLAS_OP_C;
+}
 
 // false for types that are not computed here, or not by cuBLAS
-inline bool gemm_types(cudaDataType a, cudaDataType b, cudaDataType d, cublasComputeType_t compute, Gemm* p) {
+inline bool gemm_types(cudaDataType a, cudaDataType b, cudaDataType d, cublasComputeType_t compute,
+                       Gemm* p) {
     bool fp32 = a == CUDA_R_32F && b == CUDA_R_32F && d == CUDA_R_32F;
     bool bf16 = a == CUDA_R_16BF && b == CUDA_R_16BF && (d == CUDA_R_16BF || d == CUDA_R_32F);
     bool plain = compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC;
@@ -118,29 +125,35 @@ inline bool gemm_types(cudaDataType a, cudaDataType b, cudaDataType d, cublasCom
     return (fp32 && (plain || fast)) || (bf16 && plain);
 }
 
-inline void require_device_matrix(const char* call, const char* argument, const void* p, MatrixType type,
-                                  size_t rows, size_t cols, size_t ld) {
+inline void require_device_matrix(const char* call, const char* argument, const void* p,
+                                  MatrixType type, size_t rows, size_t cols, size_t ld) {
     require_device(call, argument, p, ((cols - 1) * ld + rows) * type_bytes(type));
 }
 
 // the matrices that the product reads or writes, from the first to the last element
 inline void require_device_operands(const char* call, const Gemm& p) {
-    if (p.k > 0 && p.alpha != 0.0f) {
-        require_device_matrix(call, "A", p.a, p.a_type, p.transa ? p.k : p.m, p.transa ? p.m : p.k, p.lda);
-        require_device_matrix(call, "B", p.b, p.b_type, p.transb ? p.n : p.k, p.transb ? p.k : p.n, p.ldb);
+    if (!without_product(p)) {
+        require_device_matrix(call, "A", p.a, p.a_type, p.transa ? p.k : p.m, p.transa ? p.m : p.k,
+                              p.lda);
+        require_device_matrix(call, "B", p.b, p.b_type, p.transb ? p.n : p.k, p.transb ? p.k : p.n,
+                              p.ldb);
     }
-    if (p.beta != 0.0f && p.c != p.d) { require_device_matrix(call, "C", p.c, p.d_type, p.m, p.n, p.ldc); }
+    if (p.beta != 0.0f && p.c != p.d) {
+        require_device_matrix(call, "C", p.c, p.d_type, p.m, p.n, p.ldc);
+    }
     require_device_matrix(call, "the output", p.d, p.d_type, p.m, p.n, p.ldd);
 }
 
 // the arguments that cublasSgemm and the three below share, checked as cuBLAS does and put into p
-inline cublasStatus_t gemm_arguments(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
-                                     int m, int n, int k, const void* alpha, int lda, int ldb, const void* beta, int ldc,
+inline cublasStatus_t gemm_arguments(cublasHandle_t handle, cublasOperation_t transa,
+                                     cublasOperation_t transb, int m, int n, int k,
+                                     const void* alpha, int lda, int ldb, const void* beta, int ldc,
                                      int batch, Gemm* p) {
     if (handle == NULL) { return CUBLAS_STATUS_NOT_INITIALIZED; }
     if (!is_operation(transa) || !is_operation(transb) || m < 0 || n < 0 || k < 0 || batch < 0 ||
-        lda < std::max(1, transa == CUBLAS_OP_N ? m : k) || ldb < std::max(1, transb == CUBLAS_OP_N ? k : n) ||
-        ldc < std::max(1, m) || alpha == NULL || beta == NULL) {
+        lda < std::max(1, transa == CUBLAS_OP_N ? m : k) ||
+        ldb < std::max(1, transb == CUBLAS_OP_N ? k : n) || ldc < std::max(1, m) || alpha == NULL ||
+        beta == NULL) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
     p->transa = transa != CUBLAS_OP_N, p->transb = transb != CUBLAS_OP_N;
@@ -156,15 +169,18 @@ inline cublasStatus_t gemm_arguments(cublasHandle_t handle, cublasOperation_t tr
 // products: C (m, n) = alpha * op(A) (m, k) @ op(B) (k, n) + beta * C, column-major
 
 inline cublasStatus_t cublasGemmStridedBatchedEx(
-        cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k, const void* alpha,
-        const void* A, cudaDataType Atype, int lda, long long int strideA,
-        const void* B, cudaDataType Btype, int ldb, long long int strideB, const void* beta,
-        void* C, cudaDataType Ctype, int ldc, long long int strideC, int batchCount,
-        cublasComputeType_t computeType, cublasGemmAlgo_t /*algo*/) {
+    cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
+    const void* alpha, const void* A, cudaDataType Atype, int lda, long long int strideA,
+    const void* B, cudaDataType Btype, int ldb, long long int strideB, const void* beta, void* C,
+    cudaDataType Ctype, int ldc, long long int strideC, int batchCount,
+    cublasComputeType_t computeType, cublasGemmAlgo_t /*algo*/) {
     cpu::Gemm shape = {};
-    cublasStatus_t status = cpu::gemm_arguments(handle, transa, transb, m, n, k, alpha, lda, ldb, beta, ldc, batchCount, &shape);
+    cublasStatus_t status = cpu::gemm_arguments(handle, transa, transb, m, n, k, alpha, lda, ldb,
+                                                beta, ldc, batchCount, &shape);
     if (status != CUBLAS_STATUS_SUCCESS) { return status; }
-    if (!cpu::gemm_types(Atype, Btype, Ctype, computeType, &shape)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (!cpu::gemm_types(Atype, Btype, Ctype, computeType, &shape)) {
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     if (m == 0 || n == 0 || batchCount == 0) { return CUBLAS_STATUS_SUCCESS; }
     auto problem = [=](size_t i) {
         cpu::Gemm p = shape;
@@ -175,20 +191,25 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(
     };
     cpu::require_device_operands("cuBLAS", problem(0));
     cpu::require_device_operands("cuBLAS", problem((size_t)batchCount - 1));
-    cpu::gemm_batched((size_t)batchCount, problem);
+    cpu::gemm((size_t)batchCount, problem);
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasGemmBatchedEx(
-        cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k, const void* alpha,
-        const void* const Aarray[], cudaDataType Atype, int lda,
-        const void* const Barray[], cudaDataType Btype, int ldb, const void* beta,
-        void* const Carray[], cudaDataType Ctype, int ldc, int batchCount,
-        cublasComputeType_t computeType, cublasGemmAlgo_t /*algo*/) {
+inline cublasStatus_t cublasGemmBatchedEx(cublasHandle_t handle, cublasOperation_t transa,
+                                          cublasOperation_t transb, int m, int n, int k,
+                                          const void* alpha, const void* const Aarray[],
+                                          cudaDataType Atype, int lda, const void* const Barray[],
+                                          cudaDataType Btype, int ldb, const void* beta,
+                                          void* const Carray[], cudaDataType Ctype, int ldc,
+                                          int batchCount, cublasComputeType_t computeType,
+                                          cublasGemmAlgo_t /*algo*/) {
     cpu::Gemm shape = {};
-    cublasStatus_t status = cpu::gemm_arguments(handle, transa, transb, m, n, k, alpha, lda, ldb, beta, ldc, batchCount, &shape);
+    cublasStatus_t status = cpu::gemm_arguments(handle, transa, transb, m, n, k, alpha, lda, ldb,
+                                                beta, ldc, batchCount, &shape);
     if (status != CUBLAS_STATUS_SUCCESS) { return status; }
-    if (!cpu::gemm_types(Atype, Btype, Ctype, computeType, &shape)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (!cpu::gemm_types(Atype, Btype, Ctype, computeType, &shape)) {
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     if (m == 0 || n == 0 || batchCount == 0) { return CUBLAS_STATUS_SUCCESS; }
     const size_t array_bytes = (size_t)batchCount * sizeof(void*);
     cpu::require_device("cublasGemmBatchedEx", "Aarray", Aarray, array_bytes);
@@ -201,22 +222,27 @@ inline cublasStatus_t cublasGemmBatchedEx(
         p.c = p.d = Carray[i];
         return p;
     };
-    for (int i = 0; i < batchCount; i++) { cpu::require_device_operands("cublasGemmBatchedEx", problem((size_t)i)); }
-    cpu::gemm_batched((size_t)batchCount, problem);
+    for (int i = 0; i < batchCount; i++) {
+        cpu::require_device_operands("cublasGemmBatchedEx", problem((size_t)i));
+    }
+    cpu::gemm((size_t)batchCount, problem);
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasGemmEx(
-        cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k, const void* alpha,
-        const void* A, cudaDataType Atype, int lda, const void* B, cudaDataType Btype, int ldb, const void* beta,
-        void* C, cudaDataType Ctype, int ldc, cublasComputeType_t computeType, cublasGemmAlgo_t algo) {
-    return cublasGemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B, Btype, ldb, 0, beta,
-                                      C, Ctype, ldc, 0, 1, computeType, algo);
+inline cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa,
+                                   cublasOperation_t transb, int m, int n, int k, const void* alpha,
+                                   const void* A, cudaDataType Atype, int lda, const void* B,
+                                   cudaDataType Btype, int ldb, const void* beta, void* C,
+                                   cudaDataType Ctype, int ldc, cublasComputeType_t computeType,
+                                   cublasGemmAlgo_t algo) {
+    return cublasGemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B,
+                                      Btype, ldb, 0, beta, C, Ctype, ldc, 0, 1, computeType, algo);
 }
 
-inline cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
-                                  int m, int n, int k, const float* alpha, const float* A, int lda,
-                                  const float* B, int ldb, const float* beta, float* C, int ldc) {
-    return cublasGemmEx(handle, transa, transb, m, n, k, alpha, A, CUDA_R_32F, lda, B, CUDA_R_32F, ldb, beta,
-                        C, CUDA_R_32F, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+inline cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t transa,
+                                  cublasOperation_t transb, int m, int n, int k, const float* alpha,
+                                  const float* A, int lda, const float* B, int ldb,
+                                  const float* beta, float* C, int ldc) {
+    return cublasGemmEx(handle, transa, transb, m, n, k, alpha, A, CUDA_R_32F, lda, B, CUDA_R_32F,
+                        ldb, beta, C, CUDA_R_32F, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }

@@ -245,12 +245,12 @@ inline cudaError_t release(void* p, MemoryKind kind) {
 // one side of a copy or fill: is it the memory that the call says, and does it hold all bytes?
 inline void check_side(const char* call, const char* side, Address p, size_t bytes, bool device, const char* file, int line) {
     const Place place = find(p);
-    const bool is_device = place.kind == DEVICE && (place.left > 0 || device); // host memory may begin where an allocation ends
+    const bool is_device = place.kind == DEVICE && place.left > 0; // other memory may begin where an allocation ends
     if (is_device != device) {
         die("%s:%d: %s: its %s %#zx is %s memory, but the call says %s; pass the kind of copy that is meant", file, line, call, side,
             (size_t)p, device ? "host (or freed)" : "device", device ? "device" : "host");
     }
-    if (place.kind != HOST && is_device == device && place.left > 0 && bytes > place.left) {
+    if (place.left > 0 && bytes > place.left) {
         die("%s:%d: %s: its %s is %zu bytes at offset %zu of an allocation of %zu bytes; copy less, or allocate more", file, line,
             call, side, bytes, place.offset, place.offset + place.left);
     }

@@ -169,11 +169,16 @@ static inline unsigned __reduce_or_sync(unsigned mask, unsigned value) { return 
 static inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) { return cpu::reduce(mask, value, cpu::Xor()); }
 
 // ----------------------------------------------------------------------------
-// Atomics, relaxed as CUDA's. They are real where another worker may come to the same address: not in shared memory,
-// and not with one worker, for fibers are never interrupted. ThreadSanitizer must always see real ones
+// Atomics. They are relaxed, as CUDA's are, and real where another worker may come to the same address: not in shared memory,
+// and not with one worker, for fibers are never interrupted
 
 namespace cpu {
 
+#if defined(CPU_TSAN)
+constexpr int ATOMIC_ORDER = __ATOMIC_ACQ_REL; // see __threadfence
+#else
+constexpr int ATOMIC_ORDER = __ATOMIC_RELAXED;
+#endif
 inline const bool several_workers = workers() > 1;
 
 CPU_ENGINE inline bool needs_atomic([[maybe_unused]] const void* p) {
@@ -200,7 +205,7 @@ template <class T, class Op> __attribute__((always_inline)) inline T atomic_upda
         memcpy((void*)&old, &old_bits, sizeof(T));
         const T updated = op(old);
         memcpy(&new_bits, &updated, sizeof(T));
-    } while (!__atomic_compare_exchange_n((Bits*)p, &old_bits, new_bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n((Bits*)p, &old_bits, new_bits, true, ATOMIC_ORDER, __ATOMIC_RELAXED));
     return old;
 }
 
@@ -210,7 +215,7 @@ template <class T> using Same = std::common_type_t<T>; // its argument is conver
 
 template <class T> static inline T atomicAdd(T* p, cpu::Same<T> value) {
     if constexpr (std::is_integral_v<T>) {
-        if (cpu::needs_atomic(p)) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+        if (cpu::needs_atomic(p)) { return __atomic_fetch_add(p, value, cpu::ATOMIC_ORDER); }
     }
     return cpu::atomic_update(p, [value](T old) { return (T)(old + value); });
 }
@@ -239,11 +244,15 @@ template <class T> static inline T atomicCAS(T* p, cpu::Same<T> expected, cpu::S
     return cpu::atomic_update(p, [expected, value](T old) { return old == expected ? value : old; });
 }
 
-// what one worker wrote before the fence is seen by the others after it; ThreadSanitizer does not model fences, but
-// the kernels that use them (the last block finishes) hand over through an atomic, which it does
-static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-static inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// What a worker wrote before the fence is seen by the others after it. ThreadSanitizer does not know fences: under it every
+// atomic orders memory, as fence and atomic together do in the kernels that hand over to the last block
 static inline void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+static inline void __threadfence() {
+#if !defined(CPU_TSAN)
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+static inline void __threadfence_system() { __threadfence(); }
 
 // ----------------------------------------------------------------------------
 // Bits and casts

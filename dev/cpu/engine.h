@@ -240,6 +240,14 @@ template <class Run> void spread_blocks(const Launch& launch, uint64_t inline_be
 // ----------------------------------------------------------------------------
 // Free kernels
 
+// What the compiler may take for granted of a grid that is not huge: then the sum in blockIdx.x * blockDim.x + threadIdx.x
+// does not wrap around, and neighbouring threads access neighbouring memory
+constexpr uint64_t MAX_FLAT_INDEX = INT32_MAX - MAX_THREADS;
+__attribute__((always_inline)) inline void assume_no_wrap(uint3 b, dim3 block) {
+    if (block.x > MAX_THREADS || block.y > MAX_THREADS || block.z > MAX_BLOCK_Z) { __builtin_unreachable(); }
+    if (b.x * block.x > MAX_FLAT_INDEX || (uint64_t)b.x * block.x > MAX_FLAT_INDEX) { __builtin_unreachable(); }
+}
+
 // The copy of the body is what lets the compiler vectorise: a local that nobody else can see cannot change when the
 // kernel stores through its pointers
 template <class Body> __attribute__((noinline)) void free_blocks(const Launch& launch, const Body& shared_body, uint64_t first,
@@ -248,6 +256,7 @@ template <class Body> __attribute__((noinline)) void free_blocks(const Launch& l
     const dim3 grid = launch.grid, block = launch.block;
     for (uint64_t i = first; i < last; i++) {
         const uint3 b = block_index(grid, i);
+        assume_no_wrap(b, block);
         for (unsigned z = 0; z < block.z; z++) {
             for (unsigned y = 0; y < block.y; y++) {
                 // threads that do not synchronise may not depend on one another
@@ -258,11 +267,13 @@ template <class Body> __attribute__((noinline)) void free_blocks(const Launch& l
     }
 }
 
-template <class Body> __attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Body& body) {
-    static uint64_t random = schedule().seed;
+// one thread at a time: for the other schedules, and for huge grids
+template <class Body> __attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Body& body, uint64_t first,
+                                                                          uint64_t last) {
+    static uint64_t random = schedule().seed; // only the random schedule, which has one worker, changes it
     const Order blocks = block_order(launch.blocks, &random);
     unsigned short threads[MAX_THREADS];
-    for (uint64_t i = 0; i < launch.blocks; i++) {
+    for (uint64_t i = first; i < last; i++) {
         const uint3 b = block_index(launch.grid, position(blocks, i));
         thread_order(threads, launch.threads, &random);
         for (unsigned t = 0; t < launch.threads; t++) {
@@ -274,12 +285,10 @@ template <class Body> __attribute__((noinline)) void free_blocks_in_order(const 
 template <class Body> void run_free(const char* kernel, const Body& body) {
     Launch launch;
     if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
-    if (schedule().kind != NATURAL) {
-        free_blocks_in_order(launch, body);
-    } else {
-        // below some thousand threads the workers take longer to wake than one of them to do it all
-        spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) { free_blocks(launch, body, first, last); });
-    }
+    const bool vectorise = schedule().kind == NATURAL && (uint64_t)launch.grid.x * launch.block.x <= MAX_FLAT_INDEX;
+    auto run = vectorise ? free_blocks<Body> : free_blocks_in_order<Body>;
+    // below some thousand threads the workers take longer to wake than one of them to do it all
+    spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) { run(launch, body, first, last); });
 }
 
 // ----------------------------------------------------------------------------
@@ -291,7 +300,14 @@ constexpr size_t STACK_BYTES = 256 << 10; // red zones around every local array
 constexpr size_t STACK_BYTES = 64 << 10;
 #endif
 constexpr size_t GUARD_BYTES = 4096; // below each stack: running over it is a fault, not a neighbour's wrong result
-constexpr unsigned MAX_FIBERS = MAX_THREADS + 1;
+#if defined(CPU_TSAN)
+// ThreadSanitizer sees every CUDA thread as a thread of its own, with a stack of its own. Blocks of one launch are not
+// ordered, so the next block needs other threads, and other shared memory, too. A set of them is used again, ordered after
+// its last use, every third block: a race between blocks i and i + 3 is missed, one between i and i + 1, i + 2 or i + 4 is found
+constexpr unsigned RING_SIZE = 3, MAX_FIBERS = RING_SIZE * MAX_THREADS;
+#else
+constexpr unsigned RING_SIZE = 1, MAX_FIBERS = MAX_THREADS + 1; // one more: the fiber that returns runs until its successor does
+#endif
 
 struct Warp;
 struct Fiber {
@@ -307,6 +323,9 @@ struct Fiber {
     uint3 index;         // threadIdx
 #if defined(CPU_ASAN)
     void* fake_stack;
+#endif
+#if defined(CPU_TSAN)
+    void* tsan_thread;
 #endif
 };
 
@@ -331,14 +350,6 @@ struct SharedVariable {
 };
 constexpr unsigned MAX_SHARED_VARIABLES = 64;
 
-#if defined(CPU_TSAN)
-// ThreadSanitizer sees every CUDA thread as a fiber of its own. Blocks of one launch are not ordered, so the next
-// block needs other fibers and another arena; after this many fibers a set is used again, ordered after its last use
-constexpr unsigned MAX_TSAN_FIBERS = 2048, MAX_RING = 32;
-#else
-constexpr unsigned MAX_RING = 1;
-#endif
-
 // Everything that one OpenMP worker needs to run a block
 struct Worker {
     const Launch* launch;
@@ -361,7 +372,7 @@ struct Worker {
     unsigned num_at_barrier, votes, barrier_result;
     int barrier_kind;
 
-    char* arenas;                      // MAX_RING arenas of shared memory
+    char* arenas;                      // RING_SIZE arenas of shared memory
     char* arena;                       // that of the block: first the dynamic part, then the static variables
     size_t arena_used, static_shared;
     SharedVariable shared[MAX_SHARED_VARIABLES];
@@ -375,12 +386,10 @@ struct Worker {
     size_t host_stack_bytes;
 #endif
 #if defined(CPU_TSAN)
-    void* tsan_host;
-    void* tsan_fibers[MAX_TSAN_FIBERS];
-    unsigned ring_size, ring_slot, ring_use[MAX_RING];
+    unsigned ring_slot, ring_use[RING_SIZE];
     unsigned barrier_number;
     // addresses that stand for an event: what was released to one happens before what acquires it
-    char launched, finished[MAX_RING][2], barrier_event[2], warp_event[MAX_THREADS];
+    char launched, finished[RING_SIZE][2], barrier_event[2], warp_event[MAX_THREADS];
 #endif
 };
 inline thread_local Worker* worker = NULL;
@@ -412,11 +421,16 @@ CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fib
 #endif
 }
 
-CPU_ENGINE inline void fiber_main();
+// AddressSanitizer: its frame is never left, so it may have no red zones; the next thread uses the same stack
+CPU_ENGINE __attribute__((no_sanitize_address)) inline void fiber_main();
 
-// a fiber that will start in fiber_main
+// a fiber that will start in fiber_main, for the next thread of the block
 CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
+#if defined(CPU_TSAN)
+    Fiber* f = &w->fibers[w->ring_slot * MAX_THREADS + w->next];
+#else
     Fiber* f = w->idle[--w->num_idle];
+#endif
 #if defined(__x86_64__)
     // Colours: without the offset the same local of all threads falls into the same set of the cache
     const size_t color = (size_t)(f - w->fibers) % 32 * 128;
@@ -455,19 +469,16 @@ CPU_ENGINE inline Worker* this_worker() {
         w->fibers[i].stack = stacks + i * stride + GUARD_BYTES;
         w->idle[w->num_idle++] = &w->fibers[MAX_FIBERS - 1 - i];
     }
-    w->arenas = map_memory(MAX_RING * ARENA_BYTES, "shared memory");
+    w->arenas = map_memory(RING_SIZE * ARENA_BYTES, "shared memory");
     w->random = schedule().seed;
     w->kind = schedule().kind;
-#if defined(CPU_TSAN)
-    for (unsigned i = 0; i < MAX_TSAN_FIBERS; i++) { w->tsan_fibers[i] = __tsan_create_fiber(0); }
-#endif
     return worker = w;
 }
 
-// what ThreadSanitizer sees as the running thread: a thread of the block, or the host
-CPU_ENGINE inline void tsan_run_thread([[maybe_unused]] Worker* w, [[maybe_unused]] unsigned thread) {
+// tells ThreadSanitizer which fiber runs
+CPU_ENGINE inline void tsan_running([[maybe_unused]] Fiber* f) {
 #if defined(CPU_TSAN)
-    __tsan_switch_to_fiber(w->tsan_fibers[w->ring_slot * w->threads + thread], __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(f->tsan_thread, __tsan_switch_to_fiber_no_sync);
 #endif
 }
 
@@ -521,7 +532,7 @@ CPU_ENGINE __attribute__((noinline)) inline void suspend(Worker* w) {
         w->current = next;
         switch_fiber(w, self, next, false);
     }
-    tsan_run_thread(w, self->thread);
+    tsan_running(self);
 }
 
 CPU_ENGINE inline void release_barrier(Worker* w) {
@@ -573,7 +584,7 @@ CPU_ENGINE inline void start_thread(Worker* w) {
     f->warp = &w->warps[t / WARP_SIZE];
     f->index = thread_index(w->launch->block, t);
 #if defined(CPU_TSAN)
-    tsan_run_thread(w, t);
+    tsan_running(f);
     __tsan_acquire(&w->launched);
     __tsan_acquire(&w->finished[w->ring_slot][~w->ring_use[w->ring_slot] & 1]);
 #endif
@@ -595,13 +606,19 @@ CPU_ENGINE inline void finish_thread(Worker* w) {
     if (w->num_at_barrier > 0 && w->num_at_barrier + w->done == w->threads) { release_barrier(w); }
 }
 
+#if defined(CPU_TSAN)
+constexpr bool ONE_STACK_FOR_MANY = false; // the locals of two threads at one address would look like a race
+#else
+constexpr bool ONE_STACK_FOR_MANY = true;
+#endif
+
 // Runs threads on the current fiber, one after the other, as long as nobody else is ready
 template <class Body> CPU_ENGINE void run_threads(Worker* w, const void* body) {
     do {
         start_thread(w);
         run_thread(*(const Body*)body, w->current->index, w->block, w->launch->block, w->launch->grid);
         finish_thread(w);
-    } while (w->next < w->threads && w->head == w->tail && w->kind != RANDOM);
+    } while (ONE_STACK_FOR_MANY && w->next < w->threads && w->head == w->tail && w->kind != RANDOM);
 }
 
 CPU_ENGINE inline void fiber_main() {
@@ -618,7 +635,9 @@ CPU_ENGINE inline void fiber_main() {
     w->run(w, w->body);
     Fiber* self = w->current;
     Fiber* next = pick(w);
+#if !defined(CPU_TSAN)
     w->idle[w->num_idle++] = self; // after pick, which could begin a new fiber on the stack we stand on
+#endif
     w->current = next;
     switch_fiber(w, self, next, true);
     __builtin_unreachable();
@@ -728,25 +747,25 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
     w->arena = w->arenas;
     in_kernel = true;
 #if defined(CPU_TSAN)
-    w->tsan_host = __tsan_get_current_fiber();
-    w->ring_size = MAX_TSAN_FIBERS / launch.threads < MAX_RING ? MAX_TSAN_FIBERS / launch.threads : MAX_RING;
-    w->ring_slot = 0;
+    w->host.tsan_thread = __tsan_get_current_fiber();
+    for (unsigned i = 0; i < MAX_FIBERS; i++) { // those that a block of this size needs: each costs memory and time
+        Fiber* f = &w->fibers[i];
+        if (i % MAX_THREADS < launch.threads && f->tsan_thread == NULL) { f->tsan_thread = __tsan_create_fiber(0); }
+    }
     __tsan_release(&w->launched);
 #endif
     const Order order = block_order(launch.blocks, &w->random);
     for (uint64_t i = first; i < last; i++) {
 #if defined(CPU_TSAN)
-        w->ring_slot = (w->ring_slot + 1) % w->ring_size;
+        w->ring_slot = (w->ring_slot + 1) % RING_SIZE;
         w->ring_use[w->ring_slot]++;
         w->arena = w->arenas + w->ring_slot * ARENA_BYTES;
 #endif
         run_block(w, block_index(launch.grid, w->kind == NATURAL ? i : position(order, i)));
-#if defined(CPU_TSAN)
-        __tsan_switch_to_fiber(w->tsan_host, __tsan_switch_to_fiber_no_sync);
-#endif
+        tsan_running(&w->host);
     }
 #if defined(CPU_TSAN)
-    for (unsigned i = 0; i < MAX_RING; i++) {
+    for (unsigned i = 0; i < RING_SIZE; i++) {
         __tsan_acquire(&w->finished[i][0]);
         __tsan_acquire(&w->finished[i][1]);
     }

@@ -1,9 +1,10 @@
 /*
-Warp matrix products on the CPU: nvcuda::wmma with 16x16x16 tiles of __nv_bfloat16 and float accumulators.
+Warp matrix products on the CPU: nvcuda::wmma, 16x16x16 tiles of __nv_bfloat16, float accumulators.
 
-A tile is spread over the lanes of a warp. Which lane holds which element is unspecified in CUDA; here lane l holds the
-elements [8*l, 8*l + 8) of the row-major tile. As on a GPU, all 32 lanes must take part in a load, store or product, and
-addresses and leading dimensions must be aligned; what a GPU would do wrong in silence ends the program here.
+A tile is spread over the lanes of a warp. Which lane holds what is unspecified in CUDA; here lane l
+holds the elements [8*l, 8*l + 8) of the row-major tile. As on a GPU, all 32 lanes must take part in
+a load, store or product, and addresses and leading dimensions must be aligned; where a GPU would be
+wrong in silence, the program ends.
 */
 #pragma once
 
@@ -27,15 +28,17 @@ constexpr int TILE = 16;
 template <class Use, int M, int N, int K, class T, class Layout = void> struct fragment {
     static_assert(M == TILE && N == TILE && K == TILE, "the CPU device has 16x16x16 tiles only");
     static_assert(std::is_same_v<T, float> == std::is_same_v<Use, accumulator> &&
-                  (std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16>),
+                      (std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16>),
                   "the CPU device multiplies __nv_bfloat16 and accumulates float");
     static constexpr int num_elements = TILE * TILE / 32;
     T x[num_elements];
 };
 
 typedef fragment<accumulator, TILE, TILE, TILE, float> Accumulator;
-template <class Layout> using FragmentA = fragment<matrix_a, TILE, TILE, TILE, __nv_bfloat16, Layout>;
-template <class Layout> using FragmentB = fragment<matrix_b, TILE, TILE, TILE, __nv_bfloat16, Layout>;
+template <class Layout>
+using FragmentA = fragment<matrix_a, TILE, TILE, TILE, __nv_bfloat16, Layout>;
+template <class Layout>
+using FragmentB = fragment<matrix_b, TILE, TILE, TILE, __nv_bfloat16, Layout>;
 
 // where element i of this lane's share lies in a matrix with leading dimension ld
 inline size_t element_offset(int i, unsigned ld, bool row) {
@@ -45,19 +48,25 @@ inline size_t element_offset(int i, unsigned ld, bool row) {
 
 inline void require_whole_warp(uint32_t lanes) {
     if (lanes != 0xffffffff) {
-        cpu::die("wmma: found the lanes %08x of a warp, expected all 32; call it with whole warps, before any lane returns", lanes);
+        cpu::die(
+            "wmma: found the lanes %08x of a warp, expected all 32; call it with whole warps, "
+            "before any lane returns",
+            lanes);
     }
 }
 
 // All lanes wait for each other and are counted.
 inline void meet_whole_warp() {
-    cpu::collective(0xffffffff, cpu::Value{}, 0, [](cpu::Warp*, uint32_t lanes) { require_whole_warp(lanes); });
+    cpu::collective(0xffffffff, cpu::Value{}, 0,
+                    [](cpu::Warp*, uint32_t lanes) { require_whole_warp(lanes); });
 }
 
 template <class T> void check_tile(const T* p, unsigned ld) {
     if ((uintptr_t)p % 32 != 0 || ld % (16 / sizeof(T)) != 0) {
-        cpu::die("wmma: found address %p with leading dimension %u, expected a multiple of 32 bytes and of %zu elements; pad the matrix",
-                 (const void*)p, ld, 16 / sizeof(T));
+        cpu::die(
+            "wmma: found address %p with leading dimension %u, expected a multiple of 32 bytes and "
+            "of %zu elements; pad the matrix",
+            (const void*)p, ld, 16 / sizeof(T));
     }
 }
 
@@ -66,22 +75,29 @@ template <class F, class V> inline void fill_fragment(F& f, const V& value) {
 }
 
 template <class Use, class Layout>
-inline void load_matrix_sync(fragment<Use, TILE, TILE, TILE, __nv_bfloat16, Layout>& f, const __nv_bfloat16* p, unsigned ld) {
+inline void load_matrix_sync(fragment<Use, TILE, TILE, TILE, __nv_bfloat16, Layout>& f,
+                             const __nv_bfloat16* p, unsigned ld) {
     check_tile(p, ld);
     meet_whole_warp();
-    for (int i = 0; i < f.num_elements; i++) { f.x[i] = p[element_offset(i, ld, std::is_same_v<Layout, row_major>)]; }
+    for (int i = 0; i < f.num_elements; i++) {
+        f.x[i] = p[element_offset(i, ld, std::is_same_v<Layout, row_major>)];
+    }
 }
 
 inline void load_matrix_sync(Accumulator& f, const float* p, unsigned ld, layout_t layout) {
     check_tile(p, ld);
     meet_whole_warp();
-    for (int i = 0; i < f.num_elements; i++) { f.x[i] = p[element_offset(i, ld, layout == mem_row_major)]; }
+    for (int i = 0; i < f.num_elements; i++) {
+        f.x[i] = p[element_offset(i, ld, layout == mem_row_major)];
+    }
 }
 
 inline void store_matrix_sync(float* p, const Accumulator& f, unsigned ld, layout_t layout) {
     check_tile(p, ld);
     meet_whole_warp();
-    for (int i = 0; i < f.num_elements; i++) { p[element_offset(i, ld, layout == mem_row_major)] = f.x[i]; }
+    for (int i = 0; i < f.num_elements; i++) {
+        p[element_offset(i, ld, layout == mem_row_major)] = f.x[i];
+    }
 }
 
 // a lane's shares of the four tiles of a product
@@ -91,7 +107,8 @@ struct Shares {
     const float* c;
 };
 
-// D = A @ B + C for the whole warp. A product of two bf16 is exact in float; sums go over k in order.
+// D = A @ B + C for the whole warp. A product of two bf16 is exact in float; sums go over k in
+// order.
 inline void multiply_tiles(cpu::Warp* warp, uint32_t lanes) {
     require_whole_warp(lanes);
     float a[TILE * TILE], b[TILE * TILE], d[TILE * TILE];
@@ -115,7 +132,8 @@ inline void multiply_tiles(cpu::Warp* warp, uint32_t lanes) {
 }
 
 template <class LayoutA, class LayoutB>
-inline void mma_sync(Accumulator& d, const FragmentA<LayoutA>& a, const FragmentB<LayoutB>& b, const Accumulator& c) {
+inline void mma_sync(Accumulator& d, const FragmentA<LayoutA>& a, const FragmentB<LayoutB>& b,
+                     const Accumulator& c) {
     const Shares shares = {d.x, a.x, b.x, c.x};
     cpu::collective(0xffffffff, cpu::to_value(&shares), 0, multiply_tiles);
 }

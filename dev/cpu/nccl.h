@@ -1,14 +1,16 @@
 /*
-NCCL on the CPU, over MPI: one rank is one process, and a communicator is a copy of MPI_COMM_WORLD.
+NCCL on the CPU, over MPI: a rank is a process, and a communicator is a copy of MPI_COMM_WORLD.
 
-A reduction gives the same bits on every rank and in every run: each element has one owner, who receives the others' values,
-combines them in the order of the ranks, and hands the result out. (MPI_Allreduce promises neither: its order may depend on
-the algorithm that it picks.) bfloat16 is summed in float and rounded once. Calls block until they are done, and a group
-is nothing but its calls in order. Buffers must lie in device memory. Only with -DMULTI_GPU, which links MPI.
+A reduction gives the same bits on every rank and in every run: each element has one owner, who
+receives the others' values, combines them in the order of the ranks, and hands the result out.
+(MPI_Allreduce promises neither: its order may depend on the algorithm that it picks.) bfloat16 is
+summed in float and rounded once. A call blocks until it is done, and a group is its calls in order.
+Buffers must lie in device memory. Only with -DMULTI_GPU, which links MPI.
 */
 #pragma once
 
-// the C++ interface of MPI is long gone, and Open MPI's remains of it do not compile without warnings
+// the C++ interface of MPI is long gone, and Open MPI's remains of it do not compile without
+// warnings
 #ifndef OMPI_SKIP_MPICXX
 #define OMPI_SKIP_MPICXX
 #endif
@@ -61,7 +63,8 @@ inline const char* ncclGetErrorString(ncclResult_t result) {
 // ----------------------------------------------------------------------------
 // communicators and groups
 
-// The id only has to be the same on all ranks: ncclCommInitRank checks that somebody sent it around.
+// The id only has to be the same on all ranks: ncclCommInitRank checks that somebody sent it
+// around.
 inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
     if (id == NULL) { return ncclInvalidArgument; }
     double now = MPI_Wtime();
@@ -82,7 +85,9 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int num_ranks, ncclUnique
     MPI_Comm_size(MPI_COMM_WORLD, &world_size);
     MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
     MPI_Bcast(&root_id, sizeof(root_id), MPI_BYTE, 0, MPI_COMM_WORLD);
-    int good = num_ranks == world_size && rank == world_rank && memcmp(&id, &root_id, sizeof(id)) == 0, all_good;
+    int good =
+            num_ranks == world_size && rank == world_rank && memcmp(&id, &root_id, sizeof(id)) == 0,
+        all_good;
     MPI_Allreduce(&good, &all_good, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     if (!all_good) { return ncclInvalidArgument; }
     *comm = new ncclComm{MPI_COMM_NULL, num_ranks, rank, {}};
@@ -121,7 +126,8 @@ inline ncclResult_t ncclGroupEnd() {
 
 namespace cpu {
 
-// MPI counts bytes in an int, and the values of all ranks for a piece are held at once: buffers go in pieces
+// MPI counts bytes in an int, and the values of all ranks for a piece are held at once: buffers go
+// in pieces
 constexpr size_t NCCL_PIECE = 1 << 20;  // elements
 
 inline size_t nccl_type_bytes(ncclDataType_t type) {
@@ -137,19 +143,22 @@ inline size_t nccl_type_bytes(ncclDataType_t type) {
 struct Piece { char* data; size_t bytes; };
 
 // Sends outgoing[q] to rank q and receives incoming[q] from it, for all other ranks q.
-inline void nccl_exchange(ncclComm_t comm, const std::vector<Piece>& outgoing, const std::vector<Piece>& incoming) {
+inline void nccl_exchange(ncclComm_t comm, const std::vector<Piece>& outgoing,
+                          const std::vector<Piece>& incoming) {
     std::vector<MPI_Request> requests;
     std::vector<int> sources;
     for (int q = 0; q < comm->num_ranks; q++) {
         if (q == comm->rank || incoming[q].bytes == 0) { continue; }
         requests.emplace_back();
         sources.push_back(q);
-        MPI_Irecv(incoming[q].data, (int)incoming[q].bytes, MPI_BYTE, q, 0, comm->mpi, &requests.back());
+        MPI_Irecv(incoming[q].data, (int)incoming[q].bytes, MPI_BYTE, q, 0, comm->mpi,
+                  &requests.back());
     }
     for (int q = 0; q < comm->num_ranks; q++) {
         if (q == comm->rank || outgoing[q].bytes == 0) { continue; }
         requests.emplace_back();
-        MPI_Isend(outgoing[q].data, (int)outgoing[q].bytes, MPI_BYTE, q, 0, comm->mpi, &requests.back());
+        MPI_Isend(outgoing[q].data, (int)outgoing[q].bytes, MPI_BYTE, q, 0, comm->mpi,
+                  &requests.back());
     }
     std::vector<MPI_Status> statuses(requests.size());
     MPI_Waitall((int)requests.size(), requests.data(), statuses.data());
@@ -157,7 +166,8 @@ inline void nccl_exchange(ncclComm_t comm, const std::vector<Piece>& outgoing, c
         int bytes;
         MPI_Get_count(&statuses[i], MPI_BYTE, &bytes);
         if ((size_t)bytes != incoming[sources[i]].bytes) {
-            die("nccl: rank %d sent %d bytes where rank %d expected %zu; call it with the same count and type on all ranks",
+            die("nccl: rank %d sent %d bytes where rank %d expected %zu; call it with the same "
+                "count and type on all ranks",
                 sources[i], bytes, comm->rank, incoming[sources[i]].bytes);
         }
     }
@@ -172,9 +182,10 @@ template <class A> inline A nccl_combine(A a, A b, ncclRedOp_t op) {
     }
 }
 
-// out[i] = the values of all ranks at i, combined in the order of the ranks in type A; values holds rank after rank
-template <class T, class A>
-void nccl_reduce_values(void* out, const void* values, size_t count, int num_ranks, ncclRedOp_t op) {
+// out[i] = the values of all ranks at i, combined in the order of the ranks in type A; values holds
+// rank after rank
+template <class T, class A> void nccl_reduce_values(void* out, const void* values, size_t count,
+                                                    int num_ranks, ncclRedOp_t op) {
     const T* in = (const T*)values;
     for (size_t i = 0; i < count; i++) {
         A sum = (A)in[i];
@@ -183,10 +194,14 @@ void nccl_reduce_values(void* out, const void* values, size_t count, int num_ran
     }
 }
 
-// Reduces onto rank q the `count[q]` elements of everybody's `send` that begin at element `first[q]`; this rank's go to out.
-inline void nccl_reduce_onto_owners(ncclComm_t comm, const char* send, const std::vector<size_t>& first,
-                                    const std::vector<size_t>& count, char* out, ncclDataType_t type, ncclRedOp_t op) {
-    size_t type_bytes = nccl_type_bytes(type), own = count[comm->rank], own_bytes = own * type_bytes;
+// Reduces onto rank q the `count[q]` elements of everybody's `send` that begin at element
+// `first[q]`; this rank's go to out.
+inline void nccl_reduce_onto_owners(ncclComm_t comm, const char* send,
+                                    const std::vector<size_t>& first,
+                                    const std::vector<size_t>& count, char* out,
+                                    ncclDataType_t type, ncclRedOp_t op) {
+    size_t type_bytes = nccl_type_bytes(type), own = count[comm->rank],
+           own_bytes = own * type_bytes;
     comm->received.resize(std::max(comm->received.size(), own_bytes * comm->num_ranks));
     std::vector<Piece> outgoing(comm->num_ranks), incoming(comm->num_ranks);
     for (int q = 0; q < comm->num_ranks; q++) {
@@ -211,10 +226,13 @@ inline void nccl_reduce_onto_owners(ncclComm_t comm, const char* send, const std
 // ----------------------------------------------------------------------------
 // collectives
 
-inline ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
-                                  ncclRedOp_t op, ncclComm_t comm, cudaStream_t /*stream*/) {
+inline ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count,
+                                  ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm,
+                                  cudaStream_t /*stream*/) {
     size_t type_bytes = cpu::nccl_type_bytes(datatype);
-    if (comm == NULL || type_bytes == 0 || op < ncclSum || op > ncclAvg) { return ncclInvalidArgument; }
+    if (comm == NULL || type_bytes == 0 || op < ncclSum || op > ncclAvg) {
+        return ncclInvalidArgument;
+    }
     if (count == 0) { return ncclSuccess; }
     cpu::require_device("ncclAllReduce", "sendbuff", sendbuff, count * type_bytes);
     cpu::require_device("ncclAllReduce", "recvbuff", recvbuff, count * type_bytes);
@@ -223,28 +241,37 @@ inline ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t c
     std::vector<cpu::Piece> outgoing(num_ranks), incoming(num_ranks);
     for (size_t begin = 0; begin < count; begin += cpu::NCCL_PIECE) {
         // every rank owns a share of the piece
-        size_t end = std::min(count, begin + cpu::NCCL_PIECE), share = (end - begin + num_ranks - 1) / num_ranks;
+        size_t end = std::min(count, begin + cpu::NCCL_PIECE),
+               share = (end - begin + num_ranks - 1) / num_ranks;
         for (size_t q = 0; q < num_ranks; q++) {
             first[q] = std::min(end, begin + q * share);
             owned[q] = std::min(end, first[q] + share) - first[q];
-            incoming[q] = cpu::Piece{(char*)recvbuff + first[q] * type_bytes, owned[q] * type_bytes};
+            incoming[q] =
+                cpu::Piece{(char*)recvbuff + first[q] * type_bytes, owned[q] * type_bytes};
         }
         cpu::Piece own = incoming[comm->rank];
-        cpu::nccl_reduce_onto_owners(comm, (const char*)sendbuff, first, owned, own.data, datatype, op);
+        cpu::nccl_reduce_onto_owners(comm, (const char*)sendbuff, first, owned, own.data, datatype,
+                                     op);
         std::fill(outgoing.begin(), outgoing.end(), own);
         cpu::nccl_exchange(comm, outgoing, incoming);
     }
     return ncclSuccess;
 }
 
-// recvbuff gets block `rank` of the reduced sendbuff, which has a block of recvcount elements for each rank
-inline ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount, ncclDataType_t datatype,
-                                      ncclRedOp_t op, ncclComm_t comm, cudaStream_t /*stream*/) {
+// recvbuff gets block `rank` of the reduced sendbuff, which has a block of recvcount elements for
+// each rank
+inline ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount,
+                                      ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm,
+                                      cudaStream_t /*stream*/) {
     size_t type_bytes = cpu::nccl_type_bytes(datatype);
-    if (comm == NULL || type_bytes == 0 || op < ncclSum || op > ncclAvg) { return ncclInvalidArgument; }
+    if (comm == NULL || type_bytes == 0 || op < ncclSum || op > ncclAvg) {
+        return ncclInvalidArgument;
+    }
     if (recvcount == 0) { return ncclSuccess; }
-    size_t num_ranks = (size_t)comm->num_ranks, piece = (cpu::NCCL_PIECE + num_ranks - 1) / num_ranks;
-    cpu::require_device("ncclReduceScatter", "sendbuff", sendbuff, num_ranks * recvcount * type_bytes);
+    size_t num_ranks = (size_t)comm->num_ranks,
+           piece = (cpu::NCCL_PIECE + num_ranks - 1) / num_ranks;
+    cpu::require_device("ncclReduceScatter", "sendbuff", sendbuff,
+                        num_ranks * recvcount * type_bytes);
     cpu::require_device("ncclReduceScatter", "recvbuff", recvbuff, recvcount * type_bytes);
     std::vector<size_t> first(num_ranks), owned(num_ranks);
     for (size_t begin = 0; begin < recvcount; begin += piece) {
@@ -252,15 +279,16 @@ inline ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size
             first[q] = q * recvcount + begin;
             owned[q] = std::min(recvcount - begin, piece);
         }
-        cpu::nccl_reduce_onto_owners(comm, (const char*)sendbuff, first, owned, (char*)recvbuff + begin * type_bytes,
-                                     datatype, op);
+        cpu::nccl_reduce_onto_owners(comm, (const char*)sendbuff, first, owned,
+                                     (char*)recvbuff + begin * type_bytes, datatype, op);
     }
     return ncclSuccess;
 }
 
 // block q of recvbuff gets the sendbuff of rank q
-inline ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t sendcount, ncclDataType_t datatype,
-                                  ncclComm_t comm, cudaStream_t /*stream*/) {
+inline ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t sendcount,
+                                  ncclDataType_t datatype, ncclComm_t comm,
+                                  cudaStream_t /*stream*/) {
     size_t type_bytes = cpu::nccl_type_bytes(datatype);
     if (comm == NULL || type_bytes == 0) { return ncclInvalidArgument; }
     if (sendcount == 0) { return ncclSuccess; }
@@ -281,10 +309,14 @@ inline ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t s
 }
 
 // recvbuff gets the sendbuff of root, which the other ranks may leave NULL
-inline ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype, int root,
-                                  ncclComm_t comm, cudaStream_t /*stream*/) {
+inline ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count,
+                                  ncclDataType_t datatype, int root, ncclComm_t comm,
+                                  cudaStream_t /*stream*/) {
     size_t bytes = count * cpu::nccl_type_bytes(datatype);
-    if (comm == NULL || cpu::nccl_type_bytes(datatype) == 0 || root < 0 || root >= comm->num_ranks) { return ncclInvalidArgument; }
+    if (comm == NULL || cpu::nccl_type_bytes(datatype) == 0 || root < 0 ||
+        root >= comm->num_ranks) {
+        return ncclInvalidArgument;
+    }
     if (count == 0) { return ncclSuccess; }
     cpu::require_device("ncclBroadcast", "recvbuff", recvbuff, bytes);
     if (comm->rank == root) {
@@ -292,7 +324,8 @@ inline ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t c
         memmove(recvbuff, sendbuff, bytes);
     }
     for (size_t begin = 0; begin < bytes; begin += cpu::NCCL_PIECE) {
-        MPI_Bcast((char*)recvbuff + begin, (int)std::min(cpu::NCCL_PIECE, bytes - begin), MPI_BYTE, root, comm->mpi);
+        MPI_Bcast((char*)recvbuff + begin, (int)std::min(cpu::NCCL_PIECE, bytes - begin), MPI_BYTE,
+                  root, comm->mpi);
     }
     return ncclSuccess;
 }

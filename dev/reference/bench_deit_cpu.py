@@ -95,7 +95,8 @@ class Trainer:
         last = done.stdout.strip().rsplit("\n", 1)[-1]
         found = re.fullmatch(r"bench ms_min=(\S+) ms_median=(\S+) images_per_s=\S+", last)
         if done.returncode != 0 or not found:
-            sys.exit(f"bench: {' '.join(command)} ended with {done.returncode} and the line {last!r}")
+            sys.exit(f"bench: {' '.join(command)} ended with {done.returncode} and the line "
+                     f"{last!r}")
         return float(found[1]), float(found[2])
 
 
@@ -114,7 +115,8 @@ def contenders(options, model, size):
     for gamma in (0, 0.7, 0.9) if everything else (0, 0.7):
         for recompute in range(4):
             if everything or recompute < 2 or (model == "deit_tiny" and gamma == 0):
-                rows[own(gamma, recompute)] = Trainer(options.trainer, model, size, gamma, recompute)
+                rows[own(gamma, recompute)] = Trainer(options.trainer, model, size, gamma,
+                                                      recompute)
     return rows
 
 
@@ -130,7 +132,8 @@ def speed(options):
             for name, row in rows.items():
                 turns[name].append(row.turn(steps))
             print(f"{model}: round {done + 1}/{options.rounds}", file=sys.stderr, flush=True)
-        median = {name: statistics.median(m for _, m in results) for name, results in turns.items()}
+        median = {name: statistics.median(m for _, m in results)
+                  for name, results in turns.items()}
         print(f"\n{model} b{size}, {THREADS} threads, {options.rounds} rounds of {steps} steps\n"
               "| | ms min | ms median | images/s |\n|---|---|---|---|")
         for name, results in turns.items():
@@ -166,7 +169,7 @@ def storage(tensor):
 
 
 def saved_bytes(function, parameters):
-    """Bytes of the distinct storages that a forward pass saves for backward, parameters excepted."""
+    """Bytes of the distinct storages that a forward pass saves for backward, without parameters."""
     known = {storage(p).data_ptr() for p in parameters}
     saved = {}
 
@@ -234,6 +237,9 @@ def main():
     attention = "fused" if HAS_FUSED_ATTENTION else "explicit (this PyTorch has no fused one)"
     print(f"PyTorch {torch.__version__}, {THREADS} threads, attention {attention}")
     if options.mode != "memory":
+        if os.getloadavg()[0] > 0.5:
+            print(f"note: the load is {os.getloadavg()[0]:.1f}. PyTorch's threads spin while they "
+                  "wait: beside other programs its times grow several fold and mean nothing")
         speed(options)
     if options.mode != "speed":
         memory(options)

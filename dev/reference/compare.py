@@ -4,7 +4,11 @@
     python3 dev/reference/compare.py [--trainer ./train_deit] [--steps 40] [--gamma 0,0.7]
 
 Prints both losses of every step and the largest relative difference, and draws both curves to a
-PNG. Exit code 1 when a difference is above the limit. Needs PyTorch (1.13 is enough).
+PNG. Needs PyTorch (1.13 is enough). Exit code 1 when a difference is above its limit.
+
+With DropIT rounding decides which of two nearly equal elements is kept, and each such swap makes
+the next ones likelier: after 60 steps at gamma 0.7 two versions of PyTorch are 0.9 % apart with one
+seed and 1.6 % with another. So there the limit holds for the first steps, and a wide one later.
 """
 import argparse
 import os
@@ -15,6 +19,10 @@ import tempfile
 import zlib
 
 import numpy as np
+
+LIMIT = 1e-3             # relative difference of a loss; all steps without DropIT
+DROPIT_STEPS = 20        # as many of the first steps with DropIT,
+DROPIT_LATER = 5e-2      # and this limit afterwards
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -111,8 +119,6 @@ def main():
     parser.add_argument("--trainer", default="./train_deit", help="its program")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--gamma", default="0,0.7", help="values, with commas between them")
-    parser.add_argument("--limit", type=float, default=1e-2,
-                        help="largest relative difference of a loss that is no failure")
     parser.add_argument("--png", default="compare.png", help="where the picture goes")
     parser.add_argument("flags", nargs="*", help="after --: more flags for both programs")
     options = parser.parse_args()
@@ -122,7 +128,9 @@ def main():
         weights = os.path.join(work, "init.safetensors")
         run(REFERENCE + ["init", weights, "-m", "deit_nano"])
         for gamma in options.gamma.split(","):
-            flags = ["-m", "deit_nano", "-w", weights, "-b", "64", "-g", gamma, "-v", "0",
+            # named even where they are the defaults of both
+            flags = ["-m", "deit_nano", "-w", weights, "-b", "64", "-e", "6", "-l", "2e-3",
+                     "-wd", "0.05", "-warmup", "50", "-seed", "0", "-v", "0", "-g", gamma,
                      "-x", str(options.steps), *options.flags]
             found = {}
             # one thread: PyTorch's threads spin, and crawl when other programs want the cores too
@@ -135,22 +143,24 @@ def main():
                 sys.exit(f"compare.py: gamma {gamma}: the reference logged "
                          f"{len(found['reference'])} steps, the trainer {len(found['trainer'])}")
             print(f"gamma {gamma}\n  step  reference    trainer      relative difference")
-            largest = (0.0, 0)
+            largest, beyond = (0.0, 0), []
             for step, expected in found["reference"].items():
                 loss = found["trainer"][step]
                 difference = abs(loss - expected) / abs(expected)
                 print(f"  {step:4d}  {expected:.8f}   {loss:.8f}   {difference:.1e}")
-                if difference > largest[0]:
-                    largest = (difference, step)
+                largest = max(largest, (difference, step))
+                early = float(gamma) == 0 or step <= DROPIT_STEPS
+                if not difference <= (LIMIT if early else DROPIT_LATER):
+                    beyond.append(step)
             print(f"gamma {gamma}: largest relative difference {largest[0]:.1e}, "
                   f"at step {largest[1]}\n")
-            if not largest[0] <= options.limit:
-                failed.append(f"gamma {gamma}: {largest[0]:.1e}")
+            if beyond:
+                failed.append(f"gamma {gamma} at step {beyond[0]} and {len(beyond) - 1} more")
             panels.append((f"gamma {gamma}", {name: (list(curve), list(curve.values()))
                                               for name, curve in found.items()}))
     draw(png, panels)
     if failed:
-        sys.exit(f"compare.py: above the limit of {options.limit:g}: {', '.join(failed)}")
+        sys.exit(f"compare.py: losses differ too much: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

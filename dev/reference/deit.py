@@ -44,6 +44,9 @@ def keep_largest(key, k):
     if k == 0:
         return torch.zeros_like(key, dtype=torch.bool)
     threshold = key.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    mask = key >= threshold
+    if bool((mask.sum(dim=1) == k).all()):
+        return mask  # no tie is cut in two, the usual case
     above, tied = key > threshold, key == threshold
     places = k - above.sum(dim=1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=1) <= places))
@@ -397,8 +400,8 @@ def open_shard(path, config):
     if not (shard.channels == config.in_chans and shard.classes == config.num_classes
             and (shard.index["height"] == side).all() and (shard.index["width"] == side).all()):
         sys.exit(f"deit.py: {path} has {shard.channels} channels, {shard.classes} classes and "
-                 f"images of {shard.index['height'][0]}x{shard.index['width'][0]}; the model expects "
-                 f"{config.in_chans}, {config.num_classes}, {side}x{side}")
+                 f"images of {shard.index['height'][0]}x{shard.index['width'][0]}; the model "
+                 f"expects {config.in_chans}, {config.num_classes}, {side}x{side}")
     return shard
 
 

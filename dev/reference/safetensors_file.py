@@ -55,8 +55,12 @@ def load(path):
     try:
         header = json.loads(content[8:8 + length])
         metadata = header.pop("__metadata__", {})
-        entries = [(*entry["data_offsets"], name, entry["dtype"], entry["shape"])
-                   for name, entry in header.items()]
+        entries = []
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
+                raise ValueError(f"{name} has an offset or a side that is no natural number")
+            entries.append((start, end, name, str(entry["dtype"]), entry["shape"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the header is not a safetensors header ({error})") from None
     data, expected, tensors = content[8 + length:], 0, {}

@@ -1,0 +1,129 @@
+#!/bin/sh
+# What a user can get wrong on the command line of a trainer: each must end with one sentence on stderr and exit code 1,
+# and write nothing. Then what must work: help, plan, evaluation, logs, the same bits twice.
+#   dev/test/cli.sh ./train_deit
+set -u
+program=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0
+failed=0
+
+verdict() { # verdict 0|1 TEXT
+    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "NOT OK $2"; fi
+}
+
+# refused PATTERN ARGUMENTS...: exit code 1, one line that begins with "error:" and holds PATTERN, no output directory
+refused() {
+    pattern=$1
+    shift
+    timeout 60 "$program" "$@" -o "$work/out" >"$work/stdout" 2>"$work/stderr" </dev/null
+    code=$?
+    lines=$(grep -c '' "$work/stderr")
+    [ $code = 1 ] && [ "$lines" = 1 ] && grep -q "^error: .*$pattern" "$work/stderr" && [ ! -e "$work/out" ]
+    verdict $? "$* -> code $code, $lines lines: $(head -c 300 "$work/stderr")"
+    rm -rf "$work/out"
+}
+
+train=data/fashion_train.bin
+val=data/fashion_val.bin
+refused 'unknown flag -q' -q 1
+refused 'unknown flag --gamma' --gamma 0.5
+refused '-g must be between' -g 1.5
+refused '-g must be between' -g 1
+refused '-g must be between' -g nan
+refused '-g must be between' -g -0.1
+refused '-g wants a number' -g half
+refused '-b must be between' -b 0
+refused '-b wants a whole number' -b 6.5
+refused '-b wants a number' -b 6x
+refused '-b must be between' -b 99999999999
+refused '-e must be between' -e 0
+refused '-r must be between' -r 4
+refused '-l must be between' -l inf
+refused 'is not a model' -m deit_huge
+refused 'is not an optimizer' -opt lion
+refused 'is not a strategy' -s maxk
+refused 'does not divide into patches' -size 30
+refused 'cannot open .*nowhere' -i nowhere.bin
+refused 'is not a regular file' -i data
+refused 'has images of 1 channels' -chans 3
+refused 'has 10 classes' -classes 7
+refused 'is 28 x 28' -size 32
+refused 'fewer than the' -b 20000
+refused 'cannot open .*nowhere' -w nowhere.safetensors
+refused '-stats reports on DropIT' -stats 1
+refused '-plan wants' -plan lots
+# the last flag lacks its value
+timeout 60 "$program" -b >"$work/stdout" 2>"$work/stderr"
+[ $? = 1 ] && grep -q 'error: flag -b lacks its value' "$work/stderr"
+verdict $? "a missing value"
+
+# damaged shards, as training and as validation shard
+: >"$work/empty"
+refused 'is empty' -i "$work/empty"
+for n in 1 8 12 16 24 28 32 36 40 56 72 80 88 124 127 128 160 64000 1632127; do
+    head -c $n $val >"$work/cut"
+    refused 'cut' -i "$work/cut"
+    refused 'cut' -j "$work/cut"
+done
+{ head -c 8 $val; printf '\002'; tail -c +10 $val; } >"$work/version"
+refused 'is of shard version 2' -i "$work/version"
+for n in 0 30 126 128 5000 700000; do
+    { head -c $n $val; head -c $((n + 1)) $val | tail -c 1 | tr '\000-\377' '\001-\377\000'; tail -c +$((n + 2)) $val; } >"$work/flip"
+    refused 'flip' -i "$work/flip"
+done
+
+# too little memory: what is needed, what is there, what would fit
+timeout 60 env CPU_MEMORY=60000000 "$program" -b 128 -o "$work/out" >"$work/stdout" 2>"$work/stderr"
+if grep -q '^device: CPU' "$work/stdout"; then
+    [ ! -e "$work/out" ] && grep -q '^error: [0-9]* bytes of device memory are needed, 60000000 are free; the largest batch that fits is -b [1-9]' "$work/stderr"
+    verdict $? "too little memory: $(cat "$work/stderr")"
+    fits=$(sed 's/.*-b \([0-9]*\),.*/\1/' "$work/stderr")
+    timeout 60 env CPU_MEMORY=60000000 "$program" -b "$fits" -bench 1 >"$work/stdout" 2>"$work/stderr"
+    verdict $? "-b $fits, said to fit: $(cat "$work/stderr")"
+fi
+
+# weights: a file that is not of this model lists what is wrong and says so in one last sentence
+timeout 60 "$program" -w dev/reference/dumps/deit_odd_g00.safetensors -o "$work/out" >"$work/stdout" 2>"$work/stderr"
+[ $? = 1 ] && [ ! -e "$work/out" ] && tail -n 1 "$work/stderr" | grep -q '^error: .*do not fit' && grep -q 'head.weight: missing' "$work/stderr"
+verdict $? "weights of another model: $(tail -n 1 "$work/stderr")"
+
+# a loss that is not finite stops the run and names a tensor
+timeout 120 "$program" -l 1e6 -opt sgd -x 50 -v 0 -warmup 0 >"$work/stdout" 2>"$work/stderr"
+[ $? = 1 ] && grep -q '^error: step .*the first tensor that is not is: [a-z]' "$work/stderr"
+verdict $? "a loss that is not finite: $(cat "$work/stderr")"
+
+# what works
+"$program" -h >"$work/stdout" 2>&1 && grep -q -e '-g  *DropIT' "$work/stdout"
+verdict $? "-h"
+"$program" -m deit_tiny -b 64 -plan 1 >"$work/stdout" 2>&1 &&
+    tail -n 1 "$work/stdout" | grep -q '^plan cached=[0-9]* scratch=[0-9]* parameters=[0-9]* gradients=[0-9]* optimizer=[0-9]* total=[0-9]*$'
+verdict $? "-plan 1"
+for run in a b; do
+    timeout 120 "$program" -g 0.7 -x 4 -b 32 -v 0 -o "$work/$run" >"$work/stdout.$run" 2>&1
+    sed 's/ ms:.*//' "$work/$run/main.log" >"$work/log.$run"
+done
+[ -s "$work/log.a" ] && cmp -s "$work/log.a" "$work/log.b" && grep -q '^final loss=[0-9.]* top1=[0-9.]* top5=[0-9.]*$' "$work/stdout.a"
+verdict $? "the same command twice gives the same losses"
+timeout 120 "$program" -g 0.7 -x 4 -b 16 -a 2 -v 0 -o "$work/c" >"$work/stdout" 2>&1 && [ "$(grep -c trl "$work/c/main.log")" = 4 ]
+verdict $? "gradient accumulation"
+timeout 60 "$program" -eval 1 >"$work/stdout" 2>&1 && tail -n 1 "$work/stdout" | grep -q '^final loss='
+verdict $? "-eval 1"
+
+# bytes of what the forward pass caches for DeiT-Ti at 224 pixels, batch 64, in fp32: at most what was promised, in MiB
+plan() { # plan LEVEL GAMMA CACHED
+    "$program" -m deit_tiny -b 64 -r "$1" -g "$2" -plan 1 | sed -n 's/^plan cached=\([0-9]*\) scratch=\([0-9]*\) .*/\1 \2/p' | {
+        read -r cached scratch
+        [ "$cached" -le $(($3 * 1048576)) ] && [ "$scratch" -le $((300 * 1048576)) ]
+    }
+    verdict $? "-plan of -r $1 -g $2: at most $3 MiB cached, 300 MiB scratch"
+}
+if "$program" -bench 1 -b 1 | grep -q '^device: .*fp32'; then
+    plan 0 0 1850; plan 0 0.7 1320; plan 0 0.9 1165
+    plan 1 0 1180; plan 1 0.7 1105; plan 1 0.9 1080
+    plan 2 0 390;  plan 2 0.7 320;  plan 2 0.9 295
+    plan 3 0 170;  plan 3 0.7 170;  plan 3 0.9 170
+fi
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
