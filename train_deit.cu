@@ -69,10 +69,12 @@ namespace cg = cooperative_groups;
 // floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
 #ifdef ENABLE_FP32
 typedef float floatX;
+typedef uint32_t bitsX; // an integer of the same size
 #define CUDA_FLOATX CUDA_R_32F
 #define PRECISION_NAME "fp32"
 #else
 typedef __nv_bfloat16 floatX;
+typedef uint16_t bitsX;
 #define CUDA_FLOATX CUDA_R_16BF
 #define PRECISION_NAME "bf16"
 #endif
@@ -645,17 +647,40 @@ template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, D
     else { return magnitude_key(x); }
 }
 
-__device__ inline bool is_kept(unsigned key, size_t i, Threshold t) { return key > t.key || (key == t.key && i < t.tie_end); }
+// Words: 32 consecutive elements, and masks of 32 bits with bit j for element j. Loops over words have a constant length: in
+// registers on a GPU, vectorised on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
 
-// reads elements i .. i+31 of x (n), i a multiple of 32; returns how many there are
-__device__ inline int load_word(floatX* v, const floatX* x, size_t i, size_t n) {
+// reads elements i .. i+31 of x, i a multiple of 32; returns the mask of those below n
+__device__ inline unsigned load_word(floatX* v, const floatX* x, size_t i, size_t n) {
     if (i + 32 <= n) {
         for (int q = 0; q < 32; q += VEC) { *(Pack<VEC>*)(v + q) = *(const Pack<VEC>*)(x + i + q); }
-        return 32;
+        return ~0u;
     }
-    const int m = i < n ? (int)(n - i) : 0;
-    for (int j = 0; j < m; j++) { v[j] = x[i + j]; }
-    return m;
+    for (int j = 0; j < 32; j++) { v[j] = i + j < n ? x[i + j] : (floatX)0.0f; }
+    return i < n ? (1u << (n - i)) - 1 : 0;
+}
+
+template <bool HASHED> __device__ inline void word_keys(unsigned* keys, const floatX* v, size_t i, DropRule rule) {
+    for (int j = 0; j < 32; j++) { keys[j] = drop_key<HASHED>(v[j], i + j, rule); }
+}
+
+__device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
+    unsigned mask = 0;
+    for (int j = 0; j < 32; j++) { mask |= keys[j] > key ? 1u << j : 0u; }
+    return mask;
+}
+
+// elements whose key without its lowest `shift` bits is `prefix`
+__device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
+    unsigned mask = 0;
+    for (int j = 0; j < 32; j++) { mask |= keys[j] >> shift == prefix ? 1u << j : 0u; }
+    return mask;
+}
+
+// the elements i .. i+31 that are kept
+__device__ inline unsigned kept_mask(const unsigned* keys, size_t i, Threshold t) {
+    const unsigned ties = i + 32 <= t.tie_end ? ~0u : i < t.tie_end ? (1u << (t.tie_end - i)) - 1 : 0;
+    return above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & ties);
 }
 
 // sum of v over the threads of the block before this one; *sum is that over all of them.
@@ -713,20 +738,26 @@ template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const 
     }
 }
 
-// adds the elements i .. i+31 that share the prefix to the histogram of their digit, and counts NaN and Inf in the first pass
-template <bool HASHED> __device__ inline void count_word(unsigned* histogram, unsigned* not_finite, const floatX* x, size_t i, size_t n,
+// Adds the elements i .. i+31 that share the prefix to the histogram of their next digit, of `bits` bits above `shift`; counts NaN
+// and Inf in the first pass. counts is the block's own, in shared memory
+template <bool HASHED> __device__ inline void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
                                                          DropRule rule, unsigned prefix, int shift, int bits) {
     floatX v[32];
-    const int m = load_word(v, x, i, n);
-    const bool first = shift + bits == 32;
-    for (int j = 0; j < m; j++) {
-        const unsigned key = drop_key<HASHED>(v[j], i + j, rule);
-        if (first || key >> (shift + bits) == prefix) { atomicAdd(&histogram[key >> shift & ((1u << bits) - 1)], 1u); }
-    }
-    if (first) {
-        unsigned bad = 0;
-        for (int j = 0; j < m; j++) { bad += magnitude_key(v[j]) >= INFINITY_KEY; }
-        if (bad > 0) { atomicAdd(not_finite, bad); }
+    unsigned keys[32];
+    const unsigned valid = load_word(v, x, i, n), digits = (1u << bits) - 1;
+    word_keys<HASHED>(keys, v, i, rule);
+    if (shift + bits == 32) {
+        for (int j = 0; j < 32; j++) {
+            if (valid >> j & 1) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
+        }
+        unsigned magnitudes[32];
+        word_keys<false>(magnitudes, v, i, rule);
+        const unsigned bad = above_mask(magnitudes, INFINITY_KEY - 1);
+        if (bad != 0) { atomicAdd(not_finite, (unsigned)__popc(bad)); }
+    } else {
+        for (unsigned match = equal_mask(keys, prefix, shift + bits) & valid; match != 0; match &= match - 1) {
+            atomicAdd_block(&counts[keys[__ffs(match) - 1] >> shift & digits], 1u);
+        }
     }
 }
 
@@ -766,12 +797,12 @@ __global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, co
     unsigned above = 0, equal = 0;
     for (int w = 0; w < THREAD_WORDS; w++) {
         floatX v[32];
+        unsigned keys[32];
         const size_t i = (size_t)blockIdx.x * DROPIT_TILE + (threadIdx.x * THREAD_WORDS + w) * 32;
-        const int m = load_word(v, x, i, n);
-        for (int j = 0; j < m; j++) {
-            above += magnitude_key(v[j]) > key;
-            equal += magnitude_key(v[j]) == key;
-        }
+        const unsigned valid = load_word(v, x, i, n);
+        word_keys<false>(keys, v, i, DropRule{});
+        above += __popc(above_mask(keys, key));
+        equal += __popc(equal_mask(keys, key, 0) & valid);
     }
     unsigned sum; // of two counts at once: a tile has 2^14 elements, so 16 bits hold either
     block_exclusive_sum(above << 16 | equal, warp_sums, &sum);
@@ -846,13 +877,13 @@ template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsign
     unsigned words[THREAD_WORDS], mine = 0, sum;
     for (int w = 0; w < THREAD_WORDS; w++) {
         floatX v[32];
+        unsigned keys[32];
         const size_t i = first + w * 32;
-        const int m = load_word(v, x, i, n);
-        unsigned word = 0;
-        for (int j = 0; j < m; j++) { word |= (unsigned)is_kept(drop_key<HASHED>(v[j], i + j, rule), i + j, t) << j; }
-        words[w] = word;
-        mine += __popc(word);
-        if (m > 0) { bitmap[i / 32] = word; }
+        const unsigned valid = load_word(v, x, i, n);
+        word_keys<HASHED>(keys, v, i, rule);
+        words[w] = kept_mask(keys, i, t) & valid;
+        mine += __popc(words[w]);
+        if (valid != 0) { bitmap[i / 32] = words[w]; }
     }
     floatX* out = values + offsets[blockIdx.x] + block_exclusive_sum(mine, warp_sums, &sum);
     for (int w = 0; w < THREAD_WORDS; w++) {
@@ -861,37 +892,42 @@ template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsign
 }
 
 // out[i - begin] = i kept ? its value : 0, for begin <= i < end. One block a tile, the first is tile begin / DROPIT_TILE.
-// A thread writes whole packs where V allows it; elements before begin and from end on belong to other chunks
+// Each thread adds up four words, so that the block knows where the values of every word begin; then threads take every
+// 128th pack of 8 elements, so that neighbours read and write neighbouring bytes. V == 1: `out` is not aligned as the packs are
 template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
                                                       size_t n, size_t begin, size_t end) {
     __shared__ unsigned warp_sums[32];
-    const size_t tile = begin / DROPIT_TILE + blockIdx.x;
-    const size_t first = tile * DROPIT_TILE + threadIdx.x * (THREAD_WORDS * 32);
-    unsigned words[THREAD_WORDS], mine = 0, sum;
-    for (int w = 0; w < THREAD_WORDS; w++) {
-        words[w] = first + w * 32 < n ? bitmap[first / 32 + w] : 0;
+    __shared__ unsigned words[TILE_WORDS];
+    __shared__ unsigned before[TILE_WORDS];
+    const size_t tile = begin / DROPIT_TILE + blockIdx.x, tile_begin = tile * DROPIT_TILE;
+    unsigned mine = 0, sum;
+    for (int w = threadIdx.x * THREAD_WORDS; w < ((int)threadIdx.x + 1) * THREAD_WORDS; w++) {
+        words[w] = tile_begin + w * 32 < n ? bitmap[tile_begin / 32 + w] : 0;
+        before[w] = mine;
         mine += __popc(words[w]);
     }
-    const floatX* in = values + offsets[tile] + block_exclusive_sum(mine, warp_sums, &sum);
-    for (int w = 0; w < THREAD_WORDS; w++) {
-        const size_t i = first + w * 32;
-        const unsigned word = words[w];
-        if (i >= begin && i + 32 <= end) {
-            for (int q = 0; q < 32; q += V) {
-                Pack<V> p;
-                for (int j = 0; j < V; j++) { // without branches: *in is read whether it is this element's or not
-                    const floatX v = *in;
-                    const bool kept = word >> (q + j) & 1;
-                    p.v[j] = kept ? v : (floatX)0.0f;
-                    in += kept;
-                }
-                *(Pack<V>*)(out + (i - begin) + q) = p;
-            }
+    const unsigned offset = offsets[tile] + block_exclusive_sum(mine, warp_sums, &sum);
+    for (int w = threadIdx.x * THREAD_WORDS; w < ((int)threadIdx.x + 1) * THREAD_WORDS; w++) { before[w] += offset; }
+    __syncthreads();
+    for (int q = threadIdx.x * 8; q < DROPIT_TILE; q += DROPIT_THREADS * 8) {
+        const size_t i = tile_begin + q;
+        if (i + 8 <= begin || i >= end) { continue; }
+        const unsigned word = words[q / 32], byte = word >> q % 32 & 255;
+        const bitsX* in = (const bitsX*)values + before[q / 32] + __popc(word & ((1u << q % 32) - 1));
+        // each bit to a nibble of its own; the product adds up the nibbles below, so nibble j says how many kept elements precede j
+        unsigned bits = (byte | byte << 12) & 0x000f000fu;
+        bits = (bits | bits << 6) & 0x03030303u;
+        bits = (bits | bits << 3) & 0x11111111u;
+        const unsigned ranks = bits * 0x11111111u - bits;
+        Pack<8, bitsX> p;
+        // no branches: a value is read whether its element is kept or not (there is room for it), and masked
+        for (int j = 0; j < 8; j++) { p.v[j] = in[ranks >> 4 * j & 15] & (0u - (byte >> j & 1)); }
+        bitsX* to = (bitsX*)out + (i - begin);
+        if (V == 8 && i >= begin && i + 8 <= end) {
+            *(Pack<8, bitsX>*)to = p;
         } else {
-            for (int j = 0; j < 32; j++) {
-                const bool kept = word >> j & 1;
-                if (i + j >= begin && i + j < end) { out[i + j - begin] = kept ? *in : (floatX)0.0f; }
-                in += kept;
+            for (int j = 0; j < 8; j++) {
+                if (i + j >= begin && i + j < end) { to[j] = p.v[j]; }
             }
         }
     }
@@ -904,7 +940,10 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
         const size_t i = begin + first;
         const Threshold t = thresholds[rule.strategy == MINK ? 0 : i / DROPIT_TILE];
         Pack<V> p = *(const Pack<V>*)(x + first);
-        for (int j = 0; j < V; j++) { p.v[j] = is_kept(drop_key<HASHED>(p.v[j], i + j, rule), i + j, t) ? p.v[j] : (floatX)0.0f; }
+        for (int j = 0; j < V; j++) {
+            const unsigned key = drop_key<HASHED>(p.v[j], i + j, rule), index = (unsigned)i + j;
+            p.v[j] = key > t.key || (key == t.key && index < t.tie_end) ? p.v[j] : (floatX)0.0f;
+        }
         *(Pack<V>*)(x + first) = p;
     }
 }
@@ -947,7 +986,7 @@ void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, doub
 void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
     const unsigned tiles = (unsigned)((end - 1) / DROPIT_TILE - begin / DROPIT_TILE + 1);
     if (vectorizable(begin, out)) {
-        dropit_unpack_kernel<VEC><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
+        dropit_unpack_kernel<8><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
     } else {
         dropit_unpack_kernel<1><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
     }

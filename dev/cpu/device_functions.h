@@ -195,7 +195,7 @@ template <class T, class Op> __attribute__((always_inline)) inline T atomic_upda
     if (!needs_atomic(p)) {
         const T old = *p;
         *p = op(old);
-        __asm__ volatile("" : : : "memory"); // keeps the loop over threads of a free kernel from being vectorised
+        __asm__ volatile("" : "+m"(*p)); // keeps the loop over threads of a free kernel from being vectorised
         return old;
     }
     typedef std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>> Bits;
@@ -218,6 +218,17 @@ template <class T> static inline T atomicAdd(T* p, cpu::Same<T> value) {
         if (cpu::needs_atomic(p)) { return __atomic_fetch_add(p, value, cpu::ATOMIC_ORDER); }
     }
     return cpu::atomic_update(p, [value](T old) { return (T)(old + value); });
+}
+// for memory that no other block uses: a block has one worker
+template <class T> static inline T atomicAdd_block(T* p, cpu::Same<T> value) {
+#if defined(CPU_TSAN)
+    return atomicAdd(p, value);
+#else
+    const T old = *p;
+    *p = (T)(old + value);
+    __asm__ volatile("" : "+m"(*p)); // as in atomic_update
+    return old;
+#endif
 }
 template <class T> static inline T atomicSub(T* p, cpu::Same<T> value) {
     return cpu::atomic_update(p, [value](T old) { return (T)(old - value); });

@@ -125,8 +125,14 @@ CPU_MATH float erf_float(float x) {
     return copysignf(a >= 0.925f ? far : near_zero, x);
 }
 
+// as the C library's: of a number and a NaN the number
+CPU_MATH float max_float(float a, float b) { return a > b || b != b ? a : b; }
+CPU_MATH float min_float(float a, float b) { return a < b || b != b ? a : b; }
+
 } // namespace cpu
 
+#define fmaxf(a, b) ::cpu::max_float(a, b)
+#define fminf(a, b) ::cpu::min_float(a, b)
 #define expf(x) ::cpu::exp_float(x)
 #define logf(x) ::cpu::log_float(x)
 #define tanhf(x) ::cpu::tanh_float(x)
