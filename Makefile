@@ -9,11 +9,11 @@
 # make clean               removes what was built
 #
 # DEVICE=cuda|cpu          instead of the detected one      PRECISION=FP32|BF16  default FP32 on the CPU, BF16 on the GPU
-# ARCH=sm_80|sm_90|native  of the GPU                       NO_MPI=1 NO_OPENBLAS=1 NO_OMP=1  as if it were not installed
+# ARCH=sm_80|sm_90|native  of the GPU                       NO_MPI=1 NO_OPENBLAS=1  as if it were not installed
 
 PROGRAMS = $(basename $(wildcard train_*.cu test_*.cu))
 DEVICE_TESTS = $(basename $(wildcard dev/test/*.cu))
-GOALS_WITHOUT_BUILD = help check sync dumps data clean
+GOALS_WITHOUT_BUILD = help test check sync dumps data clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -63,13 +63,13 @@ ifeq ($(DEVICE),cuda)
   $(call say,several GPUs: $(if $(MULTI_GPU),yes (NCCL and MPI),no: $(if $(NO_MPI),NO_MPI is set,$(if $(HAS_NCCL),,NCCL is not found (apt install libnccl-dev) )$(if $(HAS_MPI),,MPI is not found (apt install libopenmpi-dev)))))
 else
   MULTI_GPU := $(HAS_MPI)
-  HAS_OMP := $(if $(NO_OMP)$(VARIANT),,$(call probe,openmp,\043include <omp.h>\nint main() { return omp_get_max_threads() < 1; },-fopenmp))
-  HAS_OPENBLAS := $(if $(NO_OPENBLAS)$(VARIANT),,$(call probe,openblas,extern "C" void openblas_set_num_threads(int); int main() { openblas_set_num_threads(1); },-lopenblas))
-  # all of AVX-512, where -march=native has it: GCC would use half of it
-  WIDE := $(if $(call probe,wide,int main() { return 0; },-mprefer-vector-width=512),-mprefer-vector-width=512)
-  $(call say,OpenMP:    $(if $(HAS_OMP),yes,no: one core does all the work$(if $(NO_OMP)$(VARIANT),, (apt install libgomp1, or libomp-dev for clang))))
-  $(call say,OpenBLAS:  $(if $(HAS_OPENBLAS),yes,no: the built-in matrix product is slower$(if $(NO_OPENBLAS)$(VARIANT),, (apt install libopenblas-dev))))
-  $(call say,MPI:       $(if $(HAS_MPI),yes,no: one process only$(if $(NO_MPI)$(VARIANT),, (apt install libopenmpi-dev))))
+  # with AVX-512 the built-in matrix product is the faster one (dev/cuda/SPEED.md)
+  HAS_AVX512 := $(shell echo | $(CXX) -march=native -dM -E -x c++ - 2>/dev/null | grep -o -m 1 __AVX512F__)
+  HAS_OPENBLAS := $(if $(NO_OPENBLAS)$(VARIANT)$(HAS_AVX512),,$(call probe,openblas,extern "C" void openblas_set_num_threads(int); int main() { openblas_set_num_threads(1); },-lopenblas))
+  # vectors of one width for loops and for copies of structs: a wide load of what two narrow stores wrote stalls
+  WIDTH := $(if $(call probe,width,int main() { return 0; },-mprefer-vector-width=256),-mprefer-vector-width=256)
+  $(call say,OpenBLAS:  $(if $(HAS_OPENBLAS),yes,no: $(if $(HAS_AVX512),the built-in matrix product is as fast with AVX-512,the built-in matrix product is slower$(if $(NO_OPENBLAS)$(VARIANT),, (apt install libopenblas-dev)))))
+  $(call say,MPI:       $(if $(HAS_MPI),yes,no: the NCCL stand-in is not tested$(if $(NO_MPI)$(VARIANT),, (apt install libopenmpi-dev))))
 endif
 endif
 
@@ -83,8 +83,8 @@ OPTIMIZE_tsan = -O1 -g -fsanitize=thread
 OPTIMIZE = $(or $(OPTIMIZE_$(VARIANT)),-O3 -g)
 # no contraction: a kernel gives the same bits as a vector loop and thread by thread. No strict aliasing: kernels read
 # packed data through vector types, as nvcc lets them
-CPU_FLAGS = -std=c++17 $(OPTIMIZE) -march=native $(WIDE) -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing \
-    $(WARNINGS) $(if $(HAS_OMP),-fopenmp) -I dev/cpu $(DEFINES) $(if $(HAS_OPENBLAS),-DCPU_OPENBLAS)
+CPU_FLAGS = -std=c++17 $(OPTIMIZE) -march=native $(WIDTH) -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing \
+    $(WARNINGS) -pthread -I dev/cpu $(DEFINES) $(if $(HAS_OPENBLAS),-DCPU_OPENBLAS)
 CPU_LIBS = -Wl,--as-needed $(if $(HAS_OPENBLAS),-lopenblas) $(if $(MULTI_GPU),$(MPI_FLAGS)) -lm
 NVCC_FLAGS = -O3 -std=c++17 -arch=$(ARCH) -lineinfo -Xcompiler -Wall,-Wextra $(if $(WERROR),-Werror all-warnings) $(DEFINES)
 NVCC_LIBS = -lcublas -lcublasLt $(if $(MULTI_GPU),-lnccl $(MPI_FLAGS))
@@ -121,22 +121,27 @@ $(BUILD)/%: $(BUILD)/%.cpp $(BUILD)/command
 endif
 # a test includes its trainer
 $(foreach t,$(filter test_%,$(PROGRAMS)),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard $(t:test_%=train_%).cu)))
+$(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t).cpp: $(wildcard train_*.cu)))
 
 # ---- tests
 asan tsan:
 	@$(MAKE) --no-print-directory DEVICE=cpu PRECISION=FP32 VARIANT=$@ $(addprefix build/cpu-fp32-$@/,$(PROGRAMS) $(DEVICE_TESTS))
-TESTS = $(addprefix $(BUILD)/,$(DEVICE_TESTS))
-test: test_deit $(TESTS)
+test:
+	@dev/test/run.sh
 
 check:
 	@dev/test/check_shared.sh
 sync:
 	@dev/test/check_shared.sh "$(FROM)"
-compare bench: train_deit
-	python3 dev/reference/$@.py
+# PEER_PYTHON has PyTorch: any for compare and dumps; today's for bench, whose times are claims
+PEER_PYTHON ?= python3
+compare: train_deit
+	$(PEER_PYTHON) dev/reference/compare.py
+bench: train_deit
+	$(PEER_PYTHON) dev/reference/bench_deit_cpu.py
 dumps:
-	dev/reference/make_dumps.sh
+	PYTHON=$(PEER_PYTHON) dev/reference/make_dumps.sh
 data:
-	python3 data/fashion.py
+	python3 data/fashion.py --train 10000 --val 2000 --train-out data/fashion_train.bin --val-out data/fashion_val.bin
 clean:
 	rm -rf build $(PROGRAMS)

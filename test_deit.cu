@@ -4,6 +4,7 @@ Tests train_deit.cu against PyTorch, and against itself.
 build and run: make test_deit && ./test_deit                 every dump in dev/reference/dumps
                ./test_deit a.safetensors b.safetensors ...   these dumps (dev/reference/deit.py dump writes them, for any model)
                ./test_deit -losses a.safetensors             five losses as bits, to compare runs under other thread schedules
+               ./test_deit -steps a.safetensors              a training step and an evaluation at each level, for the sanitizers
 
 For each dump: logits, loss, the elements that DropIT keeps, every gradient and ten losses as PyTorch computed them; then, at every
 recomputation level and in two chunk sizes, losses and gradients that must not differ by a bit. The exit code is the verdict.
@@ -20,7 +21,7 @@ recomputation level and in two chunk sizes, losses and gradients that must not d
 #define TIE_SHARE 1e-3   // and in how many elements
 #else
 #define NORM_RTOL 0.015625 // 2^-6: norm of the difference over norm of the tensor
-#define LOSS_RTOL 0.015625
+#define LOSS_RTOL 0.0078125
 #define TIE_RTOL 0.0078125
 #define TIE_SHARE 0.02
 #endif
@@ -39,6 +40,7 @@ typedef struct {
 
 static Compared compared[512];
 static int num_compared;
+static double allowed_scale = 1.0; // 2 in bf16 where the dump's parameters are not bf16 values: their rounding alone moves gradients by up to 2^-6
 
 // compares a tensor with PyTorch's, element by element in fp32, by norms in bf16; NaN fails
 static void compare(const char* name, const float* a, const float* b, size_t n) {
@@ -57,11 +59,25 @@ static void compare(const char* name, const float* a, const float* b, size_t n) 
         difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
         norm += (double)b[i] * b[i];
     }
-    worst = difference == 0.0 ? 0.0 : sqrt(difference / norm) / NORM_RTOL;
+    worst = difference == 0.0 ? 0.0 : sqrt(difference / norm) / (allowed_scale * NORM_RTOL);
 #endif
     snprintf(compared[num_compared].name, sizeof(compared[0].name), "%s", name);
     compared[num_compared++].error = worst;
     check(worst <= 1.0, "error over allowed", name, worst);
+}
+
+// whether floatX holds every parameter of the dump
+static bool parameters_exact(const Safetensors* st) {
+    for (int i = 0; i < st->num_tensors; i++) {
+        const StTensor* t = &st->tensors[i];
+        if (strncmp(t->name, "param.", 6) != 0) { continue; }
+        for (size_t j = 0; j < st_numel(t); j++) {
+            float v;
+            memcpy(&v, (const char*)safetensors_data(st, t) + j * sizeof(float), sizeof(float));
+            if ((float)(floatX)v != v) { return false; }
+        }
+    }
+    return true;
 }
 
 static int worst_first(const void* a, const void* b) {
@@ -266,6 +282,7 @@ static void take_mask(DeitModel* model, const Activation* a, int l, const Safete
 // one dump against PyTorch
 static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     num_compared = 0;
+    allowed_scale = parameters_exact(dump->st) ? 1.0 : 2.0;
     DeitModel* model = make_model(dump, 0, chunk_bytes, true);
     const Safetensors* st = dump->st;
     const DeitConfig c = dump->options.config;
@@ -307,17 +324,24 @@ static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     require(t != NULL, "%s lacks the tensor losses", st->file.path);
     const size_t steps = st_numel(t);
     expected = tensor(st, "losses", "F32", steps);
+    float* losses = (float*)malloc(steps * sizeof(float));
     double worst = 0.0;
     for (size_t step = 0; step < steps; step++) {
         if (step > 0) {
             forward(model, dump);
             loss_and_backward(model);
         }
-        const double error = fabs(deit_result(model).loss / B / expected[step] - 1.0);
+        losses[step] = (float)(deit_result(model).loss / B);
+        const double error = fabs(losses[step] / expected[step] - 1.0);
         if (!(error <= worst)) { worst = error; }
         deit_update(model, dump->optimizer, dump->lr, (int)step + 1);
     }
+#ifdef ENABLE_FP32
     check(worst <= LOSS_RTOL, "largest relative error of all steps", "losses", worst);
+#else
+    compare("losses", losses, expected, steps); // a small loss late in training has few correct digits in bf16
+#endif
+    free(losses);
     free(expected);
     free_model(model);
     qsort(compared, num_compared, sizeof(Compared), worst_first);
@@ -390,12 +414,33 @@ static void test_plan(const Dump* dump) {
     free_model(model);
 }
 
+// one training step and one evaluation at every level of recomputation
+static void take_steps(const Dump* dump) {
+    for (int recompute = 0; recompute <= 3; recompute++) {
+        DeitModel* model = make_model(dump, recompute, 1, recompute == 1);
+        model->stats_now = recompute == 1 && dump->options.gamma > 0.0;
+        forward(model, dump);
+        loss_and_backward(model);
+        deit_update(model, dump->optimizer, dump->lr, 1);
+        const double loss = deit_result(model).loss / dump->options.B;
+        deit_zero_gradients(model);
+        deit_forward(model, dump->options.B, false);
+        deit_loss(model, dump->options.B, 0.1f, 1.0f);
+        const double after = deit_result(model).loss / dump->options.B;
+        check(isfinite(loss) && isfinite(after), "loss after a step", "step and evaluation", after);
+        free_model(model);
+    }
+}
+
 int main(int argc, char** argv) {
+    const char* mode = argc > 1 && argv[1][0] == '-' ? argv[1] : "";
+    const bool only_losses = strcmp(mode, "-losses") == 0, only_steps = strcmp(mode, "-steps") == 0;
+    require(mode[0] == 0 || only_losses || only_steps, "unknown mode %s; the modes are -losses and -steps", mode);
+    const int first = mode[0] == 0 ? 1 : 2;
     glob_t files = {};
-    const bool only_losses = argc > 1 && strcmp(argv[1], "-losses") == 0;
-    if (argc <= 1 + only_losses) { glob("dev/reference/dumps/*.safetensors", 0, NULL, &files); }
-    const int n = files.gl_pathc > 0 ? (int)files.gl_pathc : argc - 1 - only_losses;
-    char** paths = files.gl_pathc > 0 ? files.gl_pathv : argv + 1 + only_losses;
+    if (argc <= first) { glob("dev/reference/dumps/*.safetensors", 0, NULL, &files); }
+    const int n = files.gl_pathc > 0 ? (int)files.gl_pathc : argc - first;
+    char** paths = files.gl_pathc > 0 ? files.gl_pathv : argv + first;
     require(n > 0, "no dumps in dev/reference/dumps; run from the root of the repository, or give the path of a dump");
     device_open();
     for (int i = 0; i < n; i++) {
@@ -410,6 +455,8 @@ int main(int argc, char** argv) {
             free(run_steps(model, &dump, losses));
             for (int s = 0; s < STEPS; s++) { printf("%a\n", losses[s]); }
             free_model(model);
+        } else if (only_steps) {
+            take_steps(&dump);
         } else {
             test_against_pytorch(&dump, DEFAULT_CHUNK_BYTES);
             test_against_pytorch(&dump, 1); // a chunk of one image

@@ -65,6 +65,11 @@ namespace cg = cooperative_groups;
 #endif
 // ---- end shared: checks ----------------------------------------------------
 
+// ---- shared: device --------------------------------------------------------
+static cudaStream_t main_stream;
+static int num_multiprocessors;
+// ---- end shared: device ----------------------------------------------------
+
 // ---- shared: precision -----------------------------------------------------
 // floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
 #ifdef ENABLE_FP32
@@ -587,7 +592,7 @@ Shard shard_open(const char* path) {
 enum { MINK, FASTMINK, RANDOM };
 
 #define DROPIT_TILE 16384
-#define DROPIT_THREADS 128 // of every kernel below that works on tiles
+#define DROPIT_THREADS 64 // of every kernel below that works on tiles
 #define DROPIT_BINS 2048
 #define TILE_WORDS (DROPIT_TILE / 32)
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
@@ -648,7 +653,7 @@ template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, D
 }
 
 // Words: 32 consecutive elements, and masks of 32 bits with bit j for element j. Loops over words have a constant length: in
-// registers on a GPU, vectorised on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
+// registers on a GPU, vectors on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
 
 // reads elements i .. i+31 of x, i a multiple of 32; returns the mask of those below n
 __device__ inline unsigned load_word(floatX* v, const floatX* x, size_t i, size_t n) {
@@ -684,7 +689,7 @@ __device__ inline unsigned kept_mask(const unsigned* keys, size_t i, Threshold t
 }
 
 // sum of v over the threads of the block before this one; *sum is that over all of them.
-// warp_sums: 32 words of shared memory. A barrier at the end lets it be used again
+// warp_sums: 32 words of shared memory, which the caller may use again after a barrier
 __device__ inline unsigned block_exclusive_sum(unsigned v, unsigned* warp_sums, unsigned* sum) {
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned before = cg::exclusive_scan(warp, v, cg::plus<unsigned>());
@@ -695,7 +700,6 @@ __device__ inline unsigned block_exclusive_sum(unsigned v, unsigned* warp_sums, 
         if (w == threadIdx.x / 32) { before += all; }
         all += warp_sums[w];
     }
-    __syncthreads();
     *sum = all;
     return before;
 }
@@ -747,8 +751,10 @@ template <bool HASHED> __device__ inline void count_word(unsigned* counts, unsig
     const unsigned valid = load_word(v, x, i, n), digits = (1u << bits) - 1;
     word_keys<HASHED>(keys, v, i, rule);
     if (shift + bits == 32) {
-        for (int j = 0; j < 32; j++) {
-            if (valid >> j & 1) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
+        if (valid == ~0u) {
+            for (int j = 0; j < 32; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
+        } else {
+            for (int j = 0; j < 32 && valid >> j & 1; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
         }
         unsigned magnitudes[32];
         word_keys<false>(magnitudes, v, i, rule);
@@ -764,17 +770,22 @@ template <bool HASHED> __device__ inline void count_word(unsigned* counts, unsig
 // one digit of the search over a whole tensor: histogram (2^bits) += counts. A block counts in shared memory, 8 KiB
 __global__ void dropit_histogram_kernel(unsigned* histogram, unsigned* not_finite, const Search* search, const floatX* x, size_t n,
                                         DropRule rule, int shift, int bits) {
-    __shared__ unsigned counts[DROPIT_BINS];
-    for (int b = threadIdx.x; b < 1 << bits; b += blockDim.x) { counts[b] = 0; }
+    __shared__ uint4 counts[DROPIT_BINS / 4];
+    for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
     __syncthreads();
     const unsigned prefix = search->prefix;
     const size_t stride = (size_t)gridDim.x * blockDim.x * 32;
     for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 32; i < n; i += stride) {
-        count_word<false>(counts, not_finite, x, i, n, rule, prefix, shift, bits);
+        count_word<false>((unsigned*)counts, not_finite, x, i, n, rule, prefix, shift, bits);
     }
     __syncthreads();
-    for (int b = threadIdx.x; b < 1 << bits; b += blockDim.x) {
-        if (counts[b] > 0) { atomicAdd(&histogram[b], counts[b]); }
+    for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) {
+        const uint4 c = counts[b];
+        if ((c.x | c.y | c.z | c.w) == 0) { continue; }
+        if (c.x > 0) { atomicAdd(&histogram[4 * b], c.x); }
+        if (c.y > 0) { atomicAdd(&histogram[4 * b + 1], c.y); }
+        if (c.z > 0) { atomicAdd(&histogram[4 * b + 2], c.z); }
+        if (c.w > 0) { atomicAdd(&histogram[4 * b + 3], c.w); }
     }
 }
 
@@ -790,9 +801,9 @@ __global__ void dropit_search_kernel(Search* search, unsigned* histogram, unsign
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
 }
 
-// tile_counts[tile] = (elements above the threshold, elements equal to it). One block a tile
+// tile_counts[tile] += (elements above the threshold, elements equal to it). One block a tile
 __global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, const floatX* x, size_t n, int shift) {
-    __shared__ unsigned warp_sums[32];
+    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     const unsigned key = search->prefix << shift;
     unsigned above = 0, equal = 0;
     for (int w = 0; w < THREAD_WORDS; w++) {
@@ -804,9 +815,11 @@ __global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, co
         above += __popc(above_mask(keys, key));
         equal += __popc(equal_mask(keys, key, 0) & valid);
     }
-    unsigned sum; // of two counts at once: a tile has 2^14 elements, so 16 bits hold either
-    block_exclusive_sum(above << 16 | equal, warp_sums, &sum);
-    if (threadIdx.x == 0) { tile_counts[blockIdx.x] = make_uint2(sum >> 16, sum & 0xffff); }
+    const unsigned sums = cg::reduce(warp, above << 16 | equal, cg::plus<unsigned>()); // a tile has 2^14 elements: 16 bits hold either
+    if (warp.thread_rank() == 0) {
+        atomicAdd(&tile_counts[blockIdx.x].x, sums >> 16);
+        atomicAdd(&tile_counts[blockIdx.x].y, sums & 0xffff);
+    }
 }
 
 // the end of a search: threshold, and (offsets != NULL) how many kept values lie before each tile. One block of 256 threads
@@ -829,12 +842,13 @@ __global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* offsets, c
             tie_tile = (unsigned)tile;
             tie_rank = ties - before;
         }
+        __syncthreads();
         const unsigned kept = count.x + (before < ties ? min(count.y, ties - before) : 0u);
         const unsigned offset = kept_before + block_exclusive_sum(kept, warp_sums, &sum);
         kept_before += sum;
         if (offsets != NULL && tile < tiles) { offsets[tile] = offset; }
+        __syncthreads();
     }
-    __syncthreads();
     if (ties > 0) {
         find_tie<false>(&threshold->tie_end, x, (size_t)tie_tile * DROPIT_TILE, n, DropRule{}, key, tie_rank, warp_sums);
     }
@@ -892,8 +906,8 @@ template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsign
 }
 
 // out[i - begin] = i kept ? its value : 0, for begin <= i < end. One block a tile, the first is tile begin / DROPIT_TILE.
-// Each thread adds up four words, so that the block knows where the values of every word begin; then threads take every
-// 128th pack of 8 elements, so that neighbours read and write neighbouring bytes. V == 1: `out` is not aligned as the packs are
+// Each thread adds up its words, so that the block knows where the values of every word begin; then threads take every
+// 64th pack of 8 elements, so that neighbours read and write neighbouring bytes. V == 1: `out` is not aligned as the packs are
 template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
                                                       size_t n, size_t begin, size_t end) {
     __shared__ unsigned warp_sums[32];
@@ -952,7 +966,7 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
 void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
     const unsigned tiles = (unsigned)dropit_tiles(d->n);
     if (rule.strategy == MINK) {
-        const unsigned blocks = tiles < 1024 ? tiles : 1024;
+        const unsigned full = 16 * num_multiprocessors, blocks = tiles < full ? tiles : full; // each block ends with up to 2,048 additions
         const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
         dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, (unsigned)d->k, 0);
         int shift = 32;
@@ -962,6 +976,7 @@ void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, doub
             dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->not_finite, s->search, x, d->n, rule, shift, bits);
             dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, 0u, bits);
         }
+        cudaCheck(cudaMemsetAsync(s->tile_counts, 0, tiles * sizeof(uint2), stream));
         dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, x, d->n, shift);
         dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, d->offsets, s->tile_counts, s->search, x, d->n, shift);
     } else {
@@ -1012,7 +1027,6 @@ void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule
 // algorithm costs the host more than a small product costs the GPU, and the same plan gives the same bits.
 static cublasHandle_t cublas_handle;
 static cublasLtHandle_t cublaslt_handle;
-static cudaStream_t main_stream;
 #define CUBLAS_WORKSPACE ((size_t)32 << 20) // what NVIDIA recommends for Hopper
 static void* cublas_workspace;              // a line of the plan
 
@@ -1594,9 +1608,12 @@ typedef struct {
     float largest, sum;
 } ExpSum;
 
+// one comparison, where fmaxf takes care of NaNs: here they show in the sum
+__device__ inline float larger(float a, float b) { return a > b ? a : b; }
+
 struct JoinExpSums {
     __device__ ExpSum operator()(ExpSum a, ExpSum b) const {
-        const float m = fmaxf(a.largest, b.largest);
+        const float m = larger(a.largest, b.largest);
         return ExpSum{m, a.sum * expf(a.largest - m) + b.sum * expf(b.largest - m)};
     }
 };
@@ -1613,9 +1630,11 @@ template <int V, int LANES> __global__ void softmax_forward_kernel(floatX* probs
     for (int j = 0; j < V; j++) { largest[j] = -FLT_MAX; }
     for (int c = first; c < T; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) { largest[j] = fmaxf(largest[j], c + j < T ? v[j] : -FLT_MAX); }
+        for (int j = 0; j < V; j++) { largest[j] = larger(c + j < T ? v[j] : -FLT_MAX, largest[j]); }
     }
-    for (int j = 1; j < V; j++) { largest[0] = fmaxf(largest[0], largest[j]); }
+    for (int half = V / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) { largest[j] = larger(largest[j + half], largest[j]); }
+    }
     for (int c = first; c < T; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) {
@@ -2507,6 +2526,7 @@ void device_open(void) {
     cudaCheck(cudaGetDeviceProperties(&properties, 0));
     require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with `make PRECISION=FP32`",
             properties.name, properties.major, properties.minor);
+    num_multiprocessors = properties.multiProcessorCount;
     cudaCheck(cudaStreamCreate(&main_stream));
     cublasCheck(cublasCreate(&cublas_handle));
     cublasCheck(cublasSetStream(cublas_handle, main_stream));

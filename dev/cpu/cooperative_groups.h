@@ -23,6 +23,9 @@ inline thread_block this_thread_block() { return thread_block(); }
 template <unsigned Size, class Parent = void> struct thread_block_tile {
     static_assert(Size >= 1 && Size <= 32 && (Size & (Size - 1)) == 0, "a tile has 1, 2, 4, 8, 16 or 32 lanes");
 
+    thread_block_tile() = default;
+    template <class Other> thread_block_tile(const thread_block_tile<Size, Other>&) {} // thread_block_tile<N> fits every parent
+
     static unsigned first_lane() { return cpu::current_lane() & ~(Size - 1); }
     static unsigned mask() { return (Size == 32 ? ~0u : (1u << (Size % 32)) - 1) << first_lane(); }
 

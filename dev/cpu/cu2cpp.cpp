@@ -402,9 +402,10 @@ static string parameter_name(const Code& code, size_t begin, size_t end) {
 // Is the parameter changed, or could it be? Then each thread needs its own copy
 static bool is_assigned(const Code& code, size_t i) {
     const size_t size = code.size();
-    if (i > 0 && is(code, i - 1, "&") && !(i > 1 && (is_name(code, i - 2) || is(code, i - 2, ")") || is(code, i - 2, "]")))) { return true; }
+    const bool element = is(code, i + 1, "[") || (is(code, i + 1, "-") && is(code, i + 2, ">")); // of what a pointer points to
+    if (!element && i > 0 && is(code, i - 1, "&") && !(i > 1 && (is_name(code, i - 2) || is(code, i - 2, ")") || is(code, i - 2, "]")))) { return true; }
     if (i > 1 && ((is(code, i - 1, "+") && is(code, i - 2, "+")) || (is(code, i - 1, "-") && is(code, i - 2, "-")))) { return true; }
-    size_t p = i + 1; // past .member and [index], which change a struct, and also what a pointer points to: a harmless copy
+    size_t p = i + 1; // past .member and .member[index]
     for (;;) {
         if (is(code, p, ".") && p + 1 < size) { p += 2; }
         else if (is(code, p, "[") && p > i + 1) { p = matching(code, p) + 1; }
@@ -535,8 +536,8 @@ static void rewrite_function(Function& f, const Options& options) {
     names = names.empty() ? names : names.substr(2);
     const bool free = f.because.empty() && !options.fibers;
     f.open->after = " ::cpu::check_arguments(\"" + f.name + "\", \"" + names + "\"" + list_of(f.parameters) + "); ::cpu::" +
-                    (free ? "run_free" : "run_fibers") + "(\"" + f.name + "\", [=](CPU_INDICES) " + (copies ? "mutable " : "") +
-                    "CPU_BODY {" + f.open->after;
+                    (free ? "run_free" : "run_fibers") + "(\"" + f.name + "\", [=](CPU_INDICES) CPU_BODY(" +
+                    (copies ? "mutable" : "") + ") {" + f.open->after;
     f.close->before += "}); ";
 }
 

@@ -49,6 +49,11 @@ struct alignas(4) __nv_bfloat162 {
     __nv_bfloat16 x, y;
 };
 
+namespace cpu {
+template <> constexpr bool can_shuffle<__nv_bfloat16> = true;
+template <> constexpr bool can_shuffle<__nv_bfloat162> = true;
+}
+
 typedef __nv_bfloat16 nv_bfloat16;
 typedef __nv_bfloat162 nv_bfloat162;
 

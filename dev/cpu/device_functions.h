@@ -119,6 +119,10 @@ template <class T, class Op> CPU_ENGINE inline T scan(uint32_t mask, const T& va
     return from_value<T>(collective(mask, to_value(value), inclusive, combine_scan<T, Op>));
 }
 
+// what __shfl_sync and its siblings take on a GPU, too; bfloat16 adds itself
+template <class T> constexpr bool can_shuffle = std::is_arithmetic_v<T>;
+#define CPU_CHECK_SHUFFLE(T) static_assert(cpu::can_shuffle<T>, "__shfl_sync takes numbers; a struct goes through a tile of cooperative groups")
+
 template <class T> CPU_ENGINE inline T shuffle(uint32_t mask, const T& value, unsigned source) {
     return from_value<T>(collective(mask, to_value(value), source % WARP_SIZE, combine_shuffle));
 }
@@ -135,21 +139,25 @@ struct Xor { template <class T> T operator()(T a, T b) const { return a ^ b; } }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) { cpu::sync_warp(mask); }
 
 template <class T> static inline T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+    CPU_CHECK_SHUFFLE(T);
     const int lane = (int)cpu::current_lane();
     return cpu::shuffle(mask, value, (unsigned)((lane & ~(width - 1)) | (source & (width - 1))));
 }
 
 template <class T> static inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+    CPU_CHECK_SHUFFLE(T);
     const int lane = (int)cpu::current_lane(), source = lane - (int)delta;
     return cpu::shuffle(mask, value, (unsigned)(source < (lane & ~(width - 1)) ? lane : source));
 }
 
 template <class T> static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+    CPU_CHECK_SHUFFLE(T);
     const int lane = (int)cpu::current_lane();
     return cpu::shuffle(mask, value, (lane & (width - 1)) + (int)delta >= width ? (unsigned)lane : (unsigned)lane + delta);
 }
 
 template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+    CPU_CHECK_SHUFFLE(T);
     const int lane = (int)cpu::current_lane(), source = lane ^ lane_mask;
     return cpu::shuffle(mask, value, (unsigned)(source >= (lane & ~(width - 1)) + width ? lane : source));
 }

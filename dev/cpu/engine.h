@@ -42,17 +42,25 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 // what cu2cpp writes as the parameters of a kernel's body
 #define CPU_INDICES [[maybe_unused]] const uint3 threadIdx, [[maybe_unused]] const uint3 blockIdx, \
                     [[maybe_unused]] const dim3 blockDim, [[maybe_unused]] const dim3 gridDim
+#define CPU_NO_GUARD [](CPU_INDICES) { return false; }
 
-// CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. CPU_BODY: a kernel's body is inlined into
-// the loop over threads, except under ThreadSanitizer, where it would lose its instrumentation by that
+// CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. A kernel's body is inlined into the loop over
+// threads, except under ThreadSanitizer, where it would lose its instrumentation by that
 #if defined(CPU_TSAN)
 #define CPU_ENGINE __attribute__((no_sanitize_thread))
-#define CPU_BODY __attribute__((noinline))
+#define CPU_INLINING __attribute__((noinline))
 #else
 #define CPU_ENGINE
-#define CPU_BODY __attribute__((always_inline))
+#define CPU_INLINING __attribute__((always_inline))
+#endif
+// CPU_BODY() or CPU_BODY(mutable) comes before the { of a body. The compilers want the two in another order
+#if defined(__clang__)
+#define CPU_BODY(mutability) CPU_INLINING mutability
+#else
+#define CPU_BODY(mutability) mutability CPU_INLINING
 #endif
 #if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpass-failed" // not every loop over threads can be vectorised
 #define CPU_INDEPENDENT_THREADS _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define CPU_INDEPENDENT_THREADS _Pragma("GCC ivdep")
@@ -302,11 +310,11 @@ constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t GUARD_BYTES = 4096; // below each stack: running over it is a fault, not a neighbour's wrong result
 #if defined(CPU_TSAN)
 // ThreadSanitizer sees every CUDA thread as a thread of its own, with a stack of its own. Blocks of one launch are not
-// ordered, so the next block needs other threads, and other shared memory, too. A set of them is used again, ordered after
-// its last use, every third block: a race between blocks i and i + 3 is missed, one between i and i + 1, i + 2 or i + 4 is found
-constexpr unsigned RING_SIZE = 3, MAX_FIBERS = RING_SIZE * MAX_THREADS;
+// ordered, so each of the next three blocks has other threads (a race of one thread index between blocks i and i + 3
+// is missed, one between i and i + 1, i + 2, i + 4 is found), and each of the next 64 other shared memory
+constexpr unsigned THREAD_SETS = 3, ARENAS = 64, MAX_FIBERS = THREAD_SETS * MAX_THREADS;
 #else
-constexpr unsigned RING_SIZE = 1, MAX_FIBERS = MAX_THREADS + 1; // one more: the fiber that returns runs until its successor does
+constexpr unsigned ARENAS = 1, MAX_FIBERS = MAX_THREADS + 1; // one more: a fiber that returns runs until its successor does
 #endif
 
 struct Warp;
@@ -372,7 +380,7 @@ struct Worker {
     unsigned num_at_barrier, votes, barrier_result;
     int barrier_kind;
 
-    char* arenas;                      // RING_SIZE arenas of shared memory
+    char* arenas;                      // ARENAS arenas of shared memory
     char* arena;                       // that of the block: first the dynamic part, then the static variables
     size_t arena_used, static_shared;
     SharedVariable shared[MAX_SHARED_VARIABLES];
@@ -386,10 +394,9 @@ struct Worker {
     size_t host_stack_bytes;
 #endif
 #if defined(CPU_TSAN)
-    unsigned ring_slot, ring_use[RING_SIZE];
-    unsigned barrier_number;
+    unsigned thread_set, barrier_number;
     // addresses that stand for an event: what was released to one happens before what acquires it
-    char launched, finished[RING_SIZE][2], barrier_event[2], warp_event[MAX_THREADS];
+    char launched, finished, barrier_event[2], warp_event[MAX_THREADS];
 #endif
 };
 inline thread_local Worker* worker = NULL;
@@ -427,7 +434,7 @@ CPU_ENGINE __attribute__((no_sanitize_address)) inline void fiber_main();
 // a fiber that will start in fiber_main, for the next thread of the block
 CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
 #if defined(CPU_TSAN)
-    Fiber* f = &w->fibers[w->ring_slot * MAX_THREADS + w->next];
+    Fiber* f = &w->fibers[w->thread_set * MAX_THREADS + w->next];
 #else
     Fiber* f = w->idle[--w->num_idle];
 #endif
@@ -469,7 +476,7 @@ CPU_ENGINE inline Worker* this_worker() {
         w->fibers[i].stack = stacks + i * stride + GUARD_BYTES;
         w->idle[w->num_idle++] = &w->fibers[MAX_FIBERS - 1 - i];
     }
-    w->arenas = map_memory(RING_SIZE * ARENA_BYTES, "shared memory");
+    w->arenas = map_memory(ARENAS * ARENA_BYTES, "shared memory");
     w->random = schedule().seed;
     w->kind = schedule().kind;
     return worker = w;
@@ -586,16 +593,12 @@ CPU_ENGINE inline void start_thread(Worker* w) {
 #if defined(CPU_TSAN)
     tsan_running(f);
     __tsan_acquire(&w->launched);
-    __tsan_acquire(&w->finished[w->ring_slot][~w->ring_use[w->ring_slot] & 1]);
 #endif
 }
 
 // A thread that has returned counts as arrived wherever others wait for it, as on a GPU
 CPU_ENGINE inline void finish_thread(Worker* w) {
     Warp* warp = w->current->warp;
-#if defined(CPU_TSAN)
-    __tsan_release(&w->finished[w->ring_slot][w->ring_use[w->ring_slot] & 1]);
-#endif
     w->done++;
     warp->exited |= 1u << w->current->lane;
     for (uint32_t rest = warp->waiting; rest != 0; rest &= rest - 1) {
@@ -737,6 +740,31 @@ CPU_ENGINE inline void run_block(Worker* w, uint3 block) {
     switch_fiber(w, &w->host, w->current, false);
 }
 
+// ThreadSanitizer: what the host did until now happens before every thread that starts from now on
+CPU_ENGINE inline void tsan_launch([[maybe_unused]] Worker* w) {
+#if defined(CPU_TSAN)
+    w->host.tsan_thread = __tsan_get_current_fiber();
+    for (unsigned i = 0; i < MAX_FIBERS; i++) { // those that a block of this size needs: each costs memory and time
+        Fiber* f = &w->fibers[i];
+        if (i % MAX_THREADS < w->threads && f->tsan_thread == NULL) { f->tsan_thread = __tsan_create_fiber(0); }
+    }
+    __tsan_release(&w->launched);
+#endif
+}
+
+// ThreadSanitizer: what the threads of all blocks until now did happens before what the host does next
+CPU_ENGINE inline void tsan_join([[maybe_unused]] Worker* w, [[maybe_unused]] uint64_t blocks) {
+#if defined(CPU_TSAN)
+    for (unsigned i = 0; i < MAX_FIBERS; i++) {
+        if (i % MAX_THREADS >= w->threads || i / MAX_THREADS >= blocks) { continue; }
+        tsan_running(&w->fibers[i]);
+        __tsan_release(&w->finished);
+    }
+    tsan_running(&w->host);
+    __tsan_acquire(&w->finished);
+#endif
+}
+
 CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, const void*), const void* body, uint64_t first,
                                     uint64_t last) {
     Worker* w = this_worker();
@@ -744,32 +772,22 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
     w->run = run;
     w->body = body;
     w->threads = launch.threads;
-    w->arena = w->arenas;
     in_kernel = true;
-#if defined(CPU_TSAN)
-    w->host.tsan_thread = __tsan_get_current_fiber();
-    for (unsigned i = 0; i < MAX_FIBERS; i++) { // those that a block of this size needs: each costs memory and time
-        Fiber* f = &w->fibers[i];
-        if (i % MAX_THREADS < launch.threads && f->tsan_thread == NULL) { f->tsan_thread = __tsan_create_fiber(0); }
-    }
-    __tsan_release(&w->launched);
-#endif
+    tsan_launch(w);
     const Order order = block_order(launch.blocks, &w->random);
     for (uint64_t i = first; i < last; i++) {
+        w->arena = w->arenas + i % ARENAS * ARENA_BYTES;
 #if defined(CPU_TSAN)
-        w->ring_slot = (w->ring_slot + 1) % RING_SIZE;
-        w->ring_use[w->ring_slot]++;
-        w->arena = w->arenas + w->ring_slot * ARENA_BYTES;
+        w->thread_set = i % THREAD_SETS;
+        if (i > 0 && i % ARENAS == 0) { // shared memory is used again: in order, lest that look like a race
+            tsan_join(w, i);
+            tsan_launch(w);
+        }
 #endif
         run_block(w, block_index(launch.grid, w->kind == NATURAL ? i : position(order, i)));
         tsan_running(&w->host);
     }
-#if defined(CPU_TSAN)
-    for (unsigned i = 0; i < RING_SIZE; i++) {
-        __tsan_acquire(&w->finished[i][0]);
-        __tsan_acquire(&w->finished[i][1]);
-    }
-#endif
+    tsan_join(w, last);
     in_kernel = false;
 }
 

@@ -32,7 +32,7 @@ CPU_MATH float bits_float(uint32_t bits) {
 
 // a * b + c: fused where the processor does that (there fmaf is one instruction), else rounded twice; never by the compiler's choice
 CPU_MATH float mul_add(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

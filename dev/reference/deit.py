@@ -279,6 +279,13 @@ def initial_parameters(model, seed):
 # ----------------------------------------------------------------------------
 # dump: one batch, everything that test_deit compares
 
+def bf16_values(x):
+    """The nearest values that bf16 holds too, as float32: a trainer in bf16 then starts from the dump's own
+    parameters and images, and the comparison shows the rounding of its arithmetic alone."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) & np.uint32(0xffff0000)).view(np.float32)
+
+
 def dump_parameters(model, seed):
     """Values of a size at which every tensor matters: no zero bias, no LayerNorm weight of one."""
     values = {}
@@ -292,7 +299,7 @@ def dump_parameters(model, seed):
             value = 0.3 * value
         else:
             value = value * parameter[0].numel() ** -0.5
-        values[name] = value.astype(np.float32).reshape(tuple(parameter.shape))
+        values[name] = bf16_values(value).reshape(tuple(parameter.shape))
     return values
 
 
@@ -305,7 +312,7 @@ def dump_batch(config, batch_size, seed):
     grid = side // patch
     blank = rng.uniform(seed, rng.INIT, 1 + (1 << 20), batch_size * grid * grid) < 0.2
     blank = blank.reshape(batch_size, 1, grid, grid).repeat(patch, axis=2).repeat(patch, axis=3)
-    image = np.where(blank, -0.5, image).astype(np.float32)
+    image = bf16_values(np.where(blank, -0.5, image))
     label = rng.uniform(seed, rng.INIT, 2 + (1 << 20), batch_size) * config.num_classes
     return image, label.astype(np.int32)
 

@@ -1,0 +1,100 @@
+#!/bin/bash
+# Every test, as `make test` runs it: one line a test with its counts and seconds, the end of the log of what fails, and the
+# counts of all of them. What a machine lacks (MPI, nvcc) is named and not counted. Logs stay in build/test.
+set -u
+cd "$(dirname "$0")/../.."
+make=${MAKE:-make}
+mkdir -p build/test
+passed=0
+failed=0
+
+# t NAME SECONDS COMMAND...: the last line of a test is "N passed, N failed"; a command without one counts as one
+t() {
+    local name=$1 limit=$2 log="build/test/$1.log" start=$SECONDS code counts p f
+    shift 2
+    timeout "$limit" "$@" >"$log" 2>&1 </dev/null
+    code=$?
+    counts=$(tail -n 1 "$log" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
+    if [ -n "$counts" ]; then
+        p=$(echo "$counts" | cut -d ' ' -f 1)
+        f=$(echo "$counts" | cut -d ' ' -f 3)
+        [ $code -eq 0 ] || [ "$f" -gt 0 ] || f=1
+    else
+        p=$((code == 0))
+        f=$((code != 0))
+    fi
+    passed=$((passed + p))
+    failed=$((failed + f))
+    printf '%-6s %-34s %5d passed %3d failed  %4d s\n' "$([ "$f" -eq 0 ] && echo ok || echo 'NOT OK')" "$name" "$p" "$f" $((SECONDS - start))
+    if [ "$f" -gt 0 ]; then
+        echo "       exit code $code of: $*"
+        { grep -E 'NOT OK|^FAIL|error|WARNING|ERROR' "$log" | head -n 15; tail -n 5 "$log"; } | sed 's/^/       /'
+    fi
+}
+
+build() { $make --no-print-directory -s DEVICE=cpu "$@"; }
+
+fp32=build/cpu-fp32
+bf16=build/cpu-bf16
+asan=build/cpu-fp32-asan
+tsan=build/cpu-fp32-tsan
+dumps=dev/reference/dumps
+
+t shared_sections 60 dev/test/check_shared.sh
+t build_fp32 900 build -j 2 PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs}
+t build_bf16 900 build -j 2 PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs}
+t build_asan 900 build -j 2 PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,cpu_device}
+t build_tsan 900 build -j 2 PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,cpu_device}
+
+t cpu_device_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_cpu_device
+t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
+t cpu_libs_bf16 300 $bf16/dev/test/test_cpu_libs
+t kernels_fp32 300 $fp32/dev/test/test_kernels
+t kernels_bf16 300 $bf16/dev/test/test_kernels
+t dropit_fp32 300 $fp32/dev/test/test_dropit
+t dropit_bf16 300 $bf16/dev/test/test_dropit
+t deit_fp32 600 ./test_deit
+t deit_bf16 600 $bf16/test_deit
+t files 300 $fp32/dev/test/test_files
+t command_line 600 dev/test/cli.sh ./train_deit
+
+# the same bits under every schedule of blocks and threads
+t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
+t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
+t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
+t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
+t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
+
+# no report from the sanitizers, and every planted bug found
+for s in asan tsan; do
+    t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_odd_g70.safetensors $dumps/deit_aligned_g90.safetensors
+    t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
+    t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
+    t cpu_device_$s 600 build/cpu-fp32-$s/dev/test/test_cpu_device
+done
+t files_asan 600 $asan/dev/test/test_files
+t planted_bugs 900 dev/test/planted.sh
+
+# several processes, where MPI is
+if command -v mpirun >/dev/null && grep -q DMULTI_GPU $fp32/command; then
+    for ranks in 2 3; do
+        t nccl_$ranks 300 env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 \
+            mpirun --oversubscribe -np $ranks $fp32/dev/test/test_cpu_libs
+    done
+else
+    echo "not run: several processes (no MPI here)"
+fi
+
+# for a GPU, without a warning, where nvcc is
+if command -v "${NVCC:-nvcc}" >/dev/null; then
+    for arch in sm_80 sm_90; do
+        for precision in FP32 BF16; do
+            t nvcc_${arch}_$precision 900 $make --no-print-directory -s DEVICE=cuda ARCH=$arch PRECISION=$precision WERROR=1 NO_MPI=1 \
+                BUILD=build/nvcc-$arch-$precision build/nvcc-$arch-$precision/train_deit
+        done
+    done
+else
+    echo "not run: the build for a GPU (no nvcc here)"
+fi
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ] && [ $passed -gt 0 ]
