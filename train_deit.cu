@@ -467,7 +467,7 @@ Safetensors* safetensors_open(const char* path) {
     st_space(st);
     if (st->at != st->header_end) { st_fail(st, "text after the header"); }
     // in order of their offsets the tensors must follow one another from the first byte to the last
-    qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset);
+    if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
@@ -744,7 +744,7 @@ template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const 
 
 // Adds the elements i .. i+31 that share the prefix to the histogram of their next digit, of `bits` bits above `shift`; counts NaN
 // and Inf in the first pass. counts is the block's own, in shared memory
-template <bool HASHED> __device__ inline void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
+template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
                                                          DropRule rule, unsigned prefix, int shift, int bits) {
     floatX v[32];
     unsigned keys[32];
@@ -762,7 +762,8 @@ template <bool HASHED> __device__ inline void count_word(unsigned* counts, unsig
         if (bad != 0) { atomicAdd(not_finite, (unsigned)__popc(bad)); }
     } else {
         for (unsigned match = equal_mask(keys, prefix, shift + bits) & valid; match != 0; match &= match - 1) {
-            atomicAdd_block(&counts[keys[__ffs(match) - 1] >> shift & digits], 1u);
+            const size_t at = i + __ffs(match) - 1; // few: read again, for an index into keys would put them all into local memory
+            atomicAdd_block(&counts[drop_key<HASHED>(x[at], at, rule) >> shift & digits], 1u);
         }
     }
 }
@@ -774,11 +775,12 @@ __global__ void dropit_histogram_kernel(unsigned* histogram, unsigned* not_finit
     for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
     __syncthreads();
     const unsigned prefix = search->prefix;
-    const size_t stride = (size_t)gridDim.x * blockDim.x * 32;
-    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 32; i < n; i += stride) {
-        count_word<false>((unsigned*)counts, not_finite, x, i, n, rule, prefix, shift, bits);
+    for (size_t begin = (size_t)blockIdx.x * DROPIT_TILE; begin < n; begin += (size_t)gridDim.x * DROPIT_TILE) {
+        for (int w = threadIdx.x; w < TILE_WORDS; w += DROPIT_THREADS) {
+            count_word<false>((unsigned*)counts, not_finite, x, begin + w * 32, n, rule, prefix, shift, bits);
+        }
+        __syncthreads(); // the block reads its tiles one after the other, and with them whole pages
     }
-    __syncthreads();
     for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) {
         const uint4 c = counts[b];
         if ((c.x | c.y | c.z | c.w) == 0) { continue; }
@@ -1187,6 +1189,7 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     logit_sum = cg::reduce(lanes, logit_sum, cg::plus<float>());
     before = cg::reduce(lanes, before, cg::plus<int>());
     const float lse = largest + logf(sum);
+    lanes.sync(); // every lane has read row[label], which one of them overwrites; a reduction does not order memory
     for (int v = lane; v < V; v += LOSS_LANES) {
         const float p = expf((float)row[v] - lse);
         row[v] = (floatX)((p - (v == label ? 1.0f - smoothing : 0.0f) - smoothing / V) * scale);

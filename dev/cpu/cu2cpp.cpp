@@ -369,8 +369,12 @@ struct Function {
     int line;
     const Source* source;
     Token *open, *close; // the braces of its body
+    Token *condition, *condition_end; // of its guard: the parentheses after `if`; NULL when it has none
+    bool returns;        // the guard is `if (condition) { return; }`
+    string guard;        // the body of a lambda that says whether a thread is inside
     std::vector<string> parameters;
     std::set<string> mentions, assigned;
+    std::vector<Token*> short_loops; // the `for` of loops of constant length
     string because; // why its threads need fibers; empty: they do not
 };
 
@@ -419,6 +423,88 @@ static bool is_assigned(const Code& code, size_t i) {
     return (a == "<" || a == ">") && b == a && is(code, p + 2, "=");
 }
 
+// Does the expression between begin and end grow evenly with threadIdx.x? Then it is made of names, numbers, casts, sums and
+// products, and mentions threadIdx.x, or a variable that does, once at most. -1: it does not
+static int mentions_thread(const Code& code, size_t begin, size_t end, const std::set<string>& dependent) {
+    int mentions = 0;
+    bool divides = false;
+    for (size_t i = begin; i < end; i++) {
+        if (code[i]->kind == NAME) {
+            if (is(code, i + 1, "(") || is(code, i + 1, "[")) { return -1; } // a call
+            const bool member = i > begin && is(code, i - 1, ".");
+            mentions += !member && (dependent.count(code[i]->text) != 0 || (is(code, i, "threadIdx") && is(code, i + 2, "x")));
+        } else if (code[i]->kind == SYMBOL) {
+            if (strchr("+-*/%().", code[i]->text[0]) == NULL) { return -1; }
+            const bool doubled = (is(code, i, "+") || is(code, i, "-")) && is(code, i + 1, code[i]->text.c_str()); // ++ and --
+            if (doubled) { return -1; }
+            divides = divides || is(code, i, "/") || is(code, i, "%");
+        } else if (code[i]->kind != NUMBER) {
+            return -1;
+        }
+    }
+    return mentions > 1 || (mentions == 1 && divides) ? -1 : mentions;
+}
+
+// Finds the guard of a kernel: `if (a < b) { ... }` around all of its work, or `if (a >= b) { return; }` before it, after
+// nothing but declarations. One of the sides grows evenly with threadIdx.x
+static void find_guard(const Code& code, size_t open, size_t close, Function* f) {
+    std::set<string> dependent;
+    string text;
+    size_t p = open + 1;
+    while (!is(code, p, "if")) { // type name = expression;
+        size_t equals = p, end;
+        while (equals < close && (code[equals]->kind == NAME || is(code, equals, ":"))) { equals++; }
+        if (!is(code, equals, "=") || equals < p + 2 || !is_name(code, equals - 1)) { return; }
+        for (end = equals + 1; end < close && !is(code, end, ";"); end++) {}
+        const int mentions = mentions_thread(code, equals + 1, end, dependent);
+        if (mentions < 0) { return; }
+        const string name = code[equals-1]->text;
+        if (mentions == 1) { dependent.insert(name); }
+        text += join(code, p, end + 1) + " (void)" + name + "; ";
+        p = end + 1;
+    }
+    if (!is(code, p + 1, "(")) { return; }
+    const size_t end = matching(code, p + 1);
+    size_t comparison = p + 2;
+    while (comparison < end && !is(code, comparison, "<") && !is(code, comparison, ">")) { comparison++; }
+    const size_t right = comparison + (is(code, comparison + 1, "=") ? 2 : 1);
+    const int left_mentions = mentions_thread(code, p + 2, comparison, dependent);
+    const int right_mentions = mentions_thread(code, right, end, dependent);
+    if (comparison == end || left_mentions < 0 || right_mentions < 0 || left_mentions + right_mentions > 1) { return; }
+    size_t q = end + 1;
+    f->returns = is(code, q, "return") || (is(code, q, "{") && is(code, q + 1, "return") && is(code, q + 2, ";") && is(code, q + 3, "}"));
+    if (!f->returns && !(is(code, q, "{") && matching(code, q) + 1 == close)) { return; }
+    f->condition = code[p+1];
+    f->condition_end = code[end];
+    f->guard = text + "return " + (f->returns ? "!" : "") + "(" + join(code, p + 2, end) + ");";
+}
+
+// finds `for (int j = 0; j < V; j++)`, where V is a parameter of the template or a small number
+static void find_short_loops(const Code& code, size_t open, size_t close, const std::set<string>& constants, Function* f) {
+    for (size_t i = open; i < close; i++) {
+        if (!is(code, i, "for") || !is(code, i + 1, "(")) { continue; }
+        size_t semicolon = i + 2;
+        while (semicolon < close && !is(code, semicolon, ";")) { semicolon++; }
+        const bool counts = is_name(code, semicolon + 1) && is(code, semicolon + 2, "<") && is(code, semicolon + 4, ";");
+        if (!counts) { continue; }
+        const Token& bound = *code[semicolon+3];
+        const bool small = bound.kind == NUMBER && atoi(bound.text.c_str()) <= 16;
+        if (small || constants.count(bound.text) != 0) { f->short_loops.push_back(code[i]); }
+    }
+}
+
+// the names between the < > of the template that the function at position i is
+static std::set<string> template_parameters(const Code& code, size_t i) {
+    std::set<string> names;
+    size_t p = i;
+    while (p > 0 && !is(code, p - 1, ";") && !is(code, p - 1, "}") && !is(code, p - 1, "{") && code[p-1]->kind != DIRECTIVE) { p--; }
+    if (!is(code, p, "template")) { return names; }
+    for (; p < i; p++) {
+        if (is_name(code, p) && (is(code, p + 1, ",") || is(code, p + 1, ">") || is(code, p + 1, "="))) { names.insert(code[p]->text); }
+    }
+    return names;
+}
+
 // the function that is declared after __global__ or __device__ at position i; false when it is a variable or has no body
 static bool read_function(const Source& source, const Code& code, size_t i, Function* f) {
     size_t p = i + 1;
@@ -455,7 +541,7 @@ static bool read_function(const Source& source, const Code& code, size_t i, Func
     const size_t end = matching(code, body);
     if (end >= code.size()) { fail(source.path, code[body]->line, "this { has no }"); }
     *f = Function{is_operator ? "operator" : code[name]->text, is(code, i, "__global__"), code[i]->line, &source, code[body], code[end],
-                  {}, {}, {}, ""};
+                  NULL, NULL, false, "", {}, {}, {}, {}, ""};
     size_t begin = p + 1;
     for (size_t comma : split(code, p + 1, close, true)) {
         const string parameter = parameter_name(code, begin, comma);
@@ -470,6 +556,8 @@ static bool read_function(const Source& source, const Code& code, size_t i, Func
         f->mentions.insert(code[k]->text);
         if (is_assigned(code, k)) { f->assigned.insert(code[k]->text); }
     }
+    if (f->kernel) { find_guard(code, body, end, f); }
+    find_short_loops(code, body, end, template_parameters(code, i), f);
     return true;
 }
 
@@ -518,6 +606,8 @@ static string list_of(const std::vector<string>& names) {
 }
 
 static void rewrite_function(Function& f, const Options& options) {
+    // unrolled early, they are no obstacle to vectorising the loop over threads; where there is none, they are vectorised themselves
+    for (Token* loop : f.short_loops) { loop->before += f.because.empty() ? "CPU_UNROLL " : ""; }
     if (!f.kernel) {
         string locals;
         const char* names[4][2] = {{"threadIdx", "uint3 threadIdx = ::cpu::current_thread_index"},
@@ -535,9 +625,17 @@ static void rewrite_function(Function& f, const Options& options) {
     string names = list_of(f.parameters);
     names = names.empty() ? names : names.substr(2);
     const bool free = f.because.empty() && !options.fibers;
-    f.open->after = " ::cpu::check_arguments(\"" + f.name + "\", \"" + names + "\"" + list_of(f.parameters) + "); ::cpu::" +
-                    (free ? "run_free" : "run_fibers") + "(\"" + f.name + "\", [=](CPU_INDICES) CPU_BODY(" +
-                    (copies ? "mutable" : "") + ") {" + f.open->after;
+    string run = "::cpu::run_fibers(\"" + f.name + "\", [=](CPU_INDICES)";
+    if (free) {
+        const string guard = f.condition != NULL ? "[=](CPU_INDICES) { " + f.guard + " }" : "CPU_NO_GUARD";
+        run = "::cpu::run_free(\"" + f.name + "\", " + guard + ", [=](CPU_FREE_INDICES)";
+        if (f.condition != NULL) {
+            f.condition->after = (f.returns ? "!cpu_inside && (" : "cpu_inside || (") + f.condition->after;
+            f.condition_end->before += ")";
+        }
+    }
+    f.open->after = " ::cpu::check_arguments(\"" + f.name + "\", \"" + names + "\"" + list_of(f.parameters) + "); " + run +
+                    " CPU_BODY(" + (copies ? "mutable" : "") + ") {" + f.open->after;
     f.close->before += "}); ";
 }
 
@@ -601,6 +699,10 @@ static void write(const Source& source, const std::vector<Source*>& files, int d
             printf("\n#line %d \"%s\"\n", t.line, source.path.c_str());
             continue;
         }
+        if (starts(t, "pragma") && t.text.find("unroll") != string::npos) {
+            fputs("CPU_UNROLL", stdout);
+            continue;
+        }
         fputs(t.before.c_str(), stdout);
         if (!t.removed) { fputs(t.text.c_str(), stdout); }
         fputs(t.after.c_str(), stdout);
@@ -648,7 +750,8 @@ int main(int argc, char** argv) {
     classify(functions);
     if (options.list) {
         for (const Function& f : functions) {
-            if (f.kernel) { printf("%-40s %s\n", f.name.c_str(), f.because.empty() ? "free" : ("fibers: " + f.because).c_str()); }
+            const char* what = !f.because.empty() ? "fibers: " : f.condition != NULL ? "free, with a guard" : "free";
+            if (f.kernel) { printf("%-40s %s%s\n", f.name.c_str(), what, f.because.c_str()); }
         }
         return EXIT_SUCCESS;
     }

@@ -15,6 +15,7 @@ result of all of them, and they resume in lane order.
 */
 #pragma once
 
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -35,13 +36,16 @@ extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
 extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
 extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CPU_UCONTEXT)
+#define CPU_HAND_WRITTEN_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
 // what cu2cpp writes as the parameters of a kernel's body
 #define CPU_INDICES [[maybe_unused]] const uint3 threadIdx, [[maybe_unused]] const uint3 blockIdx, \
                     [[maybe_unused]] const dim3 blockDim, [[maybe_unused]] const dim3 gridDim
+#define CPU_FREE_INDICES CPU_INDICES, [[maybe_unused]] const bool cpu_inside
 #define CPU_NO_GUARD [](CPU_INDICES) { return false; }
 
 // CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. A kernel's body is inlined into the loop over
@@ -62,8 +66,18 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #if defined(__clang__)
 #pragma clang diagnostic ignored "-Wpass-failed" // not every loop over threads can be vectorised
 #define CPU_INDEPENDENT_THREADS _Pragma("clang loop vectorize(assume_safety)")
+#define CPU_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define CPU_INDEPENDENT_THREADS _Pragma("GCC ivdep")
+#define CPU_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// The loops over the threads of free kernels use all of AVX-512. The rest of the program is compiled for half of it: there vectors
+// are short, and a wide load of what two narrow stores have just written stalls
+#if defined(__AVX512F__) && !defined(__clang__)
+#define CPU_WIDE __attribute__((target("prefer-vector-width=512")))
+#else
+#define CPU_WIDE
 #endif
 
 namespace cpu {
@@ -175,7 +189,7 @@ struct Pending {
     size_t shared; // of the launch, or the limit to set
 };
 inline thread_local Pending pending;
-inline thread_local bool in_kernel = false;
+inline thread_local const char* running_kernel = NULL; // on this thread of the operating system
 
 inline void configure(dim3 grid, dim3 block, size_t dynamic_shared = 0, const void* stream = NULL) {
     (void)stream; // streams run in the order in which the host calls
@@ -193,7 +207,7 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
     if (p.what == Pending::NOTHING) {
         die("kernel %s was called like a function; launch it with %s<<<grid, block>>>(...)", kernel, kernel);
     }
-    if (in_kernel) { die("kernel %s was launched from device code; launch it from the host", kernel); }
+    if (running_kernel != NULL) { die("kernel %s was launched from device code; launch it from the host", kernel); }
     const dim3 g = p.grid, b = p.block;
     const uint64_t threads = (uint64_t)b.x * b.y * b.z;
     const bool valid = b.x <= MAX_THREADS && b.y <= MAX_THREADS && b.z <= MAX_BLOCK_Z &&
@@ -207,6 +221,30 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
     return true;
 }
 
+// A kernel that leaves all mapped memory would end without a word. The handler has a stack of its own for each worker, for
+// the fault may be that a thread's stack is full. Sanitizers have handlers that say more
+inline void on_fault(int number, siginfo_t* info, void*) {
+    if (running_kernel != NULL) {
+        die("kernel %s accessed address %p, where nothing is: an index out of bounds, or local variables of more than 64 KiB; "
+            "`make asan` finds the line", running_kernel, info->si_addr);
+    }
+    signal(number, SIG_DFL); // not ours: the access faults again when this returns
+}
+
+inline void catch_faults() {
+#if !defined(CPU_ASAN) && !defined(CPU_TSAN)
+    static const bool done = [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, NULL);
+        sigaction(SIGBUS, &action, NULL);
+        return true;
+    }();
+    (void)done;
+#endif
+}
+
 inline uint3 block_index(dim3 grid, uint64_t i) {
     if (grid.y == 1 && grid.z == 1) { return uint3{(unsigned)i, 0, 0}; }
     return uint3{(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
@@ -218,14 +256,14 @@ inline uint3 thread_index(dim3 block, unsigned i) {
 }
 
 // One thread. A body that changes the kernel's parameters is a mutable lambda: each thread changes its own copy
-template <class Body>
+template <class Body, class... Inside>
 CPU_ENGINE __attribute__((always_inline)) inline void run_thread(const Body& body, uint3 thread, uint3 block, dim3 block_dim,
-                                                                 dim3 grid_dim) {
-    if constexpr (std::is_invocable_v<const Body&, uint3, uint3, dim3, dim3>) {
-        body(thread, block, block_dim, grid_dim);
+                                                                 dim3 grid_dim, Inside... inside) {
+    if constexpr (std::is_invocable_v<const Body&, uint3, uint3, dim3, dim3, Inside...>) {
+        body(thread, block, block_dim, grid_dim, inside...);
     } else {
         Body own = body;
-        own(thread, block, block_dim, grid_dim);
+        own(thread, block, block_dim, grid_dim, inside...);
     }
 }
 
@@ -256,10 +294,12 @@ __attribute__((always_inline)) inline void assume_no_wrap(uint3 b, dim3 block) {
     if (b.x * block.x > MAX_FLAT_INDEX || (uint64_t)b.x * block.x > MAX_FLAT_INDEX) { __builtin_unreachable(); }
 }
 
-// The copy of the body is what lets the compiler vectorise: a local that nobody else can see cannot change when the
-// kernel stores through its pointers
-template <class Body> __attribute__((noinline)) void free_blocks(const Launch& launch, const Body& shared_body, uint64_t first,
-                                                                 uint64_t last) {
+// The copies of guard and body are what lets the compiler vectorise: a local that nobody else can see cannot change when
+// the kernel stores through its pointers
+template <class Guard, class Body>
+CPU_WIDE __attribute__((noinline)) void free_blocks(const Launch& launch, const Guard& shared_guard, const Body& shared_body,
+                                                    uint64_t first, uint64_t last) {
+    const Guard guard = shared_guard;
     const Body body = shared_body;
     const dim3 grid = launch.grid, block = launch.block;
     for (uint64_t i = first; i < last; i++) {
@@ -267,17 +307,25 @@ template <class Body> __attribute__((noinline)) void free_blocks(const Launch& l
         assume_no_wrap(b, block);
         for (unsigned z = 0; z < block.z; z++) {
             for (unsigned y = 0; y < block.y; y++) {
+                // a guard is a comparison of what grows evenly from thread to thread: what holds for both ends holds between
+                const bool inside = guard(uint3{0, y, z}, b, block, grid) && guard(uint3{block.x - 1, y, z}, b, block, grid);
                 // threads that do not synchronise may not depend on one another
-                CPU_INDEPENDENT_THREADS
-                for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid); }
+                if (inside) {
+                    CPU_INDEPENDENT_THREADS
+                    for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid, true); }
+                } else {
+                    CPU_INDEPENDENT_THREADS
+                    for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid, false); }
+                }
             }
         }
     }
 }
 
 // one thread at a time: for the other schedules, and for huge grids
-template <class Body> __attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Body& body, uint64_t first,
-                                                                          uint64_t last) {
+template <class Guard, class Body>
+__attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Guard&, const Body& body, uint64_t first,
+                                                    uint64_t last) {
     static uint64_t random = schedule().seed; // only the random schedule, which has one worker, changes it
     const Order blocks = block_order(launch.blocks, &random);
     unsigned short threads[MAX_THREADS];
@@ -285,18 +333,25 @@ template <class Body> __attribute__((noinline)) void free_blocks_in_order(const 
         const uint3 b = block_index(launch.grid, position(blocks, i));
         thread_order(threads, launch.threads, &random);
         for (unsigned t = 0; t < launch.threads; t++) {
-            run_thread(body, thread_index(launch.block, threads[t]), b, launch.block, launch.grid);
+            run_thread(body, thread_index(launch.block, threads[t]), b, launch.block, launch.grid, false);
         }
     }
 }
 
-template <class Body> void run_free(const char* kernel, const Body& body) {
+// guard: the condition of the `if` that keeps a kernel's last threads from running over the end, CPU_NO_GUARD when there is none.
+// Where it holds for all threads of a row, the body runs without it: masks would take the compiler half of its speed
+template <class Guard, class Body> void run_free(const char* kernel, const Guard& guard, const Body& body) {
     Launch launch;
     if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
     const bool vectorise = schedule().kind == NATURAL && (uint64_t)launch.grid.x * launch.block.x <= MAX_FLAT_INDEX;
-    auto run = vectorise ? free_blocks<Body> : free_blocks_in_order<Body>;
+    auto run = vectorise ? free_blocks<Guard, Body> : free_blocks_in_order<Guard, Body>;
     // below some thousand threads the workers take longer to wake than one of them to do it all
-    spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) { run(launch, body, first, last); });
+    catch_faults();
+    spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) {
+        running_kernel = kernel;
+        run(launch, guard, body, first, last);
+        running_kernel = NULL;
+    });
 }
 
 // ----------------------------------------------------------------------------
@@ -319,7 +374,7 @@ constexpr unsigned ARENAS = 1, MAX_FIBERS = MAX_THREADS + 1; // one more: a fibe
 
 struct Warp;
 struct Fiber {
-#if defined(__x86_64__)
+#if defined(CPU_HAND_WRITTEN_SWITCH)
     void* stack_pointer; // while it does not run
 #else
     ucontext_t context;
@@ -358,7 +413,7 @@ struct SharedVariable {
 };
 constexpr unsigned MAX_SHARED_VARIABLES = 64;
 
-// Everything that one OpenMP worker needs to run a block
+// Everything that a worker needs to run a block
 struct Worker {
     const Launch* launch;
     void (*run)(Worker* w, const void* body);
@@ -401,7 +456,7 @@ struct Worker {
 };
 inline thread_local Worker* worker = NULL;
 
-#if defined(__x86_64__)
+#if defined(CPU_HAND_WRITTEN_SWITCH)
 // Saves what the ABI wants preserved on the stack of the one, and loads it from the stack of the other
 __attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
     __asm__(
@@ -418,7 +473,7 @@ CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fib
     __sanitizer_start_switch_fiber(leaving ? NULL : &from->fake_stack, to_host ? w->host_stack : to->stack,
                                    to_host ? w->host_stack_bytes : STACK_BYTES);
 #endif
-#if defined(__x86_64__)
+#if defined(CPU_HAND_WRITTEN_SWITCH)
     switch_stack(&from->stack_pointer, to->stack_pointer);
 #else
     swapcontext(&from->context, &to->context);
@@ -438,7 +493,7 @@ CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
 #else
     Fiber* f = w->idle[--w->num_idle];
 #endif
-#if defined(__x86_64__)
+#if defined(CPU_HAND_WRITTEN_SWITCH)
     // Colours: without the offset the same local of all threads falls into the same set of the cache
     const size_t color = (size_t)(f - w->fibers) % 32 * 128;
     void** top = (void**)(f->stack + STACK_BYTES - color);
@@ -477,6 +532,11 @@ CPU_ENGINE inline Worker* this_worker() {
         w->idle[w->num_idle++] = &w->fibers[MAX_FIBERS - 1 - i];
     }
     w->arenas = map_memory(ARENAS * ARENA_BYTES, "shared memory");
+    stack_t fault_stack = {};
+    fault_stack.ss_size = 64 << 10;
+    fault_stack.ss_sp = map_memory(fault_stack.ss_size, "a signal handler");
+    sigaltstack(&fault_stack, NULL);
+    catch_faults();
     w->random = schedule().seed;
     w->kind = schedule().kind;
     return worker = w;
@@ -772,7 +832,7 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
     w->run = run;
     w->body = body;
     w->threads = launch.threads;
-    in_kernel = true;
+    running_kernel = launch.kernel;
     tsan_launch(w);
     const Order order = block_order(launch.blocks, &w->random);
     for (uint64_t i = first; i < last; i++) {
@@ -788,7 +848,7 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
         tsan_running(&w->host);
     }
     tsan_join(w, last);
-    in_kernel = false;
+    running_kernel = NULL;
 }
 
 template <class Body> void run_fibers(const char* kernel, const Body& body) {

@@ -71,7 +71,8 @@ CPU_MATH float exp_float(float x) {
     const float p = exp_reduced(c, &n);
     // 2^n in two factors: n reaches from -150 (denormals, rounded by the last product) to 128 (overflow)
     const uint32_t half = (uint32_t)((int32_t)n >> 1);
-    return p * bits_float((half + 127u) << 23) * bits_float((n - half + 127u) << 23);
+    const float y = p * bits_float((half + 127u) << 23) * bits_float((n - half + 127u) << 23);
+    return x != x ? x : y; // which of two NaN a sum keeps is the compiler's choice
 }
 
 // x = m * 2^e with m in [sqrt(1/2), sqrt(2)); log m by fdlibm's series in s = (m - 1) / (m + 1)

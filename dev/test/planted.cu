@@ -221,6 +221,19 @@ template <bool Bug> __global__ void different_operations_kernel(float* o) {
 }
 template <bool Bug> void different_operations() { different_operations_kernel<Bug><<<1, 32>>>(out); }
 
+template <bool Bug> __global__ void wild_pointer_kernel(float* o, size_t far) {
+    o[Bug ? far : threadIdx.x] = 1.0f; // a free kernel
+}
+template <bool Bug> void wild_pointer() { wild_pointer_kernel<Bug><<<1, 32>>>(out, (size_t)1 << 44); }
+
+template <bool Bug> __global__ void stack_overflow_kernel(float* o, int n) {
+    float x[Bug ? 100000 : 100];
+    for (int i = 0; i < n; i++) { x[i * (Bug ? 1000 : 1)] = o[i]; }
+    __syncthreads();
+    for (int i = 0; i < n; i++) { o[threadIdx.x] += x[i * (Bug ? 1000 : 1)]; }
+}
+template <bool Bug> void stack_overflow() { stack_overflow_kernel<Bug><<<1, 1>>>(out, 100); }
+
 template <bool Bug> void double_free() {
     float* p;
     cudaCheck(cudaMalloc((void**)&p, 1024));
@@ -289,7 +302,7 @@ static const Case cases[] = {
     CASE(misaligned_vector), CASE(misaligned_shared), CASE(int_overflow),
     CASE(wrong_copy_direction), CASE(copy_overrun), CASE(fill_of_host), CASE(host_pointer), CASE(freed_pointer),
     CASE(too_many_threads), CASE(block_z), CASE(no_threads), CASE(empty_grid), CASE(grid_y), CASE(grid_z),
-    CASE(too_much_shared), CASE(more_shared_than_there_is), CASE(static_shared), CASE(deadlock), CASE(different_operations),
+    CASE(too_much_shared), CASE(more_shared_than_there_is), CASE(static_shared), CASE(deadlock), CASE(different_operations), CASE(wild_pointer), CASE(stack_overflow),
     CASE(double_free), CASE(free_of_host), CASE(uninitialised_memory), CASE(uninitialised_shared), CASE(out_of_memory),
 };
 

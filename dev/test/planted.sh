@@ -41,6 +41,8 @@ planted asan local_overrun 'stack-buffer-overflow|index 8 out of bounds'
 planted asan misaligned_vector 'misaligned address'
 planted asan misaligned_shared 'misaligned address'
 planted asan int_overflow 'signed integer overflow'
+planted plain wild_pointer 'kernel wild_pointer_kernel accessed address'
+planted plain stack_overflow 'kernel stack_overflow_kernel accessed address .*local variables of more than 64 KiB'
 for build in plain asan; do
     planted $build use_after_free 'is host \(or freed\) memory'
     planted $build wrong_copy_direction 'planted.cu:[0-9]+: cudaMemcpy: its destination .* is host'

@@ -32,7 +32,7 @@ t() {
     fi
 }
 
-build() { $make --no-print-directory -s DEVICE=cpu "$@"; }
+build="$make --no-print-directory -s -j 2 DEVICE=cpu"
 
 fp32=build/cpu-fp32
 bf16=build/cpu-bf16
@@ -41,10 +41,10 @@ tsan=build/cpu-fp32-tsan
 dumps=dev/reference/dumps
 
 t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 build -j 2 PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs}
-t build_bf16 900 build -j 2 PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs}
-t build_asan 900 build -j 2 PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,cpu_device}
-t build_tsan 900 build -j 2 PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,cpu_device}
+t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs}
+t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs}
+t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,cpu_device}
+t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,cpu_device}
 
 t cpu_device_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_cpu_device
 t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
