@@ -935,15 +935,17 @@ template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX*
         bits = (bits | bits << 6) & 0x03030303u;
         bits = (bits | bits << 3) & 0x11111111u;
         const unsigned ranks = bits * 0x11111111u - bits;
-        Pack<8, bitsX> p;
-        // no branches: a value is read whether its element is kept or not (there is room for it), and masked
-        for (int j = 0; j < 8; j++) { p.v[j] = in[ranks >> 4 * j & 15] & (0u - (byte >> j & 1)); }
         bitsX* to = (bitsX*)out + (i - begin);
         if (V == 8 && i >= begin && i + 8 <= end) {
-            *(Pack<8, bitsX>*)to = p;
+            const int N = 16 / sizeof(bitsX); // elements of one access
+            for (int h = 0; h < 8; h += N) {
+                Pack<N, bitsX> p; // no branches: a value is read whether its element is kept or not (there is room for it), and masked
+                for (int j = 0; j < N; j++) { p.v[j] = in[ranks >> 4 * (h + j) & 15] & (0u - (byte >> (h + j) & 1)); }
+                *(Pack<N, bitsX>*)(to + h) = p;
+            }
         } else {
             for (int j = 0; j < 8; j++) {
-                if (i + j >= begin && i + j < end) { to[j] = p.v[j]; }
+                if (i + j >= begin && i + j < end) { to[j] = byte >> j & 1 ? in[ranks >> 4 * j & 15] : 0; }
             }
         }
     }
@@ -2089,6 +2091,7 @@ void deit_allocate(DeitModel* model) {
     require(need <= free_bytes, "%zu bytes of device memory are needed, %zu are free; the largest batch that fits is -b %zu, and -r %d or -g "
             "lower the need", need, free_bytes, deit_largest_batch(model->options, free_bytes), model->options.recompute < 3 ? 3 : 2);
     plan_allocate(&model->plan, model->blocks);
+    cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else cuBLAS allocates its own, outside the plan
     if (sizeof(floatX) == sizeof(float)) {
         model->master = (float*)model->params_memory;
         model->attention.probs = (floatX*)model->attention.scores;

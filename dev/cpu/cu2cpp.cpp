@@ -1,20 +1,29 @@
 /*
 Rewrites a .cu file for the CPU device: cu2cpp [--fibers] [--list] FILE.cu > FILE.cpp
 
-    kernel<<<grid, block, shared, stream>>>(args)   ->  (::cpu::configure(grid, block, shared, stream), kernel(args))
-    __global__ void kernel(params) { BODY }         ->  the same function, which runs the grid of a lambda { BODY } that gets
-                                                        threadIdx, blockIdx, blockDim and gridDim as parameters
-    __shared__ float tile[32][33];                  ->  a reference to storage in the arena of the block
-    extern __shared__ float buffer[];               ->  a pointer to the dynamic part of that arena
-    a __device__ function that mentions threadIdx   ->  declares it as a local
-    #include "other.cu"                             ->  that file, rewritten, in place
+    kernel<<<grid, block, shared, stream>>>(args)
+        (::cpu::configure(grid, block, shared, stream), kernel(args))
+    __global__ void kernel(params) { BODY }
+        the same function, which runs the grid of a lambda { BODY } that gets threadIdx, blockIdx,
+        blockDim and gridDim as parameters
+    __shared__ float tile[32][33];
+        a reference to storage in the arena of the block
+    extern __shared__ float buffer[];
+        a pointer to the dynamic part of that arena
+    a __device__ function that mentions threadIdx
+        declares it as a local
+    #include "other.cu"
+        that file, rewritten, in place
 
-Everything else stays as it is, every line keeps its number, and #line names the .cu file: so compiler errors and the
-debugger point there. It reads tokens (comments, strings and preprocessor lines are told apart from code), but does not parse C++.
+Everything else stays as it is, every line keeps its number, and #line names the .cu file: so
+compiler errors and the debugger point there. It reads tokens (comments, strings and preprocessor
+lines are told apart from code), but does not parse C++.
 
-A kernel is FREE when its threads can be a plain loop: neither it nor any __device__ function that it mentions waits for other
-threads, uses warp or cooperative group operations, shared memory, or (a __device__ function) the indices.
---fibers takes no kernel for free (the sanitizers need a fiber for each thread); --list prints which kernel is what, and why.
+A kernel is FREE when its threads can be a plain loop: neither it nor any __device__ function that
+it mentions waits for other threads, uses warp or cooperative group operations, shared memory, or (a
+__device__ function) the indices.
+--fibers takes no kernel for free (the sanitizers need a fiber for each thread); --list prints which
+kernel is what, and why.
 */
 #include <ctype.h>
 #include <stdio.h>
@@ -52,6 +61,7 @@ struct Token {
     int define;           // which #define the token is the body of, 0 for code
     string before, after; // what the rewrite adds
     bool removed;         // and what it takes away (its newlines stay)
+    bool in_function;     // in the body of a __global__ or __device__ function
 };
 
 struct Source {
@@ -103,7 +113,8 @@ static size_t skip_space(const string& s, size_t i, bool in_directive) {
     return i;
 }
 
-// the end of a preprocessor line: the first newline that neither a backslash nor a comment continues
+// the end of a preprocessor line: the first newline that neither a backslash nor a comment
+// continues
 static size_t skip_directive(const string& s, size_t i) {
     while (i < s.size() && s[i] != '\n') {
         const size_t literal = skip_literal(s, i), space = skip_space(s, i, true);
@@ -149,11 +160,15 @@ static void tokenize(Source& source) {
         } else if (literal > i) {
             kind = TEXT;
             end = literal;
-        } else if (isdigit((unsigned char)s[i]) || (s[i] == '.' && i + 1 < s.size() && isdigit((unsigned char)s[i+1]))) {
+        } else if (isdigit((unsigned char)s[i]) ||
+                   (s[i] == '.' && i + 1 < s.size() && isdigit((unsigned char)s[i + 1]))) {
             kind = NUMBER; // with digit separators, exponents and suffixes
-            while (end < s.size() && (is_name_char(s[end]) || s[end] == '.' || (s[end] == '\'' && is_name_char(s[end+1])) ||
-                                      ((s[end] == '+' || s[end] == '-') && strchr("eEpP", s[end-1]) != NULL &&
-                                       !(s[i] == '0' && (s[i+1] == 'x' || s[i+1] == 'X') && strchr("eE", s[end-1]) != NULL)))) {
+            while (end < s.size() &&
+                   (is_name_char(s[end]) || s[end] == '.' ||
+                    (s[end] == '\'' && is_name_char(s[end + 1])) ||
+                    ((s[end] == '+' || s[end] == '-') && strchr("eEpP", s[end - 1]) != NULL &&
+                     !(s[i] == '0' && (s[i + 1] == 'x' || s[i + 1] == 'X') &&
+                       strchr("eE", s[end - 1]) != NULL)))) {
                 end++;
             }
         } else if (is_name_char(s[i])) {
@@ -161,7 +176,8 @@ static void tokenize(Source& source) {
             end = skip_name(s, i);
         }
         const string text = s.substr(i, end - i);
-        source.tokens.push_back(Token{kind, text, i, line, kind == DIRECTIVE ? 0 : define, "", "", false});
+        source.tokens.push_back(
+            Token{kind, text, i, line, kind == DIRECTIVE ? 0 : define, "", "", false, false});
         const bool newline = text.find('\n') != string::npos;
         line += (int)std::count(text.begin(), text.end(), '\n');
         line_start = kind == SPACE ? line_start || newline : false;
@@ -170,8 +186,8 @@ static void tokenize(Source& source) {
 }
 
 // ----------------------------------------------------------------------------
-// Code: the tokens without blanks and comments, either of the file or of one #define. Preprocessor lines stay in it,
-// so that both branches of an #if can be walked through
+// Code: the tokens without blanks and comments, either of the file or of one #define. Preprocessor
+// lines stay in it, so that both branches of an #if can be walked through
 
 typedef std::vector<Token*> Code;
 
@@ -183,17 +199,20 @@ static Code code_of(Source& source, int define) {
     return code;
 }
 
-static bool is(const Code& code, size_t i, const char* text) { return i < code.size() && code[i]->text == text; }
+static bool is(const Code& code, size_t i, const char* text) {
+    return i < code.size() && code[i]->text == text;
+}
 static bool is_name(const Code& code, size_t i) { return i < code.size() && code[i]->kind == NAME; }
 static bool starts(const Token& t, const char* directive) {
     size_t p = skip_space(t.text, 1, true);
     return t.kind == DIRECTIVE && t.text.compare(p, strlen(directive), directive) == 0;
 }
 
-// the position of the bracket that closes the one at `open`; code.size() when there is none. Of the branches of an #if
-// the nesting is the same
+// the position of the bracket that closes the one at `open`; code.size() when there is none. Of the
+// branches of an #if the nesting is the same
 static size_t matching(const Code& code, size_t open) {
-    const string opening = code[open]->text, closing = opening == "(" ? ")" : opening == "[" ? "]" : "}";
+    const string opening = code[open]->text;
+    const string closing = opening == "(" ? ")" : opening == "[" ? "]" : "}";
     std::vector<int> at_if;
     int depth = 0;
     for (size_t i = open; i < code.size(); i++) {
@@ -209,7 +228,8 @@ static size_t matching(const Code& code, size_t open) {
 
 // the same, backwards, for ) ] and >
 static size_t matching_back(const Code& code, size_t close) {
-    const string closing = code[close]->text, opening = closing == ")" ? "(" : closing == "]" ? "[" : "<";
+    const string closing = code[close]->text;
+    const string opening = closing == ")" ? "(" : closing == "]" ? "[" : "<";
     int depth = 0;
     for (size_t i = close + 1; i-- > 0;) {
         if (code[i]->kind != SYMBOL) { continue; }
@@ -227,7 +247,9 @@ static size_t matching_back(const Code& code, size_t close) {
 static string join(const Code& code, size_t begin, size_t end) {
     string text;
     for (size_t i = begin; i < end; i++) {
-        const bool adjacent = i > begin && code[i-1]->offset + code[i-1]->text.size() == code[i]->offset; // as in >>
+        // as in >>
+        const bool adjacent =
+            i > begin && code[i - 1]->offset + code[i - 1]->text.size() == code[i]->offset;
         text += (i > begin && !adjacent ? " " : "") + code[i]->text;
     }
     return text;
@@ -262,19 +284,31 @@ static void rewrite_launches(const Source& source, const Code& code) {
         if (!three(code, i, "<")) { continue; }
         size_t end = i + 3; // of the configuration: >>> outside of all parentheses
         while (end < code.size() && !three(code, end, ">")) {
-            end = is(code, end, "(") || is(code, end, "[") || is(code, end, "{") ? matching(code, end) + 1 : end + 1;
+            end = is(code, end, "(") || is(code, end, "[") || is(code, end, "{")
+                      ? matching(code, end) + 1
+                      : end + 1;
         }
-        if (end >= code.size()) { fail(source.path, code[i]->line, "a launch <<< without its >>>"); }
-        // the kernel: a name, perhaps qualified and with template arguments, or any postfix expression
+        if (end >= code.size()) {
+            fail(source.path, code[i]->line, "a launch <<< without its >>>");
+        }
+        // the kernel: a name, perhaps qualified and with template arguments, or any postfix
+        // expression
         size_t kernel = i - 1;
         for (;;) {
-            while (kernel > 0 && (is(code, kernel, ">") || is(code, kernel, "]") || is(code, kernel, ")"))) {
+            while (kernel > 0 &&
+                   (is(code, kernel, ">") || is(code, kernel, "]") || is(code, kernel, ")"))) {
                 kernel = matching_back(code, kernel);
-                if (kernel > 0 && (is_name(code, kernel - 1) || is(code, kernel - 1, "]") || is(code, kernel - 1, ")"))) { kernel--; }
+                if (kernel > 0 && (is_name(code, kernel - 1) || is(code, kernel - 1, "]") ||
+                                   is(code, kernel - 1, ")"))) {
+                    kernel--;
+                }
             }
             if (kernel >= 1 && is(code, kernel - 1, "template")) { kernel--; }
             if (kernel >= 2 && is(code, kernel - 1, ":") && is(code, kernel - 2, ":")) {
-                if (kernel < 3 || !(is_name(code, kernel - 3) || is(code, kernel - 3, ">"))) { kernel -= 2; break; }
+                if (kernel < 3 || !(is_name(code, kernel - 3) || is(code, kernel - 3, ">"))) {
+                    kernel -= 2;
+                    break;
+                }
                 kernel -= 3;
             } else if (kernel >= 2 && is(code, kernel - 1, ".")) {
                 kernel -= 2;
@@ -304,20 +338,30 @@ static const std::set<string> alignment_words = {"__align__", "alignas"};
 static void rewrite_shared(const Source& source, const Code& code) {
     for (size_t i = 0; i < code.size(); i++) {
         if (!is(code, i, "__shared__")) { continue; }
+        if (code[i]->define == 0 && !code[i]->in_function) {
+            fail(source.path, code[i]->line,
+                 "__shared__ outside of a function; declare it inside of the kernel");
+        }
         const bool is_extern = (i > 0 && is(code, i - 1, "extern")) || is(code, i + 1, "extern");
-        const size_t begin = i > 0 && (is(code, i - 1, "extern") || is(code, i - 1, "static")) ? i - 1 : i;
+        const size_t begin =
+            i > 0 && (is(code, i - 1, "extern") || is(code, i - 1, "static")) ? i - 1 : i;
         size_t p = i + 1;
         string alignment;
         Code type; // of the declaration, without its declarators
         size_t end = p;
         while (end < code.size() && !is(code, end, ";")) {
-            end = is(code, end, "(") || is(code, end, "[") || is(code, end, "{") ? matching(code, end) + 1 : end + 1;
+            end = is(code, end, "(") || is(code, end, "[") || is(code, end, "{")
+                      ? matching(code, end) + 1
+                      : end + 1;
         }
-        if (end >= code.size() && code[i]->define == 0) { fail(source.path, code[i]->line, "a __shared__ declaration without its ;"); }
+        if (end >= code.size() && code[i]->define == 0) {
+            fail(source.path, code[i]->line, "a __shared__ declaration without its ;");
+        }
         end = std::min(end, code.size());
         Code words; // the declaration without alignment and storage class
         while (p < end) {
-            if (is_name(code, p) && alignment_words.count(code[p]->text) != 0 && is(code, p + 1, "(")) {
+            if (is_name(code, p) && alignment_words.count(code[p]->text) != 0 &&
+                is(code, p + 1, "(")) {
                 const size_t close = matching(code, p + 1);
                 alignment = join(code, p + 2, close);
                 p = close + 1;
@@ -336,7 +380,9 @@ static void rewrite_shared(const Source& source, const Code& code) {
                 dims++;
             }
             if (dims == first || !is_name(words, dims - 1)) {
-                fail(source.path, code[i]->line, "cannot read this __shared__ declaration; write `__shared__ type name[size];`");
+                fail(
+                    source.path, code[i]->line,
+                    "cannot read this __shared__ declaration; write `__shared__ type name[size];`");
             }
             const string name = words[dims-1]->text;
             string type_text = join(words, first, dims - 1);
@@ -346,16 +392,22 @@ static void rewrite_shared(const Source& source, const Code& code) {
                 type_text = base + " " + type_text;
             }
             if (is_extern) {
-                replacement += type_text + "* const " + name + " = (" + type_text + "*)::cpu::dynamic_shared(); ";
+                replacement += type_text + "* const " + name + " = (" + type_text +
+                               "*)::cpu::dynamic_shared(); ";
             } else {
-                // the address of a static tells two variables apart, in every instance of a template
-                replacement += "static char cpu_site_" + name + "; auto& " + name + " = ::cpu::shared_variable<" + type_text +
-                               join(words, dims, last) + ">(&cpu_site_" + name + (alignment.empty() ? "" : ", " + alignment) + "); ";
+                // the address of a static tells two variables apart, in every instance of a
+                // template
+                replacement += "static char cpu_site_" + name + "; auto& " + name +
+                               " = ::cpu::shared_variable<" + type_text + join(words, dims, last) +
+                               ">(&cpu_site_" + name + (alignment.empty() ? "" : ", " + alignment) +
+                               "); ";
             }
             first = last + 1;
         }
         code[begin]->before += replacement;
-        for (size_t k = begin; k <= std::min(end, code.size() - 1); k++) { code[k]->removed = true; }
+        for (size_t k = begin; k <= std::min(end, code.size() - 1); k++) {
+            code[k]->removed = true;
+        }
         i = end;
     }
 }
@@ -369,10 +421,12 @@ struct Function {
     int line;
     const Source* source;
     Token *open, *close; // the braces of its body
-    Token *condition, *condition_end; // of its guard: the parentheses after `if`; NULL when it has none
+    // of its guard: the parentheses after `if`; NULL when it has none
+    Token *condition, *condition_end;
     bool returns;        // the guard is `if (condition) { return; }`
     string guard;        // the body of a lambda that says whether a thread is inside
     std::vector<string> parameters;
+    bool takes_reference; // that is not const
     std::set<string> mentions, assigned;
     std::vector<Token*> short_loops; // the `for` of loops of constant length
     string because; // why its threads need fibers; empty: they do not
@@ -380,13 +434,15 @@ struct Function {
 
 static const std::set<string> indices = {"threadIdx", "blockIdx", "blockDim", "gridDim"};
 static const std::set<string> fiber_words = {
-    "__shared__", "__syncthreads", "__syncthreads_count", "__syncthreads_or", "__syncthreads_and", "__syncwarp", "__activemask",
-    "cooperative_groups", "this_thread_block", "tiled_partition", "thread_block", "thread_block_tile", "this_grid",
-    "coalesced_threads", "wmma", "nvcuda"};
-static const std::set<string> attribute_words = {"__launch_bounds__", "__align__", "alignas", "__attribute__", "decltype", "noexcept"};
+    "__shared__", "__syncthreads", "__syncthreads_count", "__syncthreads_or", "__syncthreads_and",
+    "__syncwarp", "__activemask", "cooperative_groups", "this_thread_block", "tiled_partition",
+    "thread_block", "thread_block_tile", "this_grid", "coalesced_threads", "wmma", "nvcuda"};
+static const std::set<string> attribute_words = {"__launch_bounds__", "__align__", "alignas",
+                                                 "__attribute__",     "decltype",  "noexcept"};
 
 static bool needs_fibers(const string& word) {
-    const bool warp_operation = word.size() > 7 && word.compare(0, 2, "__") == 0 && word.compare(word.size() - 5, 5, "_sync") == 0;
+    const bool warp_operation = word.size() > 7 && word.compare(0, 2, "__") == 0 &&
+                                word.compare(word.size() - 5, 5, "_sync") == 0;
     return warp_operation || fiber_words.count(word) != 0;
 }
 
@@ -394,21 +450,33 @@ static bool needs_fibers(const string& word) {
 static string parameter_name(const Code& code, size_t begin, size_t end) {
     size_t last = begin, words = 0;
     for (size_t i = begin; i < end && !is(code, i, "=") && !is(code, i, "["); i++) {
-        if (is(code, i, "const") || is(code, i, "volatile") || is(code, i, "__restrict__") || is(code, i, "__grid_constant__")) { continue; }
+        if (is(code, i, "const") || is(code, i, "volatile") || is(code, i, "__restrict__") ||
+            is(code, i, "__grid_constant__")) {
+            continue;
+        }
         words++;
         last = i;
     }
-    static const std::set<string> types = {"void", "bool", "char", "short", "int", "long", "float", "double", "unsigned", "signed"};
-    const bool named = words >= 2 && is_name(code, last) && types.count(code[last]->text) == 0 && !is(code, last - 1, ":");
+    static const std::set<string> types = {"void", "bool",  "char",   "short",    "int",
+                                           "long", "float", "double", "unsigned", "signed"};
+    const bool named = words >= 2 && is_name(code, last) && types.count(code[last]->text) == 0 &&
+                       !is(code, last - 1, ":");
     return named ? code[last]->text : "";
 }
 
 // Is the parameter changed, or could it be? Then each thread needs its own copy
 static bool is_assigned(const Code& code, size_t i) {
     const size_t size = code.size();
-    const bool element = is(code, i + 1, "[") || (is(code, i + 1, "-") && is(code, i + 2, ">")); // of what a pointer points to
-    if (!element && i > 0 && is(code, i - 1, "&") && !(i > 1 && (is_name(code, i - 2) || is(code, i - 2, ")") || is(code, i - 2, "]")))) { return true; }
-    if (i > 1 && ((is(code, i - 1, "+") && is(code, i - 2, "+")) || (is(code, i - 1, "-") && is(code, i - 2, "-")))) { return true; }
+    // of what a pointer points to
+    const bool element = is(code, i + 1, "[") || (is(code, i + 1, "-") && is(code, i + 2, ">"));
+    if (!element && i > 0 && is(code, i - 1, "&") &&
+        !(i > 1 && (is_name(code, i - 2) || is(code, i - 2, ")") || is(code, i - 2, "]")))) {
+        return true;
+    }
+    if (i > 1 && ((is(code, i - 1, "+") && is(code, i - 2, "+")) ||
+                  (is(code, i - 1, "-") && is(code, i - 2, "-")))) {
+        return true;
+    }
     size_t p = i + 1; // past .member and .member[index]
     for (;;) {
         if (is(code, p, ".") && p + 1 < size) { p += 2; }
@@ -423,19 +491,28 @@ static bool is_assigned(const Code& code, size_t i) {
     return (a == "<" || a == ">") && b == a && is(code, p + 2, "=");
 }
 
-// Does the expression between begin and end grow evenly with threadIdx.x? Then it is made of names, numbers, casts, sums and
-// products, and mentions threadIdx.x, or a variable that does, once at most. -1: it does not
-static int mentions_thread(const Code& code, size_t begin, size_t end, const std::set<string>& dependent) {
+// Does the expression between begin and end grow evenly with threadIdx.x? Then it is made of names,
+// numbers, casts, sums and products, and mentions threadIdx.x, or a variable that does, once at
+// most. -1: it does not
+typedef std::map<string, std::set<string>> Macros; // the names that the body of each macro mentions
+static int mentions_thread(const Code& code, size_t begin, size_t end,
+                           const std::set<string>& dependent, const Macros& macros) {
     int mentions = 0;
     bool divides = false;
     for (size_t i = begin; i < end; i++) {
         if (code[i]->kind == NAME) {
-            if (is(code, i + 1, "(") || is(code, i + 1, "[")) { return -1; } // a call
+            const auto macro = macros.find(code[i]->text);
+            const bool constant = macro == macros.end() || macro->second.empty();
+            // a call, or who knows what
+            if (is(code, i + 1, "(") || is(code, i + 1, "[") || !constant) { return -1; }
             const bool member = i > begin && is(code, i - 1, ".");
-            mentions += !member && (dependent.count(code[i]->text) != 0 || (is(code, i, "threadIdx") && is(code, i + 2, "x")));
+            mentions += !member && (dependent.count(code[i]->text) != 0 ||
+                                    (is(code, i, "threadIdx") && is(code, i + 2, "x")));
         } else if (code[i]->kind == SYMBOL) {
             if (strchr("+-*/%().", code[i]->text[0]) == NULL) { return -1; }
-            const bool doubled = (is(code, i, "+") || is(code, i, "-")) && is(code, i + 1, code[i]->text.c_str()); // ++ and --
+            // ++ and --
+            const bool doubled =
+                (is(code, i, "+") || is(code, i, "-")) && is(code, i + 1, code[i]->text.c_str());
             if (doubled) { return -1; }
             divides = divides || is(code, i, "/") || is(code, i, "%");
         } else if (code[i]->kind != NUMBER) {
@@ -445,18 +522,22 @@ static int mentions_thread(const Code& code, size_t begin, size_t end, const std
     return mentions > 1 || (mentions == 1 && divides) ? -1 : mentions;
 }
 
-// Finds the guard of a kernel: `if (a < b) { ... }` around all of its work, or `if (a >= b) { return; }` before it, after
-// nothing but declarations. One of the sides grows evenly with threadIdx.x
-static void find_guard(const Code& code, size_t open, size_t close, Function* f) {
+// Finds the guard of a kernel: `if (a < b) { ... }` around all of its work, or `if (a >= b) {
+// return; }` before it, after nothing but declarations. One of the sides grows evenly with
+// threadIdx.x
+static void find_guard(const Code& code, size_t open, size_t close, const Macros& macros,
+                       Function* f) {
     std::set<string> dependent;
     string text;
     size_t p = open + 1;
     while (!is(code, p, "if")) { // type name = expression;
         size_t equals = p, end;
-        while (equals < close && (code[equals]->kind == NAME || is(code, equals, ":"))) { equals++; }
+        while (equals < close && (code[equals]->kind == NAME || is(code, equals, ":"))) {
+            equals++;
+        }
         if (!is(code, equals, "=") || equals < p + 2 || !is_name(code, equals - 1)) { return; }
         for (end = equals + 1; end < close && !is(code, end, ";"); end++) {}
-        const int mentions = mentions_thread(code, equals + 1, end, dependent);
+        const int mentions = mentions_thread(code, equals + 1, end, dependent, macros);
         if (mentions < 0) { return; }
         const string name = code[equals-1]->text;
         if (mentions == 1) { dependent.insert(name); }
@@ -466,13 +547,19 @@ static void find_guard(const Code& code, size_t open, size_t close, Function* f)
     if (!is(code, p + 1, "(")) { return; }
     const size_t end = matching(code, p + 1);
     size_t comparison = p + 2;
-    while (comparison < end && !is(code, comparison, "<") && !is(code, comparison, ">")) { comparison++; }
+    while (comparison < end && !is(code, comparison, "<") && !is(code, comparison, ">")) {
+        comparison++;
+    }
     const size_t right = comparison + (is(code, comparison + 1, "=") ? 2 : 1);
-    const int left_mentions = mentions_thread(code, p + 2, comparison, dependent);
-    const int right_mentions = mentions_thread(code, right, end, dependent);
-    if (comparison == end || left_mentions < 0 || right_mentions < 0 || left_mentions + right_mentions > 1) { return; }
+    const int left_mentions = mentions_thread(code, p + 2, comparison, dependent, macros);
+    const int right_mentions = mentions_thread(code, right, end, dependent, macros);
+    if (comparison == end || left_mentions < 0 || right_mentions < 0 ||
+        left_mentions + right_mentions > 1) {
+        return;
+    }
     size_t q = end + 1;
-    f->returns = is(code, q, "return") || (is(code, q, "{") && is(code, q + 1, "return") && is(code, q + 2, ";") && is(code, q + 3, "}"));
+    f->returns = is(code, q, "return") || (is(code, q, "{") && is(code, q + 1, "return") &&
+                                           is(code, q + 2, ";") && is(code, q + 3, "}"));
     if (!f->returns && !(is(code, q, "{") && matching(code, q) + 1 == close)) { return; }
     f->condition = code[p+1];
     f->condition_end = code[end];
@@ -480,12 +567,14 @@ static void find_guard(const Code& code, size_t open, size_t close, Function* f)
 }
 
 // finds `for (int j = 0; j < V; j++)`, where V is a parameter of the template or a small number
-static void find_short_loops(const Code& code, size_t open, size_t close, const std::set<string>& constants, Function* f) {
+static void find_short_loops(const Code& code, size_t open, size_t close,
+                             const std::set<string>& constants, Function* f) {
     for (size_t i = open; i < close; i++) {
         if (!is(code, i, "for") || !is(code, i + 1, "(")) { continue; }
         size_t semicolon = i + 2;
         while (semicolon < close && !is(code, semicolon, ";")) { semicolon++; }
-        const bool counts = is_name(code, semicolon + 1) && is(code, semicolon + 2, "<") && is(code, semicolon + 4, ";");
+        const bool counts = is_name(code, semicolon + 1) && is(code, semicolon + 2, "<") &&
+                            is(code, semicolon + 4, ";");
         if (!counts) { continue; }
         const Token& bound = *code[semicolon+3];
         const bool small = bound.kind == NUMBER && atoi(bound.text.c_str()) <= 16;
@@ -497,16 +586,24 @@ static void find_short_loops(const Code& code, size_t open, size_t close, const 
 static std::set<string> template_parameters(const Code& code, size_t i) {
     std::set<string> names;
     size_t p = i;
-    while (p > 0 && !is(code, p - 1, ";") && !is(code, p - 1, "}") && !is(code, p - 1, "{") && code[p-1]->kind != DIRECTIVE) { p--; }
+    while (p > 0 && !is(code, p - 1, ";") && !is(code, p - 1, "}") && !is(code, p - 1, "{") &&
+           code[p - 1]->kind != DIRECTIVE) {
+        p--;
+    }
     if (!is(code, p, "template")) { return names; }
     for (; p < i; p++) {
-        if (is_name(code, p) && (is(code, p + 1, ",") || is(code, p + 1, ">") || is(code, p + 1, "="))) { names.insert(code[p]->text); }
+        if (is_name(code, p) &&
+            (is(code, p + 1, ",") || is(code, p + 1, ">") || is(code, p + 1, "="))) {
+            names.insert(code[p]->text);
+        }
     }
     return names;
 }
 
-// the function that is declared after __global__ or __device__ at position i; false when it is a variable or has no body
-static bool read_function(const Source& source, const Code& code, size_t i, Function* f) {
+// the function that is declared after __global__ or __device__ at position i; false when it is a
+// variable or has no body
+static bool read_function(const Source& source, const Code& code, size_t i, const Macros& macros,
+                          Function* f) {
     size_t p = i + 1;
     bool is_operator = false;
     for (; p < code.size(); p++) {
@@ -529,7 +626,9 @@ static bool read_function(const Source& source, const Code& code, size_t i, Func
     size_t body = close + 1;
     bool initializers = false; // of a constructor: member(value) or member{value}
     for (; body < code.size() && !is(code, body, ";"); body++) {
-        if (is(code, body, ":") && !is(code, body + 1, ":") && !is(code, body - 1, ":")) { initializers = true; }
+        if (is(code, body, ":") && !is(code, body + 1, ":") && !is(code, body - 1, ":")) {
+            initializers = true;
+        }
         if (is(code, body, "(")) { body = matching(code, body); continue; }
         if (is(code, body, "{")) {
             if (!initializers || !is_name(code, body - 1)) { break; }
@@ -540,10 +639,30 @@ static bool read_function(const Source& source, const Code& code, size_t i, Func
     if (!is(code, body, "{")) { return false; }
     const size_t end = matching(code, body);
     if (end >= code.size()) { fail(source.path, code[body]->line, "this { has no }"); }
-    *f = Function{is_operator ? "operator" : code[name]->text, is(code, i, "__global__"), code[i]->line, &source, code[body], code[end],
-                  NULL, NULL, false, "", {}, {}, {}, {}, ""};
+    *f = Function{is_operator ? "operator" : code[name]->text,
+                  is(code, i, "__global__"),
+                  code[i]->line,
+                  &source,
+                  code[body],
+                  code[end],
+                  NULL,
+                  NULL,
+                  false,
+                  "",
+                  {},
+                  false,
+                  {},
+                  {},
+                  {},
+                  ""};
     size_t begin = p + 1;
     for (size_t comma : split(code, p + 1, close, true)) {
+        bool reference = false, constant = false;
+        for (size_t k = begin; k < comma; k++) {
+            reference = reference || is(code, k, "&");
+            constant = constant || is(code, k, "const");
+        }
+        f->takes_reference = f->takes_reference || (reference && !constant);
         const string parameter = parameter_name(code, begin, comma);
         if (!parameter.empty()) {
             const bool pack = is(code, comma - 2, ".");
@@ -552,17 +671,18 @@ static bool read_function(const Source& source, const Code& code, size_t i, Func
         begin = comma + 1;
     }
     for (size_t k = body; k < end; k++) {
+        code[k]->in_function = true;
         if (!is_name(code, k)) { continue; }
         f->mentions.insert(code[k]->text);
         if (is_assigned(code, k)) { f->assigned.insert(code[k]->text); }
     }
-    if (f->kernel) { find_guard(code, body, end, f); }
+    if (f->kernel) { find_guard(code, body, end, macros, f); }
     find_short_loops(code, body, end, template_parameters(code, i), f);
     return true;
 }
 
 // adds what the macros mention that a set of words mentions
-static void expand_macros(std::set<string>* words, const std::map<string, std::set<string>>& macros) {
+static void expand_macros(std::set<string>* words, const Macros& macros) {
     std::vector<string> work(words->begin(), words->end());
     while (!work.empty()) {
         const auto macro = macros.find(work.back());
@@ -574,7 +694,21 @@ static void expand_macros(std::set<string>* words, const std::map<string, std::s
     }
 }
 
-// which functions need fibers: those that say so, then those that mention one of them, until nothing changes
+// A parameter that a kernel hands to a function by reference is changed, too
+static void find_references(std::vector<Function>& functions) {
+    std::set<string> takers;
+    for (const Function& f : functions) {
+        if (f.takes_reference) { takers.insert(f.name); }
+    }
+    for (Function& f : functions) {
+        bool calls = false;
+        for (const string& word : f.mentions) { calls = calls || takers.count(word) != 0; }
+        if (calls) { f.assigned.insert(f.parameters.begin(), f.parameters.end()); }
+    }
+}
+
+// which functions need fibers: those that say so, then those that mention one of them, until
+// nothing changes
 static void classify(std::vector<Function>& functions) {
     std::map<string, string> because; // by name of a __device__ function
     for (bool changed = true; changed;) {
@@ -582,16 +716,22 @@ static void classify(std::vector<Function>& functions) {
         for (Function& f : functions) {
             if (!f.because.empty()) { continue; }
             for (const string& word : f.mentions) {
-                if (needs_fibers(word) || (!f.kernel && indices.count(word) != 0)) { f.because = word; }
+                if (needs_fibers(word) || (!f.kernel && indices.count(word) != 0)) {
+                    f.because = word;
+                }
                 const auto callee = because.find(word);
-                if (callee != because.end() && word != f.name) { f.because = callee->second + " in " + word; }
+                if (callee != because.end() && word != f.name) {
+                    f.because = callee->second + " in " + word;
+                }
                 if (!f.because.empty()) { break; }
             }
             if (f.because.empty()) { continue; }
             changed = true;
             if (!f.kernel) {
                 if (f.name == "operator") {
-                    fail(f.source->path, f.line, "an operator that uses " + f.because + " hides it from its callers; make it a function");
+                    fail(f.source->path, f.line,
+                         "an operator that uses " + f.because +
+                             " hides it from its callers; make it a function");
                 }
                 because[f.name] = f.because;
             }
@@ -606,7 +746,8 @@ static string list_of(const std::vector<string>& names) {
 }
 
 static void rewrite_function(Function& f, const Options& options) {
-    // unrolled early, they are no obstacle to vectorising the loop over threads; where there is none, they are vectorised themselves
+    // unrolled early, they are no obstacle to vectorising the loop over threads; where there is
+    // none, they are vectorised themselves
     for (Token* loop : f.short_loops) { loop->before += f.because.empty() ? "CPU_UNROLL " : ""; }
     if (!f.kernel) {
         string locals;
@@ -615,27 +756,35 @@ static void rewrite_function(Function& f, const Options& options) {
                                    {"blockDim", "dim3 blockDim = ::cpu::current_block_dim"},
                                    {"gridDim", "dim3 gridDim = ::cpu::current_grid_dim"}};
         for (const auto& name : names) {
-            if (f.mentions.count(name[0]) != 0) { locals += string(" [[maybe_unused]] const ") + name[1] + "();"; }
+            if (f.mentions.count(name[0]) != 0) {
+                locals += string(" [[maybe_unused]] const ") + name[1] + "();";
+            }
         }
         f.open->after = locals + f.open->after;
         return;
     }
     bool copies = false;
-    for (const string& parameter : f.parameters) { copies = copies || f.assigned.count(parameter.substr(0, parameter.find('.'))) != 0; }
+    for (const string& parameter : f.parameters) {
+        copies = copies || f.assigned.count(parameter) != 0 ||
+                 f.assigned.count(parameter.substr(0, parameter.find('.'))) != 0;
+    }
     string names = list_of(f.parameters);
     names = names.empty() ? names : names.substr(2);
     const bool free = f.because.empty() && !options.fibers;
     string run = "::cpu::run_fibers(\"" + f.name + "\", [=](CPU_INDICES)";
     if (free) {
-        const string guard = f.condition != NULL ? "[=](CPU_INDICES) { " + f.guard + " }" : "CPU_NO_GUARD";
+        const string guard =
+            f.condition != NULL ? "[=](CPU_INDICES) { " + f.guard + " }" : "CPU_NO_GUARD";
         run = "::cpu::run_free(\"" + f.name + "\", " + guard + ", [=](CPU_FREE_INDICES)";
         if (f.condition != NULL) {
-            f.condition->after = (f.returns ? "!cpu_inside && (" : "cpu_inside || (") + f.condition->after;
+            f.condition->after =
+                (f.returns ? "!cpu_inside && (" : "cpu_inside || (") + f.condition->after;
             f.condition_end->before += ")";
         }
     }
-    f.open->after = " ::cpu::check_arguments(\"" + f.name + "\", \"" + names + "\"" + list_of(f.parameters) + "); " + run +
-                    " CPU_BODY(" + (copies ? "mutable" : "") + ") {" + f.open->after;
+    f.open->after = " ::cpu::check_arguments(\"" + f.name + "\", \"" + names + "\"" +
+                    list_of(f.parameters) + "); " + run + " CPU_BODY(" + (copies ? "mutable" : "") +
+                    ") {" + f.open->after;
     f.close->before += "}); ";
 }
 
@@ -652,23 +801,28 @@ static bool read_file(const string& path, string* text) {
     return true;
 }
 
-// `#include "x.cu"` or "x.cuh": a path beside the file, or in the current directory, that can be read. Empty: another line
+// `#include "x.cu"` or "x.cuh": a path beside the file, or in the current directory, that can be
+// read. Empty: another line
 static string included_file(const Source& source, const Token& t) {
     if (!starts(t, "include")) { return ""; }
     const size_t open = t.text.find('"'), close = t.text.rfind('"');
     if (open == string::npos || close <= open) { return ""; }
     const string name = t.text.substr(open + 1, close - open - 1);
     const size_t dot = name.rfind('.');
-    if (dot == string::npos || (name.substr(dot) != ".cu" && name.substr(dot) != ".cuh")) { return ""; }
+    if (dot == string::npos || (name.substr(dot) != ".cu" && name.substr(dot) != ".cuh")) {
+        return "";
+    }
     const size_t slash = source.path.rfind('/');
     const string beside = slash == string::npos ? name : source.path.substr(0, slash + 1) + name;
     string text;
     if (read_file(beside, &text)) { return beside; }
     if (read_file(name, &text)) { return name; }
-    fail(source.path, t.line, "cannot read \"" + name + "\", neither beside this file nor in the current directory");
+    fail(source.path, t.line,
+         "cannot read \"" + name + "\", neither beside this file nor in the current directory");
 }
 
-// The file and all that it includes, each once in the list; `files` keeps their order of first mention
+// The file and all that it includes, each once in the list; `files` keeps their order of first
+// mention
 static void load(const string& path, std::vector<Source*>* files) {
     for (const Source* file : *files) {
         if (file->path == path) { return; }
@@ -725,32 +879,45 @@ int main(int argc, char** argv) {
     }
     std::vector<Source*> files;
     load(path, &files);
-    std::vector<Function> functions;
-    std::map<string, std::set<string>> macros;
+    Macros macros;
     for (Source* source : files) {
-        for (int define = 0; define <= (int)source->define_names.size(); define++) {
-            const Code code = code_of(*source, define);
-            for (size_t i = 0; i < code.size(); i++) {
-                if (define != 0) {
-                    if (code[i]->kind == NAME) { macros[source->define_names[define-1]].insert(code[i]->text); }
-                    if (is(code, i, "__global__") && code.size() > 1) {
-                        fail(source->path, code[i]->line, "a kernel inside of a #define cannot be rewritten; write it out, or use a template");
-                    }
-                } else if ((is(code, i, "__global__") || is(code, i, "__device__")) &&
-                           !(i > 0 && (is(code, i - 1, "__device__") || is(code, i - 1, "__global__")))) {
-                    Function f;
-                    if (read_function(*source, code, i, &f)) { functions.push_back(f); }
+        for (int define = 1; define <= (int)source->define_names.size(); define++) {
+            std::set<string>& words = macros[source->define_names[define-1]];
+            for (const Token* t : code_of(*source, define)) {
+                if (t->kind == NAME) { words.insert(t->text); }
+                if (t->text == "__global__") {
+                    fail(source->path, t->line,
+                         "a kernel inside of a #define cannot be rewritten; write it out, or use a "
+                         "template");
                 }
             }
-            rewrite_launches(*source, code);
-            rewrite_shared(*source, code);
         }
     }
+    std::vector<Function> functions;
+    for (Source* source : files) {
+        const Code code = code_of(*source, 0);
+        for (size_t i = 0; i < code.size(); i++) {
+            const bool first =
+                i == 0 || !(is(code, i - 1, "__device__") || is(code, i - 1, "__global__"));
+            Function f;
+            if (first && (is(code, i, "__global__") || is(code, i, "__device__")) &&
+                read_function(*source, code, i, macros, &f)) {
+                functions.push_back(f);
+            }
+        }
+        for (int define = 0; define <= (int)source->define_names.size(); define++) {
+            rewrite_launches(*source, code_of(*source, define));
+            rewrite_shared(*source, code_of(*source, define));
+        }
+    }
+    find_references(functions);
     for (Function& f : functions) { expand_macros(&f.mentions, macros); }
     classify(functions);
     if (options.list) {
         for (const Function& f : functions) {
-            const char* what = !f.because.empty() ? "fibers: " : f.condition != NULL ? "free, with a guard" : "free";
+            const char* what = !f.because.empty()    ? "fibers: "
+                               : f.condition != NULL ? "free, with a guard"
+                                                     : "free";
             if (f.kernel) { printf("%-40s %s%s\n", f.name.c_str(), what, f.because.c_str()); }
         }
         return EXIT_SUCCESS;

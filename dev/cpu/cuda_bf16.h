@@ -1,6 +1,6 @@
 /*
-bfloat16: the upper half of a float. Conversion from float rounds to nearest, ties to even, and keeps NaN, as on a GPU.
-Arithmetic is done in float and rounded once.
+bfloat16: the upper half of a float. Conversion from float rounds to nearest, ties to even, and
+keeps NaN, as on a GPU. Arithmetic is done in float and rounded once.
 */
 #pragma once
 
@@ -20,7 +20,8 @@ inline float bf16_widen(unsigned short bits) {
     return x;
 }
 
-// without branches, so that loops over it vectorise: to add half of the last place kept, less one where it is even, rounds to even
+// without branches, so that loops over it vectorise: to add half of the last place kept, less one
+// where it is even, rounds to even
 inline unsigned short bf16_round(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -42,7 +43,9 @@ struct __nv_bfloat16 {
     __nv_bfloat16(const __nv_bfloat16_raw& raw) : bits(raw.x) {}
     operator float() const { return cpu::bf16_widen(bits); }
     operator __nv_bfloat16_raw() const { return __nv_bfloat16_raw{bits}; }
-    __nv_bfloat16& operator+=(const __nv_bfloat16& y) { return *this = __nv_bfloat16((float)*this + (float)y); }
+    __nv_bfloat16& operator+=(const __nv_bfloat16& y) {
+        return *this = __nv_bfloat16((float)*this + (float)y);
+    }
 };
 
 struct alignas(4) __nv_bfloat162 {
@@ -62,12 +65,20 @@ static inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x);
 static inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 static inline short __bfloat16_as_short(__nv_bfloat16 x) { return (short)x.bits; }
-static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return __nv_bfloat16_raw{bits}; }
-static inline __nv_bfloat16 __short_as_bfloat16(short bits) { return __nv_bfloat16_raw{(unsigned short)bits}; }
-static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return __nv_bfloat162{x, y}; }
+static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+    return __nv_bfloat16_raw{bits};
+}
+static inline __nv_bfloat16 __short_as_bfloat16(short bits) {
+    return __nv_bfloat16_raw{(unsigned short)bits};
+}
+static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return __nv_bfloat162{x, y};
+}
 static inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __nv_bfloat162{v.x, v.y}; }
 static inline __nv_bfloat162 __float2bfloat162_rn(float x) { return __nv_bfloat162{x, x}; }
-static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return __nv_bfloat162{x, y}; }
+static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) {
+    return __nv_bfloat162{x, y};
+}
 static inline float2 __bfloat1622float2(__nv_bfloat162 v) { return float2{(float)v.x, (float)v.y}; }
 static inline float __low2float(__nv_bfloat162 v) { return (float)v.x; }
 static inline float __high2float(__nv_bfloat162 v) { return (float)v.y; }

@@ -1,8 +1,9 @@
 /*
-CUDA's runtime API on the CPU device, as far as the trainers use it: what is not here fails to compile.
-Streams run synchronously, device memory is host memory; so that code that works here works on a GPU too, what a GPU would
-not forgive is checked: fresh memory is filled with 0xFF bytes (NaN in every float format), copies must say the right
-direction and stay inside one allocation, kernels must get device pointers.
+CUDA's runtime API on the CPU device, as far as the trainers use it: what is not here fails to
+compile. Streams run synchronously, device memory is host memory; so that code that works here works
+on a GPU too, what a GPU would not forgive is checked: fresh memory is filled with 0xFF bytes (NaN
+in every float format), copies must say the right direction and stay inside one allocation, kernels
+must get device pointers.
 */
 #pragma once
 
@@ -76,7 +77,13 @@ typedef CUstream_st* cudaStream_t;
 typedef CUevent_st* cudaEvent_t;
 
 typedef enum cudaDataType_t {
-    CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_8I = 3, CUDA_R_8U = 8, CUDA_R_32I = 10, CUDA_R_16BF = 14
+    CUDA_R_32F = 0,
+    CUDA_R_64F = 1,
+    CUDA_R_16F = 2,
+    CUDA_R_8I = 3,
+    CUDA_R_8U = 8,
+    CUDA_R_32I = 10,
+    CUDA_R_16BF = 14
 } cudaDataType;
 
 struct cudaDeviceProp {
@@ -107,9 +114,11 @@ inline const ErrorText& error_text(cudaError_t code) {
         {cudaSuccess, "cudaSuccess", "no error"},
         {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
         {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
-        {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+        {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+         "invalid configuration argument"},
         {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
-        {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+        {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle",
+         "invalid resource handle"},
         {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     };
     static const ErrorText unknown = {code, "cudaErrorUnknown", "unrecognized error code"};
@@ -152,12 +161,15 @@ inline size_t memory_size() {
     if (text == NULL || *text == '\0') { return physical; }
     char* end;
     const size_t bytes = strtoull(text, &end, 10);
-    if (*text < '0' || *text > '9' || *end != '\0') { die("CPU_MEMORY is \"%s\"; set it to a number of bytes", text); }
+    if (*text < '0' || *text > '9' || *end != '\0') {
+        die("CPU_MEMORY is \"%s\"; set it to a number of bytes", text);
+    }
     return bytes;
 }
 
 inline Memory& memory() {
-    static Memory* m = new Memory{{}, {}, memory_size(), 0}; // never destroyed: other threads may outlive main
+    // never destroyed: other threads may outlive main
+    static Memory* m = new Memory{{}, {}, memory_size(), 0};
     return *m;
 }
 
@@ -166,7 +178,8 @@ struct Place {
     size_t offset, left; // from the begin of the allocation, and to its end
 };
 
-// addresses, not pointers: what lies there is not read (and the compiler need not wonder whether it has a value)
+// addresses, not pointers: what lies there is not read (and the compiler need not wonder whether it
+// has a value)
 typedef uintptr_t Address;
 
 // where p lies. One past the end still counts: an empty tail of a buffer is a valid argument
@@ -177,20 +190,26 @@ inline Place find(Address p) {
     if (next != m.allocations.begin()) {
         --next;
         const size_t offset = p - next->first;
-        if (offset <= next->second.bytes) { return Place{next->second.kind, offset, next->second.bytes - offset}; }
+        if (offset <= next->second.bytes) {
+            return Place{next->second.kind, offset, next->second.bytes - offset};
+        }
     }
     return Place{HOST, 0, SIZE_MAX};
 }
 
-// ends the program unless [p, p + bytes) is memory that the device can reach (for the stand-ins of the libraries, too)
+// ends the program unless [p, p + bytes) is memory that the device can reach (for the stand-ins of
+// the libraries, too)
 inline void require_device(const char* what, const char* argument, const void* p, size_t bytes) {
     const Place place = find((Address)p);
     if (place.kind == HOST) {
-        die("%s: %s = %p is not in device memory (a host pointer, or freed); allocate it with cudaMalloc", what, argument, p);
+        die("%s: %s = %p is not in device memory (a host pointer, or freed); allocate it with "
+            "cudaMalloc",
+            what, argument, p);
     }
     if (bytes > place.left) {
-        die("%s: %s needs %zu bytes at offset %zu of an allocation of %zu bytes; allocate more, or pass less", what, argument,
-            bytes, place.offset, place.offset + place.left);
+        die("%s: %s needs %zu bytes at offset %zu of an allocation of %zu bytes; allocate more, or "
+            "pass less",
+            what, argument, bytes, place.offset, place.offset + place.left);
     }
 }
 
@@ -209,10 +228,13 @@ inline cudaError_t allocate(void** p, size_t bytes, MemoryKind kind) {
     if (bytes == 0) { return cudaSuccess; }
     {
         std::lock_guard<std::mutex> guard(m.lock);
-        if (kind == DEVICE && (bytes > m.total || m.used > m.total - bytes)) { return report(cudaErrorMemoryAllocation); }
+        if (kind == DEVICE && (bytes > m.total || m.used > m.total - bytes)) {
+            return report(cudaErrorMemoryAllocation);
+        }
         if (kind == DEVICE) { m.used += bytes; }
     }
-    // 2 MiB pages for what is large: the first touch of a page, and a miss of the translation cache, cost much
+    // 2 MiB pages for what is large: the first touch of a page, and a miss of the translation
+    // cache, cost much
     const size_t huge = 2 << 20;
     const bool large = bytes >= 2 * huge;
     if (posix_memalign(p, large ? huge : 256, bytes) != 0) {
@@ -234,7 +256,9 @@ inline cudaError_t release(void* p, MemoryKind kind) {
     {
         std::lock_guard<std::mutex> guard(m.lock);
         const auto found = m.allocations.find((Address)p);
-        if (found == m.allocations.end() || found->second.kind != kind) { return report(cudaErrorInvalidValue); }
+        if (found == m.allocations.end() || found->second.kind != kind) {
+            return report(cudaErrorInvalidValue);
+        }
         if (kind == DEVICE) { m.used -= found->second.bytes; }
         m.allocations.erase(found);
     }
@@ -243,25 +267,32 @@ inline cudaError_t release(void* p, MemoryKind kind) {
 }
 
 // one side of a copy or fill: is it the memory that the call says, and does it hold all bytes?
-inline void check_side(const char* call, const char* side, Address p, size_t bytes, bool device, const char* file, int line) {
+inline void check_side(const char* call, const char* side, Address p, size_t bytes, bool device,
+                       const char* file, int line) {
     const Place place = find(p);
-    const bool is_device = place.kind == DEVICE && place.left > 0; // other memory may begin where an allocation ends
+    // other memory may begin where an allocation ends
+    const bool is_device = place.kind == DEVICE && place.left > 0;
     if (is_device != device) {
-        die("%s:%d: %s: its %s %#zx is %s memory, but the call says %s; pass the kind of copy that is meant", file, line, call, side,
-            (size_t)p, device ? "host (or freed)" : "device", device ? "device" : "host");
+        die("%s:%d: %s: its %s %#zx is %s memory, but the call says %s; pass the kind of copy that "
+            "is meant",
+            file, line, call, side, (size_t)p, device ? "host (or freed)" : "device",
+            device ? "device" : "host");
     }
     if (place.left > 0 && bytes > place.left) {
-        die("%s:%d: %s: its %s is %zu bytes at offset %zu of an allocation of %zu bytes; copy less, or allocate more", file, line,
-            call, side, bytes, place.offset, place.offset + place.left);
+        die("%s:%d: %s: its %s is %zu bytes at offset %zu of an allocation of %zu bytes; copy "
+            "less, or allocate more",
+            file, line, call, side, bytes, place.offset, place.offset + place.left);
     }
 }
 
-inline void check_copy(const char* call, Address to, Address from, size_t bytes, cudaMemcpyKind kind, const char* file,
-                       int line) {
+inline void check_copy(const char* call, Address to, Address from, size_t bytes,
+                       cudaMemcpyKind kind, const char* file, int line) {
     const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    check_side(call, "destination", to, bytes, kind == cudaMemcpyDefault ? find(to).kind == DEVICE : to_device, file, line);
-    check_side(call, "source", from, bytes, kind == cudaMemcpyDefault ? find(from).kind == DEVICE : from_device, file, line);
+    check_side(call, "destination", to, bytes,
+               kind == cudaMemcpyDefault ? find(to).kind == DEVICE : to_device, file, line);
+    check_side(call, "source", from, bytes,
+               kind == cudaMemcpyDefault ? find(from).kind == DEVICE : from_device, file, line);
 }
 
 inline void copy(void* to, const void* from, size_t bytes) {
@@ -271,26 +302,31 @@ inline void copy(void* to, const void* from, size_t bytes) {
         return;
     }
     parallel_for((bytes + FILL_CHUNK - 1) / FILL_CHUNK, [=](size_t i) {
-        memcpy((char*)to + i * FILL_CHUNK, (const char*)from + i * FILL_CHUNK, std::min(FILL_CHUNK, bytes - i * FILL_CHUNK));
+        memcpy((char*)to + i * FILL_CHUNK, (const char*)from + i * FILL_CHUNK,
+               std::min(FILL_CHUNK, bytes - i * FILL_CHUNK));
     });
 }
 
 // What cu2cpp calls first in a kernel: names are the kernel's parameters as written, "out, in, n"
-template <class T> inline void check_argument(const char* kernel, const char* names, int i, const T& argument) {
+template <class T>
+inline void check_argument(const char* kernel, const char* names, int i, const T& argument) {
     if constexpr (std::is_pointer_v<T>) {
         if constexpr (!std::is_function_v<std::remove_pointer_t<T>>) {
             const void* p = (const void*)argument;
             if (p == NULL || find((Address)p).kind != HOST) { return; }
             for (; i > 0; i--) { names = strchr(names, ',') + 2; }
-            die("kernel %s: its argument %.*s = %p is not in device memory (a host pointer, or freed); copy the data to "
-                "memory from cudaMalloc", kernel, (int)strcspn(names, ","), names, p);
+            die("kernel %s: its argument %.*s = %p is not in device memory (a host pointer, or "
+                "freed); copy the data to "
+                "memory from cudaMalloc",
+                kernel, (int)strcspn(names, ","), names, p);
         }
     } else {
         (void)kernel, (void)names, (void)i, (void)argument;
     }
 }
 
-template <class... T> inline void check_arguments(const char* kernel, const char* names, const T&... arguments) {
+template <class... T>
+inline void check_arguments(const char* kernel, const char* names, const T&... arguments) {
     int i = 0;
     (check_argument(kernel, names, i++, arguments), ...);
     (void)kernel, (void)names, (void)i;
@@ -298,11 +334,15 @@ template <class... T> inline void check_arguments(const char* kernel, const char
 
 } // namespace cpu
 
-template <class T> inline cudaError_t cudaMalloc(T** p, size_t bytes) { return cpu::allocate((void**)p, bytes, cpu::DEVICE); }
+template <class T> inline cudaError_t cudaMalloc(T** p, size_t bytes) {
+    return cpu::allocate((void**)p, bytes, cpu::DEVICE);
+}
 template <class T> inline cudaError_t cudaMallocHost(T** p, size_t bytes, unsigned = 0) {
     return cpu::allocate((void**)p, bytes, cpu::PINNED);
 }
-template <class T> inline cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) { return cudaMallocHost(p, bytes); }
+template <class T> inline cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) {
+    return cudaMallocHost(p, bytes);
+}
 inline cudaError_t cudaFree(void* p) { return cpu::release(p, cpu::DEVICE); }
 inline cudaError_t cudaFreeHost(void* p) { return cpu::release(p, cpu::PINNED); }
 
@@ -323,10 +363,12 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0,
-                                   const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t = 0, const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
-    cpu::check_copy("cudaMemcpyAsync", (cpu::Address)to, (cpu::Address)from, bytes, kind, file, line);
+    cpu::check_copy("cudaMemcpyAsync", (cpu::Address)to, (cpu::Address)from, bytes, kind, file,
+                    line);
     cpu::copy(to, from, bytes);
     return cudaSuccess;
 }
@@ -339,7 +381,8 @@ inline cudaError_t cudaMemset(void* p, int value, size_t bytes, const char* file
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = 0, const char* file = __builtin_FILE(),
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = 0,
+                                   const char* file = __builtin_FILE(),
                                    int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_side("cudaMemsetAsync", "destination", (cpu::Address)p, bytes, true, file, line);
@@ -350,7 +393,9 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 // ----------------------------------------------------------------------------
 // Device
 
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cpu::report(cudaErrorInvalidDevice); }
+inline cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cpu::report(cudaErrorInvalidDevice);
+}
 inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
@@ -358,7 +403,8 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (device != 0) { return cpu::report(cudaErrorInvalidDevice); }
     *p = cudaDeviceProp{};
-    snprintf(p->name, sizeof(p->name), "CPU, %d %s", cpu::workers(), cpu::workers() == 1 ? "worker" : "workers");
+    snprintf(p->name, sizeof(p->name), "CPU, %d %s", cpu::workers(),
+             cpu::workers() == 1 ? "worker" : "workers");
     p->totalGlobalMem = cpu::memory().total;
     p->sharedMemPerBlock = cpu::MAX_STATIC_SHARED;
     p->sharedMemPerBlockOptin = p->sharedMemPerMultiprocessor = cpu::MAX_SHARED;
@@ -374,11 +420,15 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     return cudaSuccess;
 }
 
-// A kernel is a function that knows its own attributes: called in this mode it sets them and runs nothing
-template <class... T> inline cudaError_t cudaFuncSetAttribute(void (*kernel)(T...), cudaFuncAttribute attribute, int value) {
+// A kernel is a function that knows its own attributes: called in this mode it sets them and runs
+// nothing
+template <class... T> inline cudaError_t cudaFuncSetAttribute(void (*kernel)(T...),
+                                                              cudaFuncAttribute attribute,
+                                                              int value) {
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) { return cudaSuccess; }
     if (value < 0 || (size_t)value > cpu::MAX_SHARED) { return cpu::report(cudaErrorInvalidValue); }
-    cpu::pending = cpu::Pending{cpu::Pending::SET_MAX_DYNAMIC_SHARED, dim3(), dim3(), (size_t)value};
+    cpu::pending =
+        cpu::Pending{cpu::Pending::SET_MAX_DYNAMIC_SHARED, dim3(), dim3(), (size_t)value};
     kernel(std::decay_t<T>()...);
     return cudaSuccess;
 }
@@ -390,7 +440,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flag
     *stream = new CUstream_st{flags};
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     if (stream == NULL) { return cpu::report(cudaErrorInvalidResourceHandle); }
     delete stream;
@@ -424,7 +476,8 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0) {
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
-    if (begin == NULL || end == NULL || !begin->recorded || !end->recorded || !begin->timed || !end->timed) {
+    if (begin == NULL || end == NULL || !begin->recorded || !end->recorded || !begin->timed ||
+        !end->timed) {
         return cpu::report(cudaErrorInvalidResourceHandle);
     }
     *ms = (float)(end->ms - begin->ms);

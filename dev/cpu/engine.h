@@ -1,17 +1,20 @@
 /*
 The engine of the CPU device: it runs the grid of a kernel launch. cu2cpp turns
 
-    __global__ void k(float* out, int n) { BODY }      into a function whose body is run_free or run_fibers of a lambda,
-    k<<<grid, block>>>(out, n)                         into (configure(grid, block), k(out, n)).
+    __global__ void k(float* out, int n) { BODY }
+        into a function whose body is run_free or run_fibers of a lambda
+    k<<<grid, block>>>(out, n)
+        into (configure(grid, block), k(out, n))
 
 Blocks are spread over the workers (parallel.h). The threads of a block run in one of two ways:
-- run_free: a kernel whose threads neither synchronise nor share memory is a plain loop over the threads, which vectorises
-  because the indices are plain parameters of the lambda.
-- run_fibers: every thread runs until it has to wait for others (__syncthreads, a warp operation); then its stack is put
-  aside and another thread of the block continues. A block that never waits runs on one stack without a single switch.
+- run_free: a kernel whose threads neither synchronise nor share memory is a plain loop over the
+  threads, which vectorises because the indices are plain parameters of the lambda.
+- run_fibers: every thread runs until it has to wait for others (__syncthreads, a warp operation);
+  then its stack is put aside and another thread of the block continues. A block that never waits
+  runs on one stack without a single switch.
 
-A collective costs one switch a lane: every lane leaves its value and goes to sleep, the last one to arrive computes the
-result of all of them, and they resume in lane order.
+A collective costs one switch a lane: every lane leaves its value and goes to sleep, the last one to
+arrive computes the result of all of them, and they resume in lane order.
 */
 #pragma once
 
@@ -48,8 +51,9 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define CPU_FREE_INDICES CPU_INDICES, [[maybe_unused]] const bool cpu_inside
 #define CPU_NO_GUARD [](CPU_INDICES) { return false; }
 
-// CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. A kernel's body is inlined into the loop over
-// threads, except under ThreadSanitizer, where it would lose its instrumentation by that
+// CPU_ENGINE: the engine's own memory is no business of ThreadSanitizer. A kernel's body is inlined
+// into the loop over threads, except under ThreadSanitizer, where it would lose its instrumentation
+// by that
 #if defined(CPU_TSAN)
 #define CPU_ENGINE __attribute__((no_sanitize_thread))
 #define CPU_INLINING __attribute__((noinline))
@@ -57,7 +61,8 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define CPU_ENGINE
 #define CPU_INLINING __attribute__((always_inline))
 #endif
-// CPU_BODY() or CPU_BODY(mutable) comes before the { of a body. The compilers want the two in another order
+// CPU_BODY() or CPU_BODY(mutable) comes before the { of a body. The compilers want the two in
+// another order
 #if defined(__clang__)
 #define CPU_BODY(mutability) CPU_INLINING mutability
 #else
@@ -72,8 +77,9 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define CPU_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// The loops over the threads of free kernels use all of AVX-512. The rest of the program is compiled for half of it: there vectors
-// are short, and a wide load of what two narrow stores have just written stalls
+// The loops over the threads of free kernels use all of AVX-512. The rest of the program is
+// compiled for half of it: there vectors are short, and a wide load of what two narrow stores have
+// just written stalls
 #if defined(__AVX512F__) && !defined(__clang__)
 #define CPU_WIDE __attribute__((target("prefer-vector-width=512")))
 #else
@@ -90,7 +96,8 @@ constexpr unsigned MAX_THREADS = 1024;               // of a block
 constexpr unsigned MAX_WARPS = MAX_THREADS / WARP_SIZE;
 constexpr unsigned MAX_BLOCK_Z = 64;
 constexpr unsigned MAX_GRID_X = 2147483647, MAX_GRID_YZ = 65535;
-constexpr size_t MAX_STATIC_SHARED = 48 << 10;       // also of dynamic shared memory, unless cudaFuncSetAttribute allows more
+// also of dynamic shared memory, unless cudaFuncSetAttribute allows more
+constexpr size_t MAX_STATIC_SHARED = 48 << 10;
 constexpr size_t MAX_SHARED = 227 << 10;             // static and dynamic together
 constexpr size_t ARENA_BYTES = 320 << 10;            // MAX_SHARED, red zones and rounding
 
@@ -99,7 +106,8 @@ enum { LAUNCH_OK = 0, LAUNCH_INVALID_VALUE = 1, LAUNCH_INVALID_CONFIGURATION = 9
 inline thread_local int last_error = LAUNCH_OK;
 
 // ----------------------------------------------------------------------------
-// Schedules: the order in which blocks and threads run. A correct kernel gives the same bits under each
+// Schedules: the order in which blocks and threads run. A correct kernel gives the same bits under
+// each
 
 enum ScheduleKind { NATURAL, REVERSED, RANDOM, LAST_IN };
 struct Schedule {
@@ -109,7 +117,9 @@ struct Schedule {
 
 inline Schedule read_schedule() {
     const char* text = getenv("CPU_SCHEDULE");
-    if (text == NULL || *text == '\0' || strcmp(text, "natural") == 0) { return Schedule{NATURAL, 0}; }
+    if (text == NULL || *text == '\0' || strcmp(text, "natural") == 0) {
+        return Schedule{NATURAL, 0};
+    }
     if (strcmp(text, "reversed") == 0) { return Schedule{REVERSED, 0}; }
     if (strcmp(text, "last-in") == 0) { return Schedule{LAST_IN, 0}; }
     if (strncmp(text, "random:", 7) == 0) {
@@ -117,7 +127,9 @@ inline Schedule read_schedule() {
         const uint64_t seed = strtoull(text + 7, &end, 10);
         if (end != text + 7 && *end == '\0') { return Schedule{RANDOM, seed}; }
     }
-    die("CPU_SCHEDULE is \"%s\"; set it to natural, reversed, last-in or random:SEED with a number as SEED", text);
+    die("CPU_SCHEDULE is \"%s\"; set it to natural, reversed, last-in or random:SEED with a number "
+        "as SEED",
+        text);
 }
 
 inline const Schedule& schedule() {
@@ -133,7 +145,8 @@ CPU_ENGINE inline uint64_t next_random(uint64_t* state) {
     return z ^ (z >> 31);
 }
 
-// The order of n blocks without a table: i -> (i * step + start) mod n, a permutation when step and n have no common divisor
+// The order of n blocks without a table: i -> (i * step + start) mod n, a permutation when step and
+// n have no common divisor
 struct Order {
     uint64_t n, start, step;
 };
@@ -161,7 +174,9 @@ inline uint64_t position(const Order& order, uint64_t i) {
 
 // the order of the threads of a block
 inline void thread_order(unsigned short* order, unsigned n, uint64_t* random) {
-    for (unsigned i = 0; i < n; i++) { order[i] = (unsigned short)(schedule().kind == REVERSED ? n - 1 - i : i); }
+    for (unsigned i = 0; i < n; i++) {
+        order[i] = (unsigned short)(schedule().kind == REVERSED ? n - 1 - i : i);
+    }
     if (schedule().kind != RANDOM) { return; }
     for (unsigned i = n; i > 1; i--) {
         const unsigned j = (unsigned)(next_random(random) % i);
@@ -205,9 +220,12 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
         return false;
     }
     if (p.what == Pending::NOTHING) {
-        die("kernel %s was called like a function; launch it with %s<<<grid, block>>>(...)", kernel, kernel);
+        die("kernel %s was called like a function; launch it with %s<<<grid, block>>>(...)", kernel,
+            kernel);
     }
-    if (running_kernel != NULL) { die("kernel %s was launched from device code; launch it from the host", kernel); }
+    if (running_kernel != NULL) {
+        die("kernel %s was launched from device code; launch it from the host", kernel);
+    }
     const dim3 g = p.grid, b = p.block;
     const uint64_t threads = (uint64_t)b.x * b.y * b.z;
     const bool valid = b.x <= MAX_THREADS && b.y <= MAX_THREADS && b.z <= MAX_BLOCK_Z &&
@@ -221,12 +239,14 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
     return true;
 }
 
-// A kernel that leaves all mapped memory would end without a word. The handler has a stack of its own for each worker, for
-// the fault may be that a thread's stack is full. Sanitizers have handlers that say more
+// A kernel that leaves all mapped memory would end without a word. The handler has a stack of its
+// own for each worker, for the fault may be that a thread's stack is full. Sanitizers have handlers
+// that say more
 inline void on_fault(int number, siginfo_t* info, void*) {
     if (running_kernel != NULL) {
-        die("kernel %s accessed address %p, where nothing is: an index out of bounds, or local variables of more than 64 KiB; "
-            "`make asan` finds the line", running_kernel, info->si_addr);
+        die("kernel %s accessed address %p, where nothing is: an index out of bounds, or local "
+            "variables of more than 64 KiB; `make asan` finds the line",
+            running_kernel, info->si_addr);
     }
     signal(number, SIG_DFL); // not ours: the access faults again when this returns
 }
@@ -247,7 +267,8 @@ inline void catch_faults() {
 
 inline uint3 block_index(dim3 grid, uint64_t i) {
     if (grid.y == 1 && grid.z == 1) { return uint3{(unsigned)i, 0, 0}; }
-    return uint3{(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
+    return uint3{(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
+                 (unsigned)(i / grid.x / grid.y)};
 }
 
 inline uint3 thread_index(dim3 block, unsigned i) {
@@ -255,9 +276,11 @@ inline uint3 thread_index(dim3 block, unsigned i) {
     return uint3{i % block.x, i / block.x % block.y, i / block.x / block.y};
 }
 
-// One thread. A body that changes the kernel's parameters is a mutable lambda: each thread changes its own copy
+// One thread. A body that changes the kernel's parameters is a mutable lambda: each thread changes
+// its own copy
 template <class Body, class... Inside>
-CPU_ENGINE __attribute__((always_inline)) inline void run_thread(const Body& body, uint3 thread, uint3 block, dim3 block_dim,
+CPU_ENGINE __attribute__((always_inline)) inline void run_thread(const Body& body, uint3 thread,
+                                                                 uint3 block, dim3 block_dim,
                                                                  dim3 grid_dim, Inside... inside) {
     if constexpr (std::is_invocable_v<const Body&, uint3, uint3, dim3, dim3, Inside...>) {
         body(thread, block, block_dim, grid_dim, inside...);
@@ -267,11 +290,13 @@ CPU_ENGINE __attribute__((always_inline)) inline void run_thread(const Body& bod
     }
 }
 
-// cudaFuncSetAttribute sets it. Every kernel, and every instance of a template, has a body of its own type
+// cudaFuncSetAttribute sets it. Every kernel, and every instance of a template, has a body of its
+// own type
 template <class Body> inline size_t max_dynamic_shared = MAX_STATIC_SHARED;
 
-// Spreads run(first block, last block + 1) over the workers. Small blocks go in chunks: a task costs some 100 ns.
-// Only the natural schedule runs on several workers; the others say in which order the blocks come
+// Spreads run(first block, last block + 1) over the workers. Small blocks go in chunks: a task
+// costs some 100 ns. Only the natural schedule runs on several workers; the others say in which
+// order the blocks come
 template <class Run> void spread_blocks(const Launch& launch, uint64_t inline_below, Run run) {
     const uint64_t n = launch.blocks;
     if (n == 1 || schedule().kind != NATURAL || n * launch.threads < inline_below) {
@@ -280,25 +305,32 @@ template <class Run> void spread_blocks(const Launch& launch, uint64_t inline_be
     }
     uint64_t chunk = n / ((uint64_t)workers() * 8);
     chunk = workers() == 1 ? n : chunk < 1 ? 1 : chunk;
-    parallel_for((n + chunk - 1) / chunk, [&](size_t i) { run(i * chunk, n < (i + 1) * chunk ? n : (i + 1) * chunk); });
+    parallel_for((n + chunk - 1) / chunk,
+                 [&](size_t i) { run(i * chunk, n < (i + 1) * chunk ? n : (i + 1) * chunk); });
 }
 
 // ----------------------------------------------------------------------------
 // Free kernels
 
-// What the compiler may take for granted of a grid that is not huge: then the sum in blockIdx.x * blockDim.x + threadIdx.x
-// does not wrap around, and neighbouring threads access neighbouring memory
+// What the compiler may take for granted of a grid that is not huge: then the sum in blockIdx.x *
+// blockDim.x + threadIdx.x does not wrap around, and neighbouring threads access neighbouring
+// memory
 constexpr uint64_t MAX_FLAT_INDEX = INT32_MAX - MAX_THREADS;
 __attribute__((always_inline)) inline void assume_no_wrap(uint3 b, dim3 block) {
-    if (block.x > MAX_THREADS || block.y > MAX_THREADS || block.z > MAX_BLOCK_Z) { __builtin_unreachable(); }
-    if (b.x * block.x > MAX_FLAT_INDEX || (uint64_t)b.x * block.x > MAX_FLAT_INDEX) { __builtin_unreachable(); }
+    if (block.x > MAX_THREADS || block.y > MAX_THREADS || block.z > MAX_BLOCK_Z) {
+        __builtin_unreachable();
+    }
+    if (b.x * block.x > MAX_FLAT_INDEX || (uint64_t)b.x * block.x > MAX_FLAT_INDEX) {
+        __builtin_unreachable();
+    }
 }
 
-// The copies of guard and body are what lets the compiler vectorise: a local that nobody else can see cannot change when
-// the kernel stores through its pointers
+// The copies of guard and body are what lets the compiler vectorise: a local that nobody else can
+// see cannot change when the kernel stores through its pointers
 template <class Guard, class Body>
-CPU_WIDE __attribute__((noinline)) void free_blocks(const Launch& launch, const Guard& shared_guard, const Body& shared_body,
-                                                    uint64_t first, uint64_t last) {
+CPU_WIDE __attribute__((noinline)) void free_blocks(const Launch& launch, const Guard& shared_guard,
+                                                    const Body& shared_body, uint64_t first,
+                                                    uint64_t last) {
     const Guard guard = shared_guard;
     const Body body = shared_body;
     const dim3 grid = launch.grid, block = launch.block;
@@ -307,15 +339,21 @@ CPU_WIDE __attribute__((noinline)) void free_blocks(const Launch& launch, const 
         assume_no_wrap(b, block);
         for (unsigned z = 0; z < block.z; z++) {
             for (unsigned y = 0; y < block.y; y++) {
-                // a guard is a comparison of what grows evenly from thread to thread: what holds for both ends holds between
-                const bool inside = guard(uint3{0, y, z}, b, block, grid) && guard(uint3{block.x - 1, y, z}, b, block, grid);
+                // a guard is a comparison of what grows evenly from thread to thread: what holds
+                // for both ends holds between
+                const bool inside = guard(uint3{0, y, z}, b, block, grid) &&
+                                    guard(uint3{block.x - 1, y, z}, b, block, grid);
                 // threads that do not synchronise may not depend on one another
                 if (inside) {
                     CPU_INDEPENDENT_THREADS
-                    for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid, true); }
+                    for (unsigned x = 0; x < block.x; x++) {
+                        run_thread(body, uint3{x, y, z}, b, block, grid, true);
+                    }
                 } else {
                     CPU_INDEPENDENT_THREADS
-                    for (unsigned x = 0; x < block.x; x++) { run_thread(body, uint3{x, y, z}, b, block, grid, false); }
+                    for (unsigned x = 0; x < block.x; x++) {
+                        run_thread(body, uint3{x, y, z}, b, block, grid, false);
+                    }
                 }
             }
         }
@@ -324,26 +362,32 @@ CPU_WIDE __attribute__((noinline)) void free_blocks(const Launch& launch, const 
 
 // one thread at a time: for the other schedules, and for huge grids
 template <class Guard, class Body>
-__attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Guard&, const Body& body, uint64_t first,
+__attribute__((noinline)) void free_blocks_in_order(const Launch& launch, const Guard&,
+                                                    const Body& body, uint64_t first,
                                                     uint64_t last) {
-    static uint64_t random = schedule().seed; // only the random schedule, which has one worker, changes it
+    // only the random schedule, which has one worker, changes it
+    static uint64_t random = schedule().seed;
     const Order blocks = block_order(launch.blocks, &random);
     unsigned short threads[MAX_THREADS];
     for (uint64_t i = first; i < last; i++) {
         const uint3 b = block_index(launch.grid, position(blocks, i));
         thread_order(threads, launch.threads, &random);
         for (unsigned t = 0; t < launch.threads; t++) {
-            run_thread(body, thread_index(launch.block, threads[t]), b, launch.block, launch.grid, false);
+            run_thread(body, thread_index(launch.block, threads[t]), b, launch.block, launch.grid,
+                       false);
         }
     }
 }
 
-// guard: the condition of the `if` that keeps a kernel's last threads from running over the end, CPU_NO_GUARD when there is none.
-// Where it holds for all threads of a row, the body runs without it: masks would take the compiler half of its speed
-template <class Guard, class Body> void run_free(const char* kernel, const Guard& guard, const Body& body) {
+// guard: the condition of the `if` that keeps a kernel's last threads from running over the end,
+// CPU_NO_GUARD when there is none. Where it holds for all threads of a row, the body runs without
+// it: masks would take the compiler half of its speed
+template <class Guard, class Body>
+void run_free(const char* kernel, const Guard& guard, const Body& body) {
     Launch launch;
     if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
-    const bool vectorise = schedule().kind == NATURAL && (uint64_t)launch.grid.x * launch.block.x <= MAX_FLAT_INDEX;
+    const bool vectorise =
+        schedule().kind == NATURAL && (uint64_t)launch.grid.x * launch.block.x <= MAX_FLAT_INDEX;
     auto run = vectorise ? free_blocks<Guard, Body> : free_blocks_in_order<Guard, Body>;
     // below some thousand threads the workers take longer to wake than one of them to do it all
     catch_faults();
@@ -362,14 +406,17 @@ constexpr size_t STACK_BYTES = 256 << 10; // red zones around every local array
 #else
 constexpr size_t STACK_BYTES = 64 << 10;
 #endif
-constexpr size_t GUARD_BYTES = 4096; // below each stack: running over it is a fault, not a neighbour's wrong result
+// below each stack: running over it is a fault, not a neighbour's wrong result
+constexpr size_t GUARD_BYTES = 4096;
 #if defined(CPU_TSAN)
-// ThreadSanitizer sees every CUDA thread as a thread of its own, with a stack of its own. Blocks of one launch are not
-// ordered, so each of the next three blocks has other threads (a race of one thread index between blocks i and i + 3
-// is missed, one between i and i + 1, i + 2, i + 4 is found), and each of the next 64 other shared memory
+// ThreadSanitizer sees every CUDA thread as a thread of its own, with a stack of its own. Blocks of
+// one launch are not ordered, so each of the next three blocks has other threads (a race of one
+// thread index between blocks i and i + 3 is missed, one between i and i + 1, i + 2, i + 4 is
+// found), and each of the next 64 other shared memory
 constexpr unsigned THREAD_SETS = 3, ARENAS = 64, MAX_FIBERS = THREAD_SETS * MAX_THREADS;
 #else
-constexpr unsigned ARENAS = 1, MAX_FIBERS = MAX_THREADS + 1; // one more: a fiber that returns runs until its successor does
+// one more: a fiber that returns runs until its successor does
+constexpr unsigned ARENAS = 1, MAX_FIBERS = MAX_THREADS + 1;
 #endif
 
 struct Warp;
@@ -392,7 +439,8 @@ struct Fiber {
 #endif
 };
 
-// 16 bytes that a lane hands in, or gets, in a warp operation. A vector type: it travels in one register
+// 16 bytes that a lane hands in, or gets, in a warp operation. A vector type: it travels in one
+// register
 typedef unsigned char Value __attribute__((vector_size(16)));
 typedef void (*Combine)(Warp* warp, uint32_t lanes);
 
@@ -406,7 +454,8 @@ struct Warp {
     Value in[WARP_SIZE], out[WARP_SIZE];
 };
 
-// a __shared__ variable of the block that runs; site is the address of a static beside its declaration
+// a __shared__ variable of the block that runs; site is the address of a static beside its
+// declaration
 struct SharedVariable {
     const void* site;
     void* storage;
@@ -422,13 +471,16 @@ struct Worker {
     uint64_t random;
 
     uint3 block;                       // blockIdx
-    unsigned threads, next, done;      // of the block: all, the first that has not started, how many have returned
+    // of the block: all, the first that has not started, how many have returned
+    unsigned threads, next, done;
     unsigned short order[MAX_THREADS]; // in which they start, unless the schedule is natural
 
     Fiber* current;
-    Fiber* ready[MAX_THREADS];         // a ring; head and tail count on, and are taken modulo its size
+    // a ring; head and tail count on, and are taken modulo its size
+    Fiber* ready[MAX_THREADS];
     unsigned head, tail;
-    Fiber* idle[MAX_FIBERS];           // fibers without a thread, the last used on top: its stack is in the cache
+    // fibers without a thread, the last used on top: its stack is in the cache
+    Fiber* idle[MAX_FIBERS];
     unsigned num_idle;
 
     Fiber* at_barrier[MAX_THREADS];
@@ -436,7 +488,8 @@ struct Worker {
     int barrier_kind;
 
     char* arenas;                      // ARENAS arenas of shared memory
-    char* arena;                       // that of the block: first the dynamic part, then the static variables
+    // that of the block: first the dynamic part, then the static variables
+    char* arena;
     size_t arena_used, static_shared;
     SharedVariable shared[MAX_SHARED_VARIABLES];
     unsigned num_shared;
@@ -457,8 +510,10 @@ struct Worker {
 inline thread_local Worker* worker = NULL;
 
 #if defined(CPU_HAND_WRITTEN_SWITCH)
-// Saves what the ABI wants preserved on the stack of the one, and loads it from the stack of the other
-__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
+// Saves what the ABI wants preserved on the stack of the one, and loads it from the stack of the
+// other
+__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save,
+                                                          [[maybe_unused]] void* load) {
     __asm__(
         "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
         "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
@@ -467,10 +522,12 @@ __attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void*
 #endif
 
 // from one fiber (or the host) to another. A leaving fiber has returned from its last thread
-CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fiber* to, [[maybe_unused]] bool leaving) {
+CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fiber* to,
+                                    [[maybe_unused]] bool leaving) {
 #if defined(CPU_ASAN)
     const bool to_host = to == &w->host;
-    __sanitizer_start_switch_fiber(leaving ? NULL : &from->fake_stack, to_host ? w->host_stack : to->stack,
+    __sanitizer_start_switch_fiber(leaving ? NULL : &from->fake_stack,
+                                   to_host ? w->host_stack : to->stack,
                                    to_host ? w->host_stack_bytes : STACK_BYTES);
 #endif
 #if defined(CPU_HAND_WRITTEN_SWITCH)
@@ -483,7 +540,8 @@ CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fib
 #endif
 }
 
-// AddressSanitizer: its frame is never left, so it may have no red zones; the next thread uses the same stack
+// AddressSanitizer: its frame is never left, so it may have no red zones; the next thread uses the
+// same stack
 CPU_ENGINE __attribute__((no_sanitize_address)) inline void fiber_main();
 
 // a fiber that will start in fiber_main, for the next thread of the block
@@ -494,10 +552,13 @@ CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
     Fiber* f = w->idle[--w->num_idle];
 #endif
 #if defined(CPU_HAND_WRITTEN_SWITCH)
-    // Colours: without the offset the same local of all threads falls into the same set of the cache
+    // Colours: without the offset the same local of all threads falls into the same set of the
+    // cache
     const size_t color = (size_t)(f - w->fibers) % 32 * 128;
     void** top = (void**)(f->stack + STACK_BYTES - color);
-    *--top = NULL; // where a return address would be: the ABI wants the stack pointer 8 off a multiple of 16 at entry
+    // where a return address would be: the ABI wants the stack pointer 8 off a multiple of 16 at
+    // entry
+    *--top = NULL;
     *--top = (void*)&fiber_main;
     for (int i = 0; i < 6; i++) { *--top = NULL; } // the six registers of switch_stack
     f->stack_pointer = top;
@@ -515,8 +576,12 @@ CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
 }
 
 inline char* map_memory(size_t bytes, const char* what) {
-    void* p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) { die("cannot map %zu MiB for %s; raise the limit of virtual memory (ulimit -v)", bytes >> 20, what); }
+    void* p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
+    if (p == MAP_FAILED) {
+        die("cannot map %zu MiB for %s; raise the limit of virtual memory (ulimit -v)", bytes >> 20,
+            what);
+    }
     return (char*)p;
 }
 
@@ -560,25 +625,30 @@ CPU_ENGINE inline void tsan_running([[maybe_unused]] Fiber* f) {
         if (warp->waiting == 0) { continue; }
         if (in_warps == 0) {
             const int lane = __builtin_ctz(warp->waiting);
-            snprintf(warps, sizeof(warps), " (warp %u: lanes %08x wait, lane %d for %08x)", i, warp->waiting, lane, warp->mask[lane]);
+            snprintf(warps, sizeof(warps), " (warp %u: lanes %08x wait, lane %d for %08x)", i,
+                     warp->waiting, lane, warp->mask[lane]);
         }
         in_warps += (unsigned)__builtin_popcount(warp->waiting);
     }
-    die("kernel %s, block (%u,%u,%u): deadlock: of %u threads %u returned, %u wait at __syncthreads, %u in warp operations%s; "
-        "all threads of a block, or lanes of a mask, must reach the same one", w->launch->kernel, w->block.x, w->block.y,
-        w->block.z, w->threads, w->done, w->num_at_barrier, in_warps, warps);
+    die("kernel %s, block (%u,%u,%u): deadlock: of %u threads %u returned, %u wait at "
+        "__syncthreads, %u in warp operations%s; all threads of a block, or lanes of a mask, must "
+        "reach the same one",
+        w->launch->kernel, w->block.x, w->block.y, w->block.z, w->threads, w->done,
+        w->num_at_barrier, in_warps, warps);
 }
 
 CPU_ENGINE inline void make_ready(Worker* w, Fiber* f) { w->ready[w->tail++ % MAX_THREADS] = f; }
 
-// who runs next: a ready fiber, else a new one for a thread that has not started, else the host when the block is done
+// who runs next: a ready fiber, else a new one for a thread that has not started, else the host
+// when the block is done
 CPU_ENGINE inline Fiber* pick(Worker* w) {
     const unsigned num_ready = w->tail - w->head;
     if (num_ready > 0) {
         if (w->kind == LAST_IN) { return w->ready[--w->tail % MAX_THREADS]; }
         if (w->kind == RANDOM) {
             if (w->next < w->threads && next_random(&w->random) % 2 == 0) { return new_fiber(w); }
-            const unsigned i = (w->head + (unsigned)(next_random(&w->random) % num_ready)) % MAX_THREADS;
+            const unsigned i =
+                (w->head + (unsigned)(next_random(&w->random) % num_ready)) % MAX_THREADS;
             Fiber* f = w->ready[i];
             w->ready[i] = w->ready[w->head % MAX_THREADS];
             w->head++;
@@ -620,11 +690,13 @@ CPU_ENGINE inline void finish_collective(Worker* w, Warp* warp, uint32_t lanes) 
     const uint32_t mask = warp->mask[first];
     warp->waiting &= ~lanes;
     for (uint32_t rest = lanes; rest != 0;) {
-        const unsigned lane = (unsigned)(w->kind == REVERSED ? 31 - __builtin_clz(rest) : __builtin_ctz(rest));
+        const unsigned lane =
+            (unsigned)(w->kind == REVERSED ? 31 - __builtin_clz(rest) : __builtin_ctz(rest));
         rest &= ~(1u << lane);
         if (warp->combine[lane] != combine || warp->mask[lane] != mask) {
-            die("kernel %s, block (%u,%u,%u), warp %u: lanes %u and %u meet in different warp operations, or with different "
-                "masks (%08x and %08x)", w->launch->kernel, w->block.x, w->block.y, w->block.z, (unsigned)(warp - w->warps),
+            die("kernel %s, block (%u,%u,%u), warp %u: lanes %u and %u meet in different warp "
+                "operations, or with different masks (%08x and %08x)",
+                w->launch->kernel, w->block.x, w->block.y, w->block.z, (unsigned)(warp - w->warps),
                 first, lane, mask, warp->mask[lane]);
         }
         make_ready(w, warp->fiber[lane]);
@@ -670,7 +742,8 @@ CPU_ENGINE inline void finish_thread(Worker* w) {
 }
 
 #if defined(CPU_TSAN)
-constexpr bool ONE_STACK_FOR_MANY = false; // the locals of two threads at one address would look like a race
+// the locals of two threads at one address would look like a race
+constexpr bool ONE_STACK_FOR_MANY = false;
 #else
 constexpr bool ONE_STACK_FOR_MANY = true;
 #endif
@@ -679,7 +752,8 @@ constexpr bool ONE_STACK_FOR_MANY = true;
 template <class Body> CPU_ENGINE void run_threads(Worker* w, const void* body) {
     do {
         start_thread(w);
-        run_thread(*(const Body*)body, w->current->index, w->block, w->launch->block, w->launch->grid);
+        run_thread(*(const Body*)body, w->current->index, w->block, w->launch->block,
+                   w->launch->grid);
         finish_thread(w);
     } while (ONE_STACK_FOR_MANY && w->next < w->threads && w->head == w->tail && w->kind != RANDOM);
 }
@@ -699,7 +773,8 @@ CPU_ENGINE inline void fiber_main() {
     Fiber* self = w->current;
     Fiber* next = pick(w);
 #if !defined(CPU_TSAN)
-    w->idle[w->num_idle++] = self; // after pick, which could begin a new fiber on the stack we stand on
+    // after pick, which could begin a new fiber on the stack we stand on
+    w->idle[w->num_idle++] = self;
 #endif
     w->current = next;
     switch_fiber(w, self, next, true);
@@ -709,7 +784,9 @@ CPU_ENGINE inline void fiber_main() {
 // ----------------------------------------------------------------------------
 // Shared memory. It starts as 0xFF bytes, NaN in every float format: on a GPU it starts as anything
 
-inline constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline constexpr size_t round_up(size_t n, size_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 CPU_ENGINE inline void poison_bytes(void* p, size_t n) {
 #if defined(CPU_TSAN)
@@ -733,19 +810,26 @@ CPU_ENGINE inline void begin_shared(Worker* w) {
     poison_bytes(w->arena, bytes);
 }
 
-CPU_ENGINE inline void* new_shared_variable(Worker* w, const void* site, size_t bytes, size_t alignment) {
+CPU_ENGINE inline void* new_shared_variable(Worker* w, const void* site, size_t bytes,
+                                            size_t alignment) {
     w->static_shared += bytes;
-    if (w->static_shared > MAX_STATIC_SHARED || w->static_shared + w->launch->dynamic_shared > MAX_SHARED) {
-        die("kernel %s: %zu bytes of static and %zu of dynamic shared memory; a block may have %zu static and %zu in all",
-            w->launch->kernel, w->static_shared, w->launch->dynamic_shared, MAX_STATIC_SHARED, MAX_SHARED);
+    if (w->static_shared > MAX_STATIC_SHARED ||
+        w->static_shared + w->launch->dynamic_shared > MAX_SHARED) {
+        die("kernel %s: %zu bytes of static and %zu of dynamic shared memory; a block may have %zu "
+            "static and %zu in all",
+            w->launch->kernel, w->static_shared, w->launch->dynamic_shared, MAX_STATIC_SHARED,
+            MAX_SHARED);
     }
     if (w->num_shared == MAX_SHARED_VARIABLES) {
-        die("kernel %s: more than %u __shared__ variables; raise MAX_SHARED_VARIABLES in dev/cpu/engine.h", w->launch->kernel,
-            MAX_SHARED_VARIABLES);
+        die("kernel %s: more than %u __shared__ variables; raise MAX_SHARED_VARIABLES in "
+            "dev/cpu/engine.h",
+            w->launch->kernel, MAX_SHARED_VARIABLES);
     }
 #if defined(CPU_ASAN)
-    // a red zone, and no more alignment than the type asks for: a cast to float4 needs __align__(16)
-    const size_t offset = round_up(w->arena_used + 64, 2 * (alignment < 8 ? 8 : alignment)) + alignment;
+    // a red zone, and no more alignment than the type asks for: a cast to float4 needs
+    // __align__(16)
+    const size_t offset =
+        round_up(w->arena_used + 64, 2 * (alignment < 8 ? 8 : alignment)) + alignment;
 #else
     const size_t offset = round_up(w->arena_used, alignment < 16 ? 16 : alignment);
 #endif
@@ -759,13 +843,16 @@ CPU_ENGINE inline void* new_shared_variable(Worker* w, const void* site, size_t 
     return p;
 }
 
-// the storage of `__shared__ T name;` the first thread that comes by makes it, for all threads of the block
-template <class T> CPU_ENGINE inline T& shared_variable(const void* site, size_t alignment = alignof(T)) {
+// the storage of `__shared__ T name;` the first thread that comes by makes it, for all threads of
+// the block
+template <class T>
+CPU_ENGINE inline T& shared_variable(const void* site, size_t alignment = alignof(T)) {
     Worker* w = worker;
     for (unsigned i = 0; i < w->num_shared; i++) {
         if (w->shared[i].site == site) { return *(T*)w->shared[i].storage; }
     }
-    return *(T*)new_shared_variable(w, site, sizeof(T), alignment < alignof(T) ? alignof(T) : alignment);
+    return *(T*)new_shared_variable(w, site, sizeof(T),
+                                    alignment < alignof(T) ? alignof(T) : alignment);
 }
 
 // of `extern __shared__ T name[];`
@@ -804,15 +891,19 @@ CPU_ENGINE inline void run_block(Worker* w, uint3 block) {
 CPU_ENGINE inline void tsan_launch([[maybe_unused]] Worker* w) {
 #if defined(CPU_TSAN)
     w->host.tsan_thread = __tsan_get_current_fiber();
-    for (unsigned i = 0; i < MAX_FIBERS; i++) { // those that a block of this size needs: each costs memory and time
+    // those that a block of this size needs: each costs memory and time
+    for (unsigned i = 0; i < MAX_FIBERS; i++) {
         Fiber* f = &w->fibers[i];
-        if (i % MAX_THREADS < w->threads && f->tsan_thread == NULL) { f->tsan_thread = __tsan_create_fiber(0); }
+        if (i % MAX_THREADS < w->threads && f->tsan_thread == NULL) {
+            f->tsan_thread = __tsan_create_fiber(0);
+        }
     }
     __tsan_release(&w->launched);
 #endif
 }
 
-// ThreadSanitizer: what the threads of all blocks until now did happens before what the host does next
+// ThreadSanitizer: what the threads of all blocks until now did happens before what the host does
+// next
 CPU_ENGINE inline void tsan_join([[maybe_unused]] Worker* w, [[maybe_unused]] uint64_t blocks) {
 #if defined(CPU_TSAN)
     for (unsigned i = 0; i < MAX_FIBERS; i++) {
@@ -825,8 +916,8 @@ CPU_ENGINE inline void tsan_join([[maybe_unused]] Worker* w, [[maybe_unused]] ui
 #endif
 }
 
-CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, const void*), const void* body, uint64_t first,
-                                    uint64_t last) {
+CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, const void*),
+                                    const void* body, uint64_t first, uint64_t last) {
     Worker* w = this_worker();
     w->launch = &launch;
     w->run = run;
@@ -839,7 +930,8 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
         w->arena = w->arenas + i % ARENAS * ARENA_BYTES;
 #if defined(CPU_TSAN)
         w->thread_set = i % THREAD_SETS;
-        if (i > 0 && i % ARENAS == 0) { // shared memory is used again: in order, lest that look like a race
+        // shared memory is used again: in order, lest that look like a race
+        if (i > 0 && i % ARENAS == 0) {
             tsan_join(w, i);
             tsan_launch(w);
         }
@@ -862,12 +954,14 @@ template <class Body> void run_fibers(const char* kernel, const Body& body) {
 // ----------------------------------------------------------------------------
 // What kernels and the other headers of this directory call
 
-// threadIdx and its siblings in a __device__ function; cu2cpp declares them at the top of one that mentions them
+// threadIdx and its siblings in a __device__ function; cu2cpp declares them at the top of one that
+// mentions them
 CPU_ENGINE inline uint3 current_thread_index() { return worker->current->index; }
 CPU_ENGINE inline uint3 current_block_index() { return worker->block; }
 CPU_ENGINE inline dim3 current_block_dim() { return worker->launch->block; }
 CPU_ENGINE inline dim3 current_grid_dim() { return worker->launch->grid; }
-CPU_ENGINE inline unsigned current_thread() { return worker->current->thread; } // x + y * blockDim.x + ...
+// x + y * blockDim.x + ...
+CPU_ENGINE inline unsigned current_thread() { return worker->current->thread; }
 CPU_ENGINE inline unsigned current_lane() { return worker->current->lane; }
 CPU_ENGINE inline unsigned threads_of_block() { return worker->threads; }
 
@@ -878,15 +972,15 @@ enum BarrierKind { BARRIER_PLAIN, BARRIER_COUNT, BARRIER_AND, BARRIER_OR };
 CPU_ENGINE inline unsigned barrier(BarrierKind kind, bool vote) {
     Worker* w = worker;
     if (w->num_at_barrier > 0 && w->barrier_kind != kind) {
-        die("kernel %s, block (%u,%u,%u): threads meet in different forms of __syncthreads", w->launch->kernel, w->block.x,
-            w->block.y, w->block.z);
+        die("kernel %s, block (%u,%u,%u): threads meet in different forms of __syncthreads",
+            w->launch->kernel, w->block.x, w->block.y, w->block.z);
     }
     w->barrier_kind = kind;
     w->votes += vote;
     w->at_barrier[w->num_at_barrier++] = w->current;
 #if defined(CPU_TSAN)
-    // two events in turn: with one, a thread that is already at the next barrier would be ordered before
-    // a thread that has yet to leave this one, and a race between the two would be missed
+    // two events in turn: with one, a thread that is already at the next barrier would be ordered
+    // before a thread that has yet to leave this one, and a race between the two would be missed
     char* event = &w->barrier_event[w->barrier_number & 1];
     __tsan_release(event);
 #endif
@@ -899,10 +993,11 @@ CPU_ENGINE inline unsigned barrier(BarrierKind kind, bool vote) {
 }
 
 /*
-A warp operation: every lane of mask hands in a value and an argument, and sleeps. When all lanes of mask that have not
-returned are there, combine(warp, lanes) runs once: for each lane of the bit set lanes it finds what that lane
-handed in at warp->in[lane] and warp->argument[lane], and leaves its result in warp->out[lane], which the lane gets.
-What does not fit into 16 bytes goes by pointer: the stacks of sleeping lanes can be read and written.
+A warp operation: every lane of mask hands in a value and an argument, and sleeps. When all lanes of
+mask that have not returned are there, combine(warp, lanes) runs once: for each lane of the bit set
+lanes it finds what that lane handed in at warp->in[lane] and warp->argument[lane], and leaves its
+result in warp->out[lane], which the lane gets. What does not fit into 16 bytes goes by pointer: the
+stacks of sleeping lanes can be read and written.
 */
 CPU_ENGINE inline Value collective(uint32_t mask, Value value, unsigned argument, Combine combine) {
     Worker* w = worker;
@@ -916,8 +1011,9 @@ CPU_ENGINE inline Value collective(uint32_t mask, Value value, unsigned argument
     warp->fiber[lane] = self;
     warp->waiting |= 1u << lane;
     if ((mask >> lane & 1) == 0) {
-        die("kernel %s, block (%u,%u,%u): lane %u calls a warp operation with mask %08x, which it is not in", w->launch->kernel,
-            w->block.x, w->block.y, w->block.z, lane, mask);
+        die("kernel %s, block (%u,%u,%u): lane %u calls a warp operation with mask %08x, which it "
+            "is not in",
+            w->launch->kernel, w->block.x, w->block.y, w->block.z, lane, mask);
     }
     const uint32_t lanes = mask & ~warp->exited;
     if ((warp->waiting & lanes) == lanes) { finish_collective(w, warp, lanes); }
@@ -926,7 +1022,8 @@ CPU_ENGINE inline Value collective(uint32_t mask, Value value, unsigned argument
 }
 
 template <class T> CPU_ENGINE inline Value to_value(const T& x) {
-    static_assert(sizeof(T) <= sizeof(Value) && std::is_trivially_copyable_v<T>, "a warp operation takes 16 bytes at most");
+    static_assert(sizeof(T) <= sizeof(Value) && std::is_trivially_copyable_v<T>,
+                  "a warp operation takes 16 bytes at most");
     Value v = {};
     memcpy(&v, &x, sizeof(T));
     return v;
@@ -942,5 +1039,8 @@ template <class T> CPU_ENGINE inline T from_value(Value v) {
 
 #if defined(CPU_ASAN)
 // the leak checker does not know the fibers' stacks
-extern "C" __attribute__((used, visibility("default"))) inline const char* __asan_default_options() { return "detect_leaks=0"; }
+extern "C" __attribute__((used, visibility("default"))) inline const char*
+__asan_default_options() {
+    return "detect_leaks=0";
+}
 #endif

@@ -1,11 +1,13 @@
 /*
-expf, logf, tanhf and erff for kernels: straight-line code that the compiler vectorises inside the loop over threads, where
-a call of the C library takes 20 times as long. The same bits come out vectorised or not, so that a kernel gives the
-same result under every schedule: multiply-adds are explicit, and the program is compiled with -ffp-contract=off.
+expf, logf, tanhf and erff for kernels: straight-line code that the compiler vectorises inside the
+loop over threads, where a call of the C library takes 20 times as long. The same bits come out
+vectorised or not, so that a kernel gives the same result under every schedule: multiply-adds are
+explicit, and the program is compiled with -ffp-contract=off.
 
-Errors over all floats, against the double functions (dev/test/test_cpu_device.cu measures them): expf, logf 1.1 ulp,
-tanhf, erff 1.4. NaN, infinities, denormals and overflow come out as from the C library. The polynomials are minimax fits, made
-with Lawson's iteration and refitted after the rounding of each coefficient.
+Errors over all floats, against the double functions (dev/test/test_cpu_device.cu measures them):
+expf, logf 1.1 ulp, tanhf, erff 1.4. NaN, infinities, denormals and overflow come out as from the C
+library. The polynomials are minimax fits, made with Lawson's iteration and refitted after the
+rounding of each coefficient.
 */
 #pragma once
 
@@ -30,7 +32,8 @@ CPU_MATH float bits_float(uint32_t bits) {
     return x;
 }
 
-// a * b + c: fused where the processor does that (there fmaf is one instruction), else rounded twice; never by the compiler's choice
+// a * b + c: fused where the processor does that (there fmaf is one instruction), else rounded
+// twice; never by the compiler's choice
 CPU_MATH float mul_add(float a, float b, float c) {
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
@@ -42,12 +45,14 @@ CPU_MATH float mul_add(float a, float b, float c) {
 // 1.5 * 2^23: adding it rounds a float below 2^22 to an integer, which then stands in its low bits
 constexpr float ROUNDER = 12582912.0f;
 
-// e^x = 2^n * e^r with n = round(x / ln 2) and |r| <= ln 2 / 2: gives e^r and, in the low bits of *n, n
+// e^x = 2^n * e^r with n = round(x / ln 2) and |r| <= ln 2 / 2: gives e^r and, in the low bits of
+// *n, n
 CPU_MATH float exp_reduced(float x, uint32_t* n) {
     const float shifted = mul_add(x, 1.44269504f, ROUNDER);
     const float whole = shifted - ROUNDER;
     *n = float_bits(shifted) - float_bits(ROUNDER);
-    const float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-06f; // the product with the high part is exact
+    // the product with the high part is exact
+    const float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-06f;
     const float r = mul_add(-whole, ln2_low, mul_add(-whole, ln2_high, x));
     float p = 0.00138207618f;
     p = mul_add(p, r, 0.00836924836f);
@@ -69,7 +74,8 @@ CPU_MATH float exp_float(float x) {
     c = c < -104.0f ? -104.0f : c;
     uint32_t n;
     const float p = exp_reduced(c, &n);
-    // 2^n in two factors: n reaches from -150 (denormals, rounded by the last product) to 128 (overflow)
+    // 2^n in two factors: n reaches from -150 (denormals, rounded by the last product) to 128
+    // (overflow)
     const uint32_t half = (uint32_t)((int32_t)n >> 1);
     const float y = p * bits_float((half + 127u) << 23) * bits_float((n - half + 127u) << 23);
     return x != x ? x : y; // which of two NaN a sum keeps is the compiler's choice
@@ -84,9 +90,11 @@ CPU_MATH float log_float(float x) {
     const float s = f / (2.0f + f), z = s * s, w = z * z, half = 0.5f * f * f;
     const float odd = w * mul_add(w, 0.24279078841f, 0.40000972152f);
     const float even = z * mul_add(w, 0.28498786688f, 0.66666662693f);
-    const float ln2_high = 0.69313812256f, ln2_low = 9.0580006145e-06f; // the product with the high part is exact
+    // the product with the high part is exact
+    const float ln2_high = 0.69313812256f, ln2_low = 9.0580006145e-06f;
     const float y = mul_add(e, ln2_high, f - (half - mul_add(s, half + (odd + even), e * ln2_low)));
-    const float special = x == 0.0f ? -INFINITY : x < 0.0f ? NAN : x; // infinity and NaN are themselves
+    // infinity and NaN are themselves
+    const float special = x == 0.0f ? -INFINITY : x < 0.0f ? NAN : x;
     return x > 0.0f && x < INFINITY ? y : special;
 }
 

@@ -1,6 +1,7 @@
 /*
-The workers of the CPU device: how many there are, a parallel loop over them, and the way out when a program is wrong.
-Used by the engine (blocks of a grid), by the BLAS stand-in (tiles of a product) and by large fills and copies.
+The workers of the CPU device: how many there are, a parallel loop over them, and the way out when a
+program is wrong. Used by the engine (blocks of a grid), by the BLAS stand-in (tiles of a product)
+and by large fills and copies.
 */
 #pragma once
 
@@ -19,7 +20,8 @@ Used by the engine (blocks of a grid), by the BLAS stand-in (tiles of a product)
 #include <immintrin.h>
 #endif
 
-// CPU_ASAN, CPU_TSAN: which sanitizer this is built with. GCC says it with macros, clang with features
+// CPU_ASAN, CPU_TSAN: which sanitizer this is built with. GCC says it with macros, clang with
+// features
 #ifdef __has_feature
 #if __has_feature(address_sanitizer)
 #define CPU_ASAN 1
@@ -37,8 +39,9 @@ Used by the engine (blocks of a grid), by the BLAS stand-in (tiles of a product)
 
 namespace cpu {
 
-// prints "cpu device: ..." and ends the program. It may be called on a fiber and while other workers
-// run, so destructors and exit handlers are skipped: they could wait for a worker that never comes
+// prints "cpu device: ..." and ends the program. It may be called on a fiber and while other
+// workers run, so destructors and exit handlers are skipped: they could wait for a worker that
+// never comes
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void die(const char* format, ...) {
     fflush(stdout);
     fputs("cpu device: ", stderr);
@@ -51,8 +54,8 @@ namespace cpu {
     _exit(EXIT_FAILURE);
 }
 
-// OMP_NUM_THREADS, else the number of cores that this process may use. Under a sanitizer one: the reports then
-// repeat from run to run
+// OMP_NUM_THREADS, else the number of cores that this process may use. Under a sanitizer one: the
+// reports then repeat from run to run
 inline int workers() {
 #if defined(CPU_ASAN) || defined(CPU_TSAN)
     return 1;
@@ -74,11 +77,13 @@ inline void pause_core() {
 #endif
 }
 
-// The workers, and the loop they are at. A loop ends when every index that was claimed is done. At an OpenMP barrier the caller
-// also waits for workers that claimed nothing, because the system has not scheduled them: on a busy machine that is most of the time.
+// The workers, and the loop they are at. A loop ends when every index that was claimed is done. At
+// an OpenMP barrier the caller also waits for workers that claimed nothing, because the system has
+// not scheduled them: on a busy machine that is most of the time.
 struct Pool {
-    // The number of the loop in the upper half, the next index in the lower; CLOSED while the fields below change. An index
-    // is claimed by compare-and-swap, so a worker that read an old loop's fields finds another number and claims nothing
+    // The number of the loop in the upper half, the next index in the lower; CLOSED while the
+    // fields below change. An index is claimed by compare-and-swap, so a worker that read an old
+    // loop's fields finds another number and claims nothing
     std::atomic<uint64_t> next{CLOSED};
     std::atomic<void (*)(void*, size_t)> run{NULL};
     std::atomic<void*> body{NULL};
@@ -97,14 +102,17 @@ struct Pool {
             const auto run_claimed = run.load(std::memory_order_relaxed);
             void* const body_claimed = body.load(std::memory_order_relaxed);
             if (i >= n.load(std::memory_order_relaxed)) { return any; } // CLOSED is above every n
-            if (!next.compare_exchange_strong(claimed, claimed + 1, std::memory_order_acq_rel)) { continue; }
+            if (!next.compare_exchange_strong(claimed, claimed + 1, std::memory_order_acq_rel)) {
+                continue;
+            }
             run_claimed(body_claimed, i);
             done.fetch_add(1, std::memory_order_release);
             any = true;
         }
     }
 
-    // a worker spins for some 50 us, which covers the gap between two launches of a training step, and then sleeps
+    // a worker spins for some 50 us, which covers the gap between two launches of a training step,
+    // and then sleeps
     void live() {
         for (int spins = 0; ; spins = work() ? 0 : spins + 1) {
             pause_core();
@@ -154,8 +162,8 @@ inline Pool* pool() {
     return made;
 }
 
-// f(i) for every i in [0, n), in any order; n below 2^32 - 1. A loop of one, one inside another, or one while
-// another thread's loop has the workers, runs inline
+// f(i) for every i in [0, n), in any order; n below 2^32 - 1. A loop of one, one inside another, or
+// one while another thread's loop has the workers, runs inline
 template <class F> void parallel_for(size_t n, F f) {
     if (n > 1 && workers() > 1 && !inside_loop && pool()->owner.try_lock()) {
         inside_loop = true;

@@ -1,6 +1,6 @@
 /*
-CUDA's built-in vector types. Their alignment is the device's: a misaligned float4 is an error there, and
-UndefinedBehaviorSanitizer reports it here.
+CUDA's built-in vector types. Their alignment is the device's: a misaligned float4 is an error
+there, and UndefinedBehaviorSanitizer reports it here.
 */
 #pragma once
 

@@ -280,8 +280,11 @@ def initial_parameters(model, seed):
 # dump: one batch, everything that test_deit compares
 
 def bf16_values(x):
-    """The nearest values that bf16 holds too, as float32: a trainer in bf16 then starts from the dump's own
-    parameters and images, and the comparison shows the rounding of its arithmetic alone."""
+    """The nearest values that bf16 holds too, as float32.
+
+    A trainer in bf16 then starts from the dump's own parameters and images, and the comparison
+    shows the rounding of its arithmetic alone.
+    """
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7fff + (bits >> 16 & 1)) & np.uint32(0xffff0000)).view(np.float32)
 
@@ -499,10 +502,12 @@ def train(options):
             print("eval  epoch %d | loss %.6f | top-1 %6.2f%% | top-5 %6.2f%%"
                   % (epoch + 1, scores[0], 100 * scores[1], 100 * scores[2]), flush=True)
             if log:
-                log.write("s:%d tel:%.9g top1:%.9g top5:%.9g\n" % (step + 1, *scores))
+                log.write("s:%d tel:%.9g top1:%.9g top5:%.9g\n"
+                          % (step + 1, scores[0], 100 * scores[1], 100 * scores[2]))
     if log:
         log.close()
-    print("final loss=%.6f top1=%.4f top5=%.4f" % scores)
+    loss, top1, top5 = scores
+    print("final loss=%.6f top1=%.2f top5=%.2f" % (loss, 100 * top1, 100 * top5))
 
 
 # ----------------------------------------------------------------------------

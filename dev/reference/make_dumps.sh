@@ -24,9 +24,10 @@ aligned="--image_size 32 --patch_size 8 --in_chans 3 --embed_dim 64 --depth 2 --
 dump deit_aligned_g00 $aligned --gamma 0 --seed 5
 dump deit_aligned_g90 $aligned --gamma 0.9 --seed 6
 
-# the nano model's 50 tokens: more than one tile and one block of 16,384 elements
+# the nano model's 50 tokens: more than one tile and one block of 16,384 elements. With this seed the
+# threshold of blocks.0.attn.qkv falls on six equal |x|, of which five are kept
 dump deit_tokens_g90 --image_size 28 --patch_size 4 --in_chans 1 --embed_dim 32 --depth 1 \
-     --num_heads 2 --num_classes 10 --batch_size 12 --gamma 0.9 --seed 7
+     --num_heads 2 --num_classes 10 --batch_size 12 --gamma 0.9 --seed 21
 
 # one image, two classes, and a gamma at which nothing is kept: k is 0, weight gradients are 0
 dump deit_none_kept --image_size 8 --patch_size 4 --in_chans 2 --embed_dim 16 --depth 1 \

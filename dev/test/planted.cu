@@ -1,9 +1,11 @@
 /*
-Planted bugs: what the CPU device and its sanitizer builds must find, and beside each the correct twin, which must pass in silence.
+Planted bugs: what the CPU device and its sanitizer builds must find, and beside each the correct
+twin, which must pass in silence.
 
     planted CASE bug | planted CASE correct      exit code 0: nothing was found
 
-dev/test/planted.sh runs them all. Each case is a few lines, so that a report can only mean the bug that was planted.
+dev/test/planted.sh runs them all. Each case is a few lines, so that a report can only mean the bug
+that was planted.
 */
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,8 +13,15 @@ dev/test/planted.sh runs them all. Each case is a few lines, so that a report ca
 
 #include <cuda_runtime.h>
 
-#define cudaCheck(call) do { cudaError_t err_ = (call); if (err_ != cudaSuccess) { \
-    fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_)); exit(EXIT_FAILURE); } } while (0)
+#define cudaCheck(call) \
+    do { \
+        cudaError_t err_ = (call); \
+        if (err_ != cudaSuccess) { \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                    cudaGetErrorString(err_)); \
+            exit(EXIT_FAILURE); \
+        } \
+    } while (0)
 
 const int N = 256; // threads of a block, and floats in each buffer
 static float *in, *out; // (N) in device memory
@@ -26,7 +35,9 @@ template <bool Bug> __global__ void missing_syncthreads_kernel(float* o, const f
     if (!Bug) { __syncthreads(); }
     o[threadIdx.x] = s[N - 1 - threadIdx.x];
 }
-template <bool Bug> void missing_syncthreads() { missing_syncthreads_kernel<Bug><<<1, N>>>(out, in); }
+template <bool Bug> void missing_syncthreads() {
+    missing_syncthreads_kernel<Bug><<<1, N>>>(out, in);
+}
 
 template <bool Bug> __global__ void missing_syncwarp_kernel(float* o, const float* a) {
     __shared__ float s[32];
@@ -44,7 +55,9 @@ template <bool Bug> __global__ void shuffle_as_barrier_kernel(float* o, const fl
     if (!Bug) { __syncwarp(); }
     o[threadIdx.x] = x + s[31 - threadIdx.x];
 }
-template <bool Bug> void shuffle_as_barrier() { shuffle_as_barrier_kernel<Bug><<<1, 32>>>(out, in); }
+template <bool Bug> void shuffle_as_barrier() {
+    shuffle_as_barrier_kernel<Bug><<<1, 32>>>(out, in);
+}
 
 // the loop writes again what others may still read
 template <bool Bug> __global__ void reuse_kernel(float* o, const float* a) {
@@ -75,7 +88,9 @@ template <bool Bug> void race_between_blocks() { race_between_blocks_kernel<Bug>
 template <bool Bug> __global__ void race_between_far_blocks_kernel(float* o) {
     if (threadIdx.x == 0) { o[Bug ? blockIdx.x % 2 : blockIdx.x] = (float)blockIdx.x; }
 }
-template <bool Bug> void race_between_far_blocks() { race_between_far_blocks_kernel<Bug><<<8, 32>>>(out); }
+template <bool Bug> void race_between_far_blocks() {
+    race_between_far_blocks_kernel<Bug><<<8, 32>>>(out);
+}
 
 // no race: the last block to finish reads what all have written, which the atomic counter orders
 template <bool Bug> __global__ void last_block_kernel(float* o, unsigned* count) {
@@ -110,7 +125,9 @@ template <bool Bug> __global__ void static_shared_overrun_kernel(float* o) {
     __syncthreads();
     o[threadIdx.x] = s[threadIdx.x] + t[threadIdx.x];
 }
-template <bool Bug> void static_shared_overrun() { static_shared_overrun_kernel<Bug><<<1, N>>>(out); }
+template <bool Bug> void static_shared_overrun() {
+    static_shared_overrun_kernel<Bug><<<1, N>>>(out);
+}
 
 template <bool Bug> __global__ void dynamic_shared_overrun_kernel(float* o) {
     extern __shared__ float s[];
@@ -118,7 +135,9 @@ template <bool Bug> __global__ void dynamic_shared_overrun_kernel(float* o) {
     __syncthreads();
     o[threadIdx.x] = s[threadIdx.x];
 }
-template <bool Bug> void dynamic_shared_overrun() { dynamic_shared_overrun_kernel<Bug><<<1, N, N * sizeof(float)>>>(out); }
+template <bool Bug> void dynamic_shared_overrun() {
+    dynamic_shared_overrun_kernel<Bug><<<1, N, N * sizeof(float)>>>(out);
+}
 
 template <bool Bug> __global__ void local_overrun_kernel(float* o) {
     float x[8];
@@ -150,15 +169,20 @@ template <bool Bug> __global__ void misaligned_shared_kernel(float* o) {
 }
 template <bool Bug> void misaligned_shared() { misaligned_shared_kernel<Bug><<<1, 4>>>(out); }
 
-template <bool Bug> __global__ void int_overflow_kernel(int* o, int n) { o[threadIdx.x] = n + (Bug ? (int)threadIdx.x : 0); }
-template <bool Bug> void int_overflow() { int_overflow_kernel<Bug><<<1, 32>>>((int*)out, 2147483647); }
+template <bool Bug> __global__ void int_overflow_kernel(int* o, int n) {
+    o[threadIdx.x] = n + (Bug ? (int)threadIdx.x : 0);
+}
+template <bool Bug> void int_overflow() {
+    int_overflow_kernel<Bug><<<1, 32>>>((int*)out, 2147483647);
+}
 
 // ----------------------------------------------------------------------------
 // What the device itself checks
 
 template <bool Bug> void wrong_copy_direction() {
     float host[N];
-    cudaCheck(cudaMemcpy(host, out, sizeof(host), Bug ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost));
+    cudaCheck(
+        cudaMemcpy(host, out, sizeof(host), Bug ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost));
 }
 
 template <bool Bug> void copy_overrun() {
@@ -191,9 +215,12 @@ template <bool Bug> void no_threads() { nothing_kernel<<<1, Bug ? 0 : 1>>>(); }
 template <bool Bug> void empty_grid() { nothing_kernel<<<Bug ? 0 : 1, 32>>>(); }
 template <bool Bug> void grid_y() { nothing_kernel<<<dim3(1, Bug ? 65536 : 65535), 1>>>(); }
 template <bool Bug> void grid_z() { nothing_kernel<<<dim3(1, 1, Bug ? 65536 : 65535), 1>>>(); }
-template <bool Bug> void too_much_shared() { nothing_kernel<<<1, 32, 48 * 1024 + (Bug ? 1 : 0)>>>(); }
+template <bool Bug> void too_much_shared() {
+    nothing_kernel<<<1, 32, 48 * 1024 + (Bug ? 1 : 0)>>>();
+}
 template <bool Bug> void more_shared_than_there_is() {
-    cudaCheck(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 + (Bug ? 1 : 0)));
+    cudaCheck(cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   227 * 1024 + (Bug ? 1 : 0)));
     nothing_kernel<<<1, 32, 227 * 1024>>>();
 }
 
@@ -216,15 +243,23 @@ template <bool Bug> void deadlock() { deadlock_kernel<Bug><<<1, 32>>>(out); }
 // lanes that meet in different operations
 template <bool Bug> __global__ void different_operations_kernel(float* o) {
     int x = 0;
-    if (Bug && threadIdx.x % 2 == 0) { x = __any_sync(0xffffffffu, 1); } else { x = __shfl_sync(0xffffffffu, 1, 0); }
+    if (Bug && threadIdx.x % 2 == 0) {
+        x = __any_sync(0xffffffffu, 1);
+    } else {
+        x = __shfl_sync(0xffffffffu, 1, 0);
+    }
     o[threadIdx.x] = (float)x;
 }
-template <bool Bug> void different_operations() { different_operations_kernel<Bug><<<1, 32>>>(out); }
+template <bool Bug> void different_operations() {
+    different_operations_kernel<Bug><<<1, 32>>>(out);
+}
 
 template <bool Bug> __global__ void wild_pointer_kernel(float* o, size_t far) {
     o[Bug ? far : threadIdx.x] = 1.0f; // a free kernel
 }
-template <bool Bug> void wild_pointer() { wild_pointer_kernel<Bug><<<1, 32>>>(out, (size_t)1 << 44); }
+template <bool Bug> void wild_pointer() {
+    wild_pointer_kernel<Bug><<<1, 32>>>(out, (size_t)1 << 44);
+}
 
 template <bool Bug> __global__ void stack_overflow_kernel(float* o, int n) {
     float x[Bug ? 100000 : 100];
@@ -269,7 +304,8 @@ template <bool Bug> __global__ void uninitialised_shared_kernel(float* o) {
 }
 template <bool Bug> void uninitialised_shared() {
     float host[N];
-    uninitialised_shared_kernel<false><<<1, N>>>(out); // what a block leaves behind is no value for the next
+    // what a block leaves behind is no value for the next
+    uninitialised_shared_kernel<false><<<1, N>>>(out);
     uninitialised_shared_kernel<Bug><<<1, N>>>(out);
     cudaCheck(cudaMemcpy(host, out, sizeof(host), cudaMemcpyDeviceToHost));
     for (float x : host) {
@@ -296,14 +332,45 @@ struct Case {
 };
 #define CASE(name) {#name, name<false>, name<true>}
 static const Case cases[] = {
-    CASE(missing_syncthreads), CASE(missing_syncwarp), CASE(shuffle_as_barrier), CASE(reuse), CASE(race_in_block),
-    CASE(race_between_blocks), CASE(race_between_far_blocks), CASE(last_block),
-    CASE(global_overrun), CASE(static_shared_overrun), CASE(dynamic_shared_overrun), CASE(local_overrun), CASE(use_after_free),
-    CASE(misaligned_vector), CASE(misaligned_shared), CASE(int_overflow),
-    CASE(wrong_copy_direction), CASE(copy_overrun), CASE(fill_of_host), CASE(host_pointer), CASE(freed_pointer),
-    CASE(too_many_threads), CASE(block_z), CASE(no_threads), CASE(empty_grid), CASE(grid_y), CASE(grid_z),
-    CASE(too_much_shared), CASE(more_shared_than_there_is), CASE(static_shared), CASE(deadlock), CASE(different_operations), CASE(wild_pointer), CASE(stack_overflow),
-    CASE(double_free), CASE(free_of_host), CASE(uninitialised_memory), CASE(uninitialised_shared), CASE(out_of_memory),
+    CASE(missing_syncthreads),
+    CASE(missing_syncwarp),
+    CASE(shuffle_as_barrier),
+    CASE(reuse),
+    CASE(race_in_block),
+    CASE(race_between_blocks),
+    CASE(race_between_far_blocks),
+    CASE(last_block),
+    CASE(global_overrun),
+    CASE(static_shared_overrun),
+    CASE(dynamic_shared_overrun),
+    CASE(local_overrun),
+    CASE(use_after_free),
+    CASE(misaligned_vector),
+    CASE(misaligned_shared),
+    CASE(int_overflow),
+    CASE(wrong_copy_direction),
+    CASE(copy_overrun),
+    CASE(fill_of_host),
+    CASE(host_pointer),
+    CASE(freed_pointer),
+    CASE(too_many_threads),
+    CASE(block_z),
+    CASE(no_threads),
+    CASE(empty_grid),
+    CASE(grid_y),
+    CASE(grid_z),
+    CASE(too_much_shared),
+    CASE(more_shared_than_there_is),
+    CASE(static_shared),
+    CASE(deadlock),
+    CASE(different_operations),
+    CASE(wild_pointer),
+    CASE(stack_overflow),
+    CASE(double_free),
+    CASE(free_of_host),
+    CASE(uninitialised_memory),
+    CASE(uninitialised_shared),
+    CASE(out_of_memory),
 };
 
 int main(int argc, char** argv) {

@@ -46,7 +46,8 @@ t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kern
 t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,cpu_device}
 t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,cpu_device}
 
-t cpu_device_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_cpu_device
+t cu2cpp 120 dev/test/cu2cpp.sh
+t cpu_device_schedules 600 dev/test/schedules.sh 'all results' $fp32/dev/test/test_cpu_device
 t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
 t cpu_libs_bf16 300 $bf16/dev/test/test_cpu_libs
 t kernels_fp32 300 $fp32/dev/test/test_kernels

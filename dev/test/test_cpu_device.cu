@@ -1,7 +1,13 @@
 /*
-Checks every operation of the CPU device against the CUDA C++ Programming Guide, one line a check; the last line counts them,
-and the exit code is the verdict. dev/test/schedules.sh runs it under every schedule: the line "all results" must be the same.
-Only CUDA's own API is used outside of #ifdef CPU_DEVICE, so that nvcc builds it too and a GPU can confirm what it expects.
+Checks every operation of the CPU device against the CUDA C++ Programming Guide, one line a check;
+the last line counts them, and the exit code is the verdict. dev/test/schedules.sh runs it under
+every schedule: the line "all results" must be the same.
+
+    test_cpu_device          the checks
+    test_cpu_device bench    what kernels and operations cost, beside plain C
+
+Only CUDA's own API is used outside of #ifdef CPU_DEVICE, so that nvcc builds it too and a GPU can
+confirm what it expects.
 */
 #include <float.h>
 #include <limits.h>
@@ -11,6 +17,7 @@ Only CUDA's own API is used outside of #ifdef CPU_DEVICE, so that nvcc builds it
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <vector>
 
@@ -25,14 +32,22 @@ Only CUDA's own API is used outside of #ifdef CPU_DEVICE, so that nvcc builds it
 
 namespace cg = cooperative_groups;
 
-#define cudaCheck(call) do { cudaError_t err_ = (call); if (err_ != cudaSuccess) { \
-    fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_)); exit(EXIT_FAILURE); } } while (0)
+#define cudaCheck(call) \
+    do { \
+        cudaError_t err_ = (call); \
+        if (err_ != cudaSuccess) { \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                    cudaGetErrorString(err_)); \
+            exit(EXIT_FAILURE); \
+        } \
+    } while (0)
 
 // ----------------------------------------------------------------------------
 // Verdicts, and memory
 
 static int passed = 0, failed = 0;
-static uint64_t all_results = 14695981039346656037ull; // FNV-1a of everything that kernels gave back
+// FNV-1a of everything that kernels gave back
+static uint64_t all_results = 14695981039346656037ull;
 
 static void check(bool ok, const char* format, ...) {
     (ok ? passed : failed)++;
@@ -64,7 +79,9 @@ template <class T> std::vector<T> take(T* p, size_t n) {
     cudaCheck(cudaMemcpy(host.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
     cudaCheck(cudaFree(p));
     const unsigned char* bytes = (const unsigned char*)host.data();
-    for (size_t i = 0; i < n * sizeof(T); i++) { all_results = (all_results ^ bytes[i]) * 1099511628211ull; }
+    for (size_t i = 0; i < n * sizeof(T); i++) {
+        all_results = (all_results ^ bytes[i]) * 1099511628211ull;
+    }
     return host;
 }
 
@@ -73,7 +90,9 @@ template <class T> bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 struct Four { float x, y, z, w; }; // 16 bytes: the widest value of a warp operation
-__host__ __device__ inline bool operator!=(const Four& a, const Four& b) { return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w; }
+__host__ __device__ inline bool operator!=(const Four& a, const Four& b) {
+    return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w;
+}
 
 // values that tell lanes apart, exact in float
 __host__ __device__ inline int value_of(int thread) { return (thread * 2654435761u >> 20) & 4095; }
@@ -82,16 +101,20 @@ __host__ __device__ inline int value_of(int thread) { return (thread * 265443576
 // Warp operations
 
 enum { SHFL, UP, DOWN, XOR, SHUFFLES };
-const char* shuffle_names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+const char* shuffle_names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync",
+                               "__shfl_xor_sync"};
 
 template <class T> __device__ T make(int v);
 template <> __device__ inline int make<int>(int v) { return v; }
 template <> __device__ inline double make<double>(int v) { return v + 0.5; }
-template <> __device__ inline unsigned long long make<unsigned long long>(int v) { return (unsigned long long)v << 40 | (unsigned)v; }
+template <> __device__ inline unsigned long long make<unsigned long long>(int v) {
+    return (unsigned long long)v << 40 | (unsigned)v;
+}
 
 // out[k] = number of errors of thread k: each lane computes what it must get
 template <class T> __global__ void shuffle_kernel(int* out, int kind, int width) {
-    const int thread = threadIdx.x, lane = thread % 32, base = thread - lane, segment = lane & ~(width - 1);
+    const int thread = threadIdx.x, lane = thread % 32, base = thread - lane,
+              segment = lane & ~(width - 1);
     int errors = 0;
     for (int d = 0; d < 32; d++) {
         const T mine = make<T>(value_of(thread) + d);
@@ -143,11 +166,18 @@ __global__ void masks_kernel(unsigned* out) {
 }
 
 void test_masks() {
-    const std::vector<unsigned> got = take([] { unsigned* p = device_zeros<unsigned>(40); masks_kernel<<<1, 40>>>(p); return p; }(), 40);
+    const std::vector<unsigned> got = take(
+        [] {
+            unsigned* p = device_zeros<unsigned>(40);
+            masks_kernel<<<1, 40>>>(p);
+            return p;
+        }(),
+        40);
     bool ok = true;
     for (unsigned i = 0; i < 40; i++) {
         const unsigned mask = i < 32 ? 0x0f0f0f0fu : 0xffu;
-        const unsigned want = (mask & 0x55555555u) + (i < 32 ? 3 : 35) * 3 + 5 + 7 + __builtin_popcount(mask);
+        const unsigned want =
+            (mask & 0x55555555u) + (i < 32 ? 3 : 35) * 3 + 5 + 7 + __builtin_popcount(mask);
         ok = ok && got[i] == (mask >> i % 32 & 1 ? want : 0);
     }
     check(ok, "warp operations of some lanes, and of a warp that is not full");
@@ -172,7 +202,8 @@ void test_votes() {
     bool ok = true;
     for (int i = 0; i < 32; i++) {
         const unsigned* g = &got[i * 6];
-        ok = ok && g[0] == ballot && g[1] != 0 && g[2] == 0 && g[3] != 0 && g[4] == 0 && g[5] == 0xffffffffu;
+        ok = ok && g[0] == ballot && g[1] != 0 && g[2] == 0 && g[3] != 0 && g[4] == 0 &&
+             g[5] == 0xffffffffu;
     }
     check(ok, "__ballot_sync, __any_sync, __all_sync");
 }
@@ -204,9 +235,11 @@ void test_reduce_sync() {
         const int x = value_of(i) - 2048;
         const unsigned u = (unsigned)value_of(i);
         sum += x, low = x < low ? x : low, high = x > high ? x : high;
-        usum += u, ulow = u < ulow ? u : ulow, uhigh = u > uhigh ? u : uhigh, all &= u | 64u, any |= u, parity ^= u;
+        usum += u, ulow = u < ulow ? u : ulow, uhigh = u > uhigh ? u : uhigh, all &= u | 64u,
+                   any |= u, parity ^= u;
     }
-    const unsigned want[9] = {(unsigned)sum, (unsigned)low, (unsigned)high, usum, ulow, uhigh, all, any, parity};
+    const unsigned want[9] = {(unsigned)sum, (unsigned)low, (unsigned)high, usum, ulow, uhigh,
+                              all,           any,           parity};
     bool ok = true;
     for (int i = 0; i < 32 * 9; i++) { ok = ok && got[i] == want[i % 9]; }
     check(ok, "__reduce_add/min/max/and/or/xor_sync");
@@ -216,7 +249,9 @@ void test_reduce_sync() {
 // Cooperative groups
 
 struct AddFour {
-    __host__ __device__ Four operator()(Four a, Four b) const { return Four{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+    __host__ __device__ Four operator()(Four a, Four b) const {
+        return Four{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+    }
 };
 
 // errors of each thread; want: what plain loops over the tile give
@@ -227,7 +262,8 @@ template <int N> __global__ void tile_kernel(int* errors, float* sums) {
     const int mine = value_of(thread);
     int e = 0;
     e += (int)block.thread_rank() != thread || (int)block.size() != (int)blockDim.x;
-    e += (int)tile.thread_rank() != rank || (int)tile.size() != N || (int)tile.meta_group_rank() != thread / N;
+    e += (int)tile.thread_rank() != rank || (int)tile.size() != N ||
+         (int)tile.meta_group_rank() != thread / N;
     e += (int)tile.meta_group_size() != (int)blockDim.x / N;
     int sum = 0, low = INT_MAX, high = INT_MIN, before = 0, most = INT_MIN;
     unsigned ballot = 0;
@@ -290,7 +326,9 @@ template <int N> void test_tile() {
 __global__ void tiles_alone_kernel(int* out) {
     auto tile = cg::tiled_partition<8>(cg::this_thread_block());
     int x = (int)tile.thread_rank();
-    for (unsigned i = 0; i <= tile.meta_group_rank(); i++) { x = cg::reduce(tile, x, cg::greater<int>()) + (int)tile.thread_rank(); }
+    for (unsigned i = 0; i <= tile.meta_group_rank(); i++) {
+        x = cg::reduce(tile, x, cg::greater<int>()) + (int)tile.thread_rank();
+    }
     out[threadIdx.x] = x;
 }
 
@@ -335,7 +373,8 @@ void test_barriers() {
         const std::vector<int> got = take(out, 3 * 256);
         bool ok = true;
         for (int i = 0; i < 3 * 256; i++) { ok = ok && got[i] == (i % 256 < limit ? 1 : 0); }
-        check(ok, "__syncthreads, _count, _or, _and where %d of 256 threads have returned", 256 - limit);
+        check(ok, "__syncthreads, _count, _or, _and where %d of 256 threads have returned",
+              256 - limit);
     }
 }
 
@@ -384,7 +423,11 @@ template <class T> __global__ void atomic_add_free_kernel(T* sum) {
 template <class T> void test_atomic_add(const char* type) {
     for (int is_free = 0; is_free < 2; is_free++) {
         T* sum = device_zeros<T>(5);
-        if (is_free) { atomic_add_free_kernel<T><<<100, 128>>>(sum); } else { atomic_add_kernel<T><<<100, 128>>>(sum); }
+        if (is_free) {
+            atomic_add_free_kernel<T><<<100, 128>>>(sum);
+        } else {
+            atomic_add_kernel<T><<<100, 128>>>(sum);
+        }
         const std::vector<T> got = take(sum, 5);
         bool ok = got[4] == (T)12800;
         for (int i = 0; i < 4; i++) { ok = ok && got[i] == (T)(3200 * (i + 1)); }
@@ -428,11 +471,15 @@ void test_atomics() {
         low = v < low ? v : low, high = v > high ? v : high, parity ^= (unsigned)t;
     }
     std::vector<int> gi(4);
-    cudaCheck(cudaMemcpy(gi.data(), i, 16, cudaMemcpyDeviceToHost)); // gi[3] depends on the order: not a result
+    // gi[3] depends on the order: not a result
+    cudaCheck(cudaMemcpy(gi.data(), i, 16, cudaMemcpyDeviceToHost));
     const std::vector<unsigned> gu = take(u, 5);
-    check(gi[0] == -2 * n && gi[1] == high && gi[2] == low, "atomicSub, atomicMax, atomicMin of int");
-    check(gu[0] == (unsigned)(high + 2000) && take(l, 1)[0] == (unsigned long long)(n - 1) << 33, "atomicMax of unsigned, of unsigned long long");
-    check(gu[1] == 0x80000000u && gu[2] == 0x7fffffffu && gu[3] == parity, "atomicAnd, atomicOr, atomicXor");
+    check(gi[0] == -2 * n && gi[1] == high && gi[2] == low,
+          "atomicSub, atomicMax, atomicMin of int");
+    check(gu[0] == (unsigned)(high + 2000) && take(l, 1)[0] == (unsigned long long)(n - 1) << 33,
+          "atomicMax of unsigned, of unsigned long long");
+    check(gu[1] == 0x80000000u && gu[2] == 0x7fffffffu && gu[3] == parity,
+          "atomicAnd, atomicOr, atomicXor");
     check(gi[3] >= 0 && gi[3] < n && gu[4] == 1, "atomicExch");
     check(take(f, 1)[0] == (float)n, "atomicCAS in a loop");
     cudaCheck(cudaFree(i));
@@ -460,7 +507,8 @@ void test_last_block() {
     unsigned* count = device_zeros<unsigned>(1);
     int* total = device_zeros<int>(1);
     last_block_kernel<<<200, 32>>>(sums, count, total);
-    check(take(total, 1)[0] == 199 * 200 / 2, "the last block to finish sees what all have written");
+    check(take(total, 1)[0] == 199 * 200 / 2,
+          "the last block to finish sees what all have written");
     take(sums, 200);
     take(count, 1);
 }
@@ -490,7 +538,11 @@ __global__ void static_shared_kernel(int* out) {
     int errors = tile[7 - y][31 - x] != (7 - y) * 100 + 31 - x;
     errors += other[y % 4] != y % 4 || one != 1.5f || ((float4*)bytes)[y % 4].x != (float)(y % 4);
     __syncthreads();
-    if (y == 0) { out[blockIdx.x * 32 + x] = errors; } else if (errors) { atomicAdd(&out[blockIdx.x * 32 + x], 1000); }
+    if (y == 0) {
+        out[blockIdx.x * 32 + x] = errors;
+    } else if (errors) {
+        atomicAdd(&out[blockIdx.x * 32 + x], 1000);
+    }
 }
 
 __global__ void instances_kernel(int* out) {
@@ -513,7 +565,9 @@ template <class T> __global__ void dynamic_shared_kernel(T* out, int n) {
 template <class T> void test_dynamic_shared(int n) {
     T* out = device_zeros<T>(2 * 64);
     if (n * sizeof(T) > 48 * 1024) {
-        cudaCheck(cudaFuncSetAttribute(dynamic_shared_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, n * (int)sizeof(T)));
+        cudaCheck(cudaFuncSetAttribute(dynamic_shared_kernel<T>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       n * (int)sizeof(T)));
     }
     dynamic_shared_kernel<T><<<2, 64, n * sizeof(T)>>>(out, n);
     double sum = 0.0;
@@ -526,7 +580,8 @@ void test_shared() {
     static_shared_kernel<<<4, dim3(32, 8)>>>(out);
     int errors = 0;
     for (int e : take(out, 4 * 32)) { errors += e; }
-    check(errors == 0, "static shared memory: several, two-dimensional, scalar and aligned variables");
+    check(errors == 0,
+          "static shared memory: several, two-dimensional, scalar and aligned variables");
     int* sums = device_zeros<int>(64);
     instances_kernel<<<1, 64>>>(sums);
     bool ok = true;
@@ -568,13 +623,15 @@ void test_poison() {
 // Grids and kernels of all forms
 
 __device__ uint64_t code_of_thread() { // a __device__ function may mention the indices
-    const uint64_t block = blockIdx.x + (uint64_t)gridDim.x * (blockIdx.y + (uint64_t)gridDim.y * blockIdx.z);
+    const uint64_t block =
+        blockIdx.x + (uint64_t)gridDim.x * (blockIdx.y + (uint64_t)gridDim.y * blockIdx.z);
     const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     return block * blockDim.x * blockDim.y * blockDim.z + thread;
 }
 
 __global__ void grid_kernel(uint64_t* out) {
-    const uint64_t block = blockIdx.x + (uint64_t)gridDim.x * (blockIdx.y + (uint64_t)gridDim.y * blockIdx.z);
+    const uint64_t block =
+        blockIdx.x + (uint64_t)gridDim.x * (blockIdx.y + (uint64_t)gridDim.y * blockIdx.z);
     const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     const uint64_t i = block * blockDim.x * blockDim.y * blockDim.z + thread;
     out[i] += (i << 30) + (threadIdx.x << 20) + (threadIdx.y << 10) + threadIdx.z + 1;
@@ -587,8 +644,13 @@ __global__ void grid_fibers_kernel(uint64_t* out) {
 }
 
 void test_grids() {
-    const dim3 shapes[][2] = {{dim3(1), dim3(1)}, {dim3(7), dim3(33)}, {dim3(3, 5), dim3(17, 3)}, {dim3(2, 3, 4), dim3(5, 6, 7)},
-                              {dim3(1, 1, 70), dim3(1, 1, 64)}, {dim3(1, 300), dim3(2, 512)}, {dim3(10000), dim3(3)}};
+    const dim3 shapes[][2] = {{dim3(1), dim3(1)},
+                              {dim3(7), dim3(33)},
+                              {dim3(3, 5), dim3(17, 3)},
+                              {dim3(2, 3, 4), dim3(5, 6, 7)},
+                              {dim3(1, 1, 70), dim3(1, 1, 64)},
+                              {dim3(1, 300), dim3(2, 512)},
+                              {dim3(10000), dim3(3)}};
     for (const dim3* shape : shapes) {
         const dim3 g = shape[0], b = shape[1];
         const size_t threads = b.x * b.y * b.z, n = threads * g.x * g.y * g.z;
@@ -599,9 +661,11 @@ void test_grids() {
             bool ok = true;
             for (size_t i = 0; i < n; i++) {
                 const size_t t = i % threads;
-                ok = ok && got[i] == (i << 30) + (t % b.x << 20) + (t / b.x % b.y << 10) + t / b.x / b.y + 1;
+                ok = ok && got[i] == (i << 30) + (t % b.x << 20) + (t / b.x % b.y << 10) +
+                                         t / b.x / b.y + 1;
             }
-            check(ok, "grid %u x %u x %u of blocks %u x %u x %u%s", g.x, g.y, g.z, b.x, b.y, b.z, fibers ? " with a barrier" : "");
+            check(ok, "grid %u x %u x %u of blocks %u x %u x %u%s", g.x, g.y, g.z, b.x, b.y, b.z,
+                  fibers ? " with a barrier" : "");
         }
     }
 }
@@ -614,9 +678,13 @@ template <class T> struct Holder {
 __global__ void kernel(int* out) { *out = 42; }
 }
 __global__ void no_arguments_kernel() {}
-__global__ void pointers_kernel(int* out, const int* absent, const float* also) { *out = absent == NULL && also == NULL; }
+__global__ void pointers_kernel(int* out, const int* absent, const float* also) {
+    *out = absent == NULL && also == NULL;
+}
 struct Pair { int a, b; };
-__global__ void __launch_bounds__(32) pair_kernel(Pair pair, int* out) { *out = pair.a * 10 + pair.b; }
+__global__ void __launch_bounds__(32) pair_kernel(Pair pair, int* out) {
+    *out = pair.a * 10 + pair.b;
+}
 __global__ void changes_its_parameters_kernel(int* out, const int* in, int n, Pair pair) {
     out += threadIdx.x;
     in += threadIdx.x;
@@ -632,14 +700,20 @@ __global__ void changes_its_parameters_fibers_kernel(int* out, const int* in, in
     *out = *in + n;
 }
 struct Table { const int* in[4]; int n[4]; }; // by value, and indexed
-__global__ void table_kernel(int* out, Table table) { out[threadIdx.x] = table.in[threadIdx.x % 4][0] + table.n[threadIdx.x % 4]; }
+__global__ void table_kernel(int* out, Table table) {
+    out[threadIdx.x] = table.in[threadIdx.x % 4][0] + table.n[threadIdx.x % 4];
+}
 #define LAUNCH(kernel, blocks, ...) kernel<<<blocks, 1>>>(__VA_ARGS__)
 
 void test_forms() {
     const int configuration[] = {1, 1};
     int* out = device_zeros<int>(32);
     int host[32];
-    auto result = [&] { cudaCheck(cudaGetLastError()); cudaCheck(cudaMemcpy(host, out, sizeof(host), cudaMemcpyDeviceToHost)); return host[0]; };
+    auto result = [&] {
+        cudaCheck(cudaGetLastError());
+        cudaCheck(cudaMemcpy(host, out, sizeof(host), cudaMemcpyDeviceToHost));
+        return host[0];
+    };
     template_kernel<int, (3 > 2) ? 5 : 6><<<1, 1>>>(out, 1);
     check(result() == 6, "a template kernel with > among its arguments");
     space::Holder<int>::run(out);
@@ -686,9 +760,11 @@ __global__ void bits_kernel(int* e) {
     errors += __ffs(0) != 0 || __ffs(8) != 4 || __ffsll(1ll << 40) != 41;
     errors += __clz(0) != 32 || __clz(1) != 31 || __clz(-1) != 0 || __clzll(1) != 63;
     errors += __brev(1u) != 0x80000000u || __brev(0x12345678u) != 0x1e6a2c48u;
-    errors += __float_as_uint(1.0f) != 0x3f800000u || __uint_as_float(0xc0000000u) != -2.0f || __float_as_int(-0.0f) != INT_MIN;
+    errors += __float_as_uint(1.0f) != 0x3f800000u || __uint_as_float(0xc0000000u) != -2.0f ||
+              __float_as_int(-0.0f) != INT_MIN;
     errors += __umulhi(0x80000000u, 6u) != 3u || __umul64hi(1ull << 63, 6ull) != 3ull;
-    errors += min(3, -4) != -4 || max(3u, 4u) != 4u || min(1.0f, 2.0f) != 1.0f || max(-1.0, 1.0) != 1.0 || max(1, 2u) != 2u;
+    errors += min(3, -4) != -4 || max(3u, 4u) != 4u || min(1.0f, 2.0f) != 1.0f ||
+              max(-1.0, 1.0) != 1.0 || max(1, 2u) != 2u;
     errors += rsqrtf(4.0f) != 0.5f;
     *e = errors;
 }
@@ -712,7 +788,8 @@ void test_arithmetic() {
     ok = ok && same(take((float*)wide, 16), {1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8});
     check(ok, "__ldg, __ldcs, __stcs, __stcg of float and float4");
     cudaCheck(cudaFree(in));
-    check(sizeof(float4) == 16 && alignof(float4) == 16 && alignof(float2) == 8 && sizeof(uint3) == 12 && alignof(__nv_bfloat162) == 4,
+    check(sizeof(float4) == 16 && alignof(float4) == 16 && alignof(float2) == 8 &&
+              sizeof(uint3) == 12 && alignof(__nv_bfloat162) == 4,
           "sizes and alignments of vector types");
 }
 
@@ -726,7 +803,8 @@ __global__ void round_kernel(unsigned short* out, float* back, const unsigned* b
 }
 
 void test_bf16() {
-    // around every bf16 value: itself, just below and above the middle to the next, and the middle: a tie
+    // around every bf16 value: itself, just below and above the middle to the next, and the middle:
+    // a tie
     const size_t n = 65536 * 4;
     std::vector<unsigned> bits(n);
     for (size_t i = 0; i < n; i++) {
@@ -744,35 +822,43 @@ void test_bf16() {
         const unsigned upper = (unsigned)(i / 4);
         float x, y;
         memcpy(&x, &bits[i], 4);
-        const unsigned short want = (unsigned short)(upper + (i % 4 == 3 || (i % 4 == 2 && upper % 2 == 1)));
+        const unsigned short want =
+            (unsigned short)(upper + (i % 4 == 3 || (i % 4 == 2 && upper % 2 == 1)));
         const unsigned widened = (unsigned)got[i] << 16;
         memcpy(&y, &widened, 4);
         wrong += isnan(x) ? !isnan(y) || !isnan(wide[i]) : got[i] != want || y != wide[i];
     }
-    check(wrong == 0, "bf16 rounds to nearest, ties to even, and keeps NaN: %zu of %zu wrong", wrong, n);
+    check(wrong == 0, "bf16 rounds to nearest, ties to even, and keeps NaN: %zu of %zu wrong",
+          wrong, n);
     const __nv_bfloat162 pair = __floats2bfloat162_rn(1.5f, -2.0f);
     const float2 floats = __bfloat1622float2(pair);
-    check(floats.x == 1.5f && floats.y == -2.0f && (float)__ushort_as_bfloat16(0x4049) == 3.140625f && __low2float(pair) == 1.5f,
+    check(floats.x == 1.5f && floats.y == -2.0f &&
+              (float)__ushort_as_bfloat16(0x4049) == 3.140625f && __low2float(pair) == 1.5f,
           "bf16 pairs and raw bits");
     cudaCheck(cudaFree(d));
 }
 
 enum { EXP, LOG, TANH, ERF, FUNCTIONS };
 __device__ inline float apply(int function, float x) {
-    return function == EXP ? expf(x) : function == LOG ? logf(x) : function == TANH ? tanhf(x) : erff(x);
+    return function == EXP    ? expf(x)
+           : function == LOG  ? logf(x)
+           : function == TANH ? tanhf(x)
+                              : erff(x);
 }
 template <int Function> __global__ void function_kernel(float* out, const float* in, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) { out[i] = apply(Function, in[i]); }
 }
-template <int Function> __global__ void function_fibers_kernel(float* out, const float* in, size_t n) {
+template <int Function>
+__global__ void function_fibers_kernel(float* out, const float* in, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     __syncthreads();
     if (i < n) { out[i] = apply(Function, in[i]); }
 }
 
 // every 997th float, and the same bits from the vectorised loop and from single threads
-template <int Function> void test_function(const char* name, double (*reference)(double), double allowed) {
+template <int Function>
+void test_function(const char* name, double (*reference)(double), double allowed) {
     std::vector<float> x;
 #if defined(CPU_ASAN) || defined(CPU_TSAN)
     const uint64_t step = 9973 * 1009; // under a sanitizer every thread is a fiber
@@ -784,7 +870,8 @@ template <int Function> void test_function(const char* name, double (*reference)
         x.resize(x.size() + 1);
         memcpy(&x.back(), &b, 4);
     }
-    for (float special : {0.0f, -0.0f, 1.0f, -1.0f, INFINITY, -INFINITY, NAN, FLT_MIN, FLT_MAX, 88.7228317f, 88.7228394f, -103.97f, -104.0f}) {
+    for (float special : {0.0f, -0.0f, 1.0f, -1.0f, INFINITY, -INFINITY, NAN, FLT_MIN, FLT_MAX,
+                          88.7228317f, 88.7228394f, -103.97f, -104.0f}) {
         x.push_back(special);
     }
     const size_t n = x.size();
@@ -801,16 +888,19 @@ template <int Function> void test_function(const char* name, double (*reference)
         const float rounded = (float)want;
         differ += memcmp(&y[i], &z[i], 4) != 0;
         if (isnan(rounded) || isinf(rounded) || isinf(y[i]) || rounded == 0.0f) {
-            special += isnan(rounded) ? !isnan(y[i]) : y[i] != rounded || signbit(y[i]) != signbit(rounded);
+            special += isnan(rounded) ? !isnan(y[i])
+                                      : y[i] != rounded || signbit(y[i]) != signbit(rounded);
             continue;
         }
         int exponent;
         frexp(want, &exponent);
-        const double error = fabs((double)y[i] - want) / ldexp(1.0, (exponent < -125 ? -125 : exponent) - 24);
+        const double error =
+            fabs((double)y[i] - want) / ldexp(1.0, (exponent < -125 ? -125 : exponent) - 24);
         if (!(error <= worst)) { worst = error, at = x[i]; }
     }
-    check(worst <= allowed && special == 0, "%s: error at most %.2f ulp (at %g), %zu special values wrong, of %zu floats", name, worst, at,
-          special, n);
+    check(worst <= allowed && special == 0,
+          "%s: error at most %.2f ulp (at %g), %zu special values wrong, of %zu floats", name,
+          worst, at, special, n);
     check(differ == 0, "%s: the same bits in a vectorised loop and in single threads", name);
     cudaCheck(cudaFree(in));
 }
@@ -823,17 +913,23 @@ __global__ void count_kernel(int* count) { atomicAdd(count, 1); }
 void test_errors() {
     int* count = device_zeros<int>(1);
     count_kernel<<<1, 1025>>>(count);
-    check(cudaPeekAtLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaErrorInvalidConfiguration &&
-          cudaGetLastError() == cudaSuccess, "a block of 1,025 threads is an error, until it is read");
+    check(cudaPeekAtLastError() == cudaErrorInvalidConfiguration &&
+              cudaGetLastError() == cudaErrorInvalidConfiguration &&
+              cudaGetLastError() == cudaSuccess,
+          "a block of 1,025 threads is an error, until it is read");
     count_kernel<<<0, 32>>>(count);
     check(cudaGetLastError() == cudaErrorInvalidConfiguration, "an empty grid is an error");
     count_kernel<<<1, 1, 227 * 1024>>>(count);
-    check(cudaGetLastError() == cudaErrorInvalidValue, "more than 48 KiB of dynamic shared memory must be asked for");
+    check(cudaGetLastError() == cudaErrorInvalidValue,
+          "more than 48 KiB of dynamic shared memory must be asked for");
     check(take(count, 1)[0] == 0, "a launch that fails runs no thread");
-    check(cudaFree((void*)0x1234) == cudaErrorInvalidValue && cudaGetLastError() == cudaErrorInvalidValue, "cudaFree of what is no allocation");
+    check(cudaFree((void*)0x1234) == cudaErrorInvalidValue &&
+              cudaGetLastError() == cudaErrorInvalidValue,
+          "cudaFree of what is no allocation");
     check(cudaFree(NULL) == cudaSuccess, "cudaFree of NULL");
     check(strcmp(cudaGetErrorName(cudaErrorMemoryAllocation), "cudaErrorMemoryAllocation") == 0 &&
-          strcmp(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory") == 0, "names of errors");
+              strcmp(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory") == 0,
+          "names of errors");
 }
 
 void test_memory() {
@@ -844,8 +940,10 @@ void test_memory() {
     cudaCheck(cudaMemGetInfo(&during, &total));
     cudaCheck(cudaFree(p));
     cudaCheck(cudaMemGetInfo(&after, &total));
-    check(before - during == 64 << 20 && after == before && total >= before, "cudaMemGetInfo counts 64 MiB");
-    check(cudaMalloc(&p, total + 1) == cudaErrorMemoryAllocation && p == NULL && cudaGetLastError() == cudaErrorMemoryAllocation,
+    check(before - during == 64 << 20 && after == before && total >= before,
+          "cudaMemGetInfo counts 64 MiB");
+    check(cudaMalloc(&p, total + 1) == cudaErrorMemoryAllocation && p == NULL &&
+              cudaGetLastError() == cudaErrorMemoryAllocation,
           "cudaMalloc beyond the device's memory of %zu MiB", total >> 20);
 #ifdef CPU_DEVICE
     check(total == (size_t)256 << 20, "CPU_MEMORY sets the size of the device's memory");
@@ -881,8 +979,10 @@ void test_streams() {
     cudaCheck(cudaEventRecord(end, stream));
     cudaCheck(cudaEventSynchronize(end));
     cudaCheck(cudaEventElapsedTime(&ms, begin, end));
-    check(cudaEventQuery(end) == cudaSuccess && ms > 0.0f && ms < 60000.0f, "events measure a positive time");
-    check(cudaEventElapsedTime(&ms, begin, never) == cudaErrorInvalidResourceHandle, "an event that was not recorded measures nothing");
+    check(cudaEventQuery(end) == cudaSuccess && ms > 0.0f && ms < 60000.0f,
+          "events measure a positive time");
+    check(cudaEventElapsedTime(&ms, begin, never) == cudaErrorInvalidResourceHandle,
+          "an event that was not recorded measures nothing");
     cudaGetLastError();
     cudaCheck(cudaStreamSynchronize(stream));
     check(take(count, 1)[0] == 100 * 100 * 32, "100 launches on a stream");
@@ -896,11 +996,146 @@ void test_streams() {
     cudaCheck(cudaSetDevice(0));
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
-    check(devices >= 1 && device == 0 && properties.warpSize == 32 && properties.maxThreadsPerBlock == 1024 && properties.name[0] != 0,
+    check(devices >= 1 && device == 0 && properties.warpSize == 32 &&
+              properties.maxThreadsPerBlock == 1024 && properties.name[0] != 0,
           "device properties of \"%s\"", properties.name);
 }
 
-int main() {
+// ----------------------------------------------------------------------------
+// What it costs
+
+// elements: three buffers fit into the second cache, so that no time is memory's
+const size_t BENCH_N = 1 << 16;
+
+static double seconds() {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// the best of 50, in ns per unit
+template <class F> double best_ns(double units, F run) {
+    double best = 1e9;
+    for (int i = 0; i < 50; i++) {
+        const double begin = seconds();
+        run();
+        cudaCheck(cudaDeviceSynchronize());
+        const double took = seconds() - begin;
+        best = took < best ? took : best;
+    }
+    return best * 1e9 / units;
+}
+
+template <class T> __attribute__((noinline)) void plain_add(T* __restrict__ out,
+                                                            const T* __restrict__ a,
+                                                            const T* __restrict__ b) {
+    for (size_t i = 0; i < BENCH_N; i++) { out[i] = (T)((float)a[i] + (float)b[i]); }
+}
+__host__ __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+template <class T>
+__attribute__((noinline)) void plain_gelu(T* __restrict__ out, const T* __restrict__ a) {
+    for (size_t i = 0; i < BENCH_N; i++) { out[i] = (T)gelu((float)a[i]); }
+}
+
+template <int V, class T> struct alignas(V * sizeof(T)) Pack { T v[V]; };
+template <int V, class T>
+__global__ void bench_add_kernel(T* out, const T* a, const T* b, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        const Pack<V, T> x = *(const Pack<V, T>*)(a + i), y = *(const Pack<V, T>*)(b + i);
+        Pack<V, T> z;
+        for (int j = 0; j < V; j++) { z.v[j] = (T)((float)x.v[j] + (float)y.v[j]); }
+        *(Pack<V, T>*)(out + i) = z;
+    }
+}
+template <int V, class T> __global__ void bench_gelu_kernel(T* out, const T* a, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        Pack<V, T> x = *(const Pack<V, T>*)(a + i);
+        for (int j = 0; j < V; j++) { x.v[j] = (T)gelu((float)x.v[j]); }
+        *(Pack<V, T>*)(out + i) = x;
+    }
+}
+__global__ void bench_barrier_kernel(int rounds) {
+    for (int i = 0; i < rounds; i++) { __syncthreads(); }
+}
+__global__ void bench_shuffle_kernel(float* out, int rounds) {
+    float x = (float)threadIdx.x;
+    for (int i = 0; i < rounds; i++) { x = __shfl_xor_sync(0xffffffffu, x, 1) + 1.0f; }
+    if (x < 0.0f) { *out = x; }
+}
+template <int N> __global__ void bench_reduce_kernel(float* out, int rounds) {
+    auto tile = cg::tiled_partition<N>(cg::this_thread_block());
+    float x = (float)threadIdx.x;
+    for (int i = 0; i < rounds; i++) { x = cg::reduce(tile, x, cg::plus<float>()) * 0.01f; }
+    if (x < 0.0f) { *out = x; }
+}
+__global__ void bench_scan_kernel(float* out, int rounds) {
+    auto tile = cg::tiled_partition<32>(cg::this_thread_block());
+    float x = (float)threadIdx.x;
+    for (int i = 0; i < rounds; i++) { x = cg::inclusive_scan(tile, x) * 0.01f; }
+    if (x < 0.0f) { *out = x; }
+}
+__global__ void bench_atomic_kernel(int* out, int rounds) {
+    for (int i = 0; i < rounds; i++) { atomicAdd(out, 1); }
+}
+
+template <int V, class T> void bench_elements(T* out, const T* a, const T* b, const char* type) {
+    const unsigned blocks = (unsigned)((BENCH_N / V + 255) / 256);
+    const double add =
+        best_ns(BENCH_N, [&] { bench_add_kernel<V><<<blocks, 256>>>(out, a, b, BENCH_N); });
+    const double c_add = best_ns(BENCH_N, [&] { plain_add(out, a, b); });
+    const double act =
+        best_ns(BENCH_N, [&] { bench_gelu_kernel<V><<<blocks, 256>>>(out, a, BENCH_N); });
+    const double c_act = best_ns(BENCH_N, [&] { plain_gelu(out, a); });
+    printf("| residual add, %d %s a thread | %.3f | %.3f | %.2f |\n", V, type, add, c_add,
+           add / c_add);
+    printf("| GELU, %d %s a thread | %.3f | %.3f | %.2f |\n", V, type, act, c_act, act / c_act);
+}
+
+template <class T> void bench_type(const char* type) {
+    std::vector<T> host(BENCH_N);
+    for (size_t i = 0; i < BENCH_N; i++) { host[i] = (T)((float)(i % 1001) / 500.0f - 1.0f); }
+    T *a = to_device(host), *b = to_device(host), *out = device_zeros<T>(BENCH_N);
+    bench_elements<1>(out, a, b, type);
+    bench_elements<16 / sizeof(T)>(out, a, b, type);
+    cudaCheck(cudaFree(a));
+    cudaCheck(cudaFree(b));
+    cudaCheck(cudaFree(out));
+}
+
+void bench() {
+    const int rounds = 100;
+    const double operations = 8.0 * 256 * rounds; // of 8 blocks of 256 threads
+    float* out = device_zeros<float>(1);
+    printf("| ns an element | kernel | plain C | ratio |\n|---|---|---|---|\n");
+    bench_type<float>("float");
+    bench_type<__nv_bfloat16>("bf16");
+    printf("\n| operation | ns a thread |\n|---|---|\n");
+    printf("| __syncthreads, 256 threads | %.1f |\n",
+           best_ns(operations, [&] { bench_barrier_kernel<<<8, 256>>>(rounds); }));
+    printf("| __shfl_xor_sync | %.1f |\n",
+           best_ns(operations, [&] { bench_shuffle_kernel<<<8, 256>>>(out, rounds); }));
+    printf("| cg::reduce, tile of 8 floats | %.1f |\n",
+           best_ns(operations, [&] { bench_reduce_kernel<8><<<8, 256>>>(out, rounds); }));
+    printf("| cg::reduce, tile of 32 floats | %.1f |\n",
+           best_ns(operations, [&] { bench_reduce_kernel<32><<<8, 256>>>(out, rounds); }));
+    printf("| cg::inclusive_scan, tile of 32 floats | %.1f |\n",
+           best_ns(operations, [&] { bench_scan_kernel<<<8, 256>>>(out, rounds); }));
+    printf("| atomicAdd, all threads to one address | %.1f |\n",
+           best_ns(operations, [&] { bench_atomic_kernel<<<8, 256>>>((int*)out, rounds); }));
+    printf("| launch of one empty block | %.1f |\n",
+           best_ns(1.0, [&] { no_arguments_kernel<<<1, 1>>>(); }));
+    printf("| launch of 10,000 empty blocks, a block | %.2f |\n",
+           best_ns(1e4, [&] { no_arguments_kernel<<<10000, 32>>>(); }));
+    cudaCheck(cudaFree(out));
+}
+
+int main(int argc, char** argv) {
+    if (argc == 2 && strcmp(argv[1], "bench") == 0) {
+        bench();
+        return EXIT_SUCCESS;
+    }
 #ifdef CPU_DEVICE
     setenv("CPU_MEMORY", "268435456", 1);
 #endif
