@@ -66,7 +66,8 @@ else
   # with AVX-512 the built-in matrix product is the faster one (dev/cuda/SPEED.md)
   HAS_AVX512 := $(shell echo | $(CXX) -march=native -dM -E -x c++ - 2>/dev/null | grep -o -m 1 __AVX512F__)
   HAS_OPENBLAS := $(if $(NO_OPENBLAS)$(VARIANT)$(HAS_AVX512),,$(call probe,openblas,extern "C" void openblas_set_num_threads(int); int main() { openblas_set_num_threads(1); },-lopenblas))
-  # vectors of one width for loops and for copies of structs: a wide load of what two narrow stores wrote stalls
+  # vectors of one width for loops and for copies of structs: a wide load of what two narrow stores wrote stalls.
+  # Free kernels choose their own (CPU_WIDE in dev/cpu/engine.h)
   WIDTH := $(if $(call probe,width,int main() { return 0; },-mprefer-vector-width=256),-mprefer-vector-width=256)
   $(call say,OpenBLAS:  $(if $(HAS_OPENBLAS),yes,no: $(if $(HAS_AVX512),the built-in matrix product is as fast with AVX-512,the built-in matrix product is slower$(if $(NO_OPENBLAS)$(VARIANT),, (apt install libopenblas-dev)))))
   $(call say,MPI:       $(if $(HAS_MPI),yes,no: the NCCL stand-in is not tested$(if $(NO_MPI)$(VARIANT),, (apt install libopenmpi-dev))))

@@ -191,7 +191,7 @@ size_t align_up(size_t bytes) { return CEIL_DIV(bytes, (size_t)ALIGNMENT) * ALIG
 template <class... Dims> size_t numel(Dims... dims) { return ((size_t)1 * ... * (size_t)dims); }
 
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
-                                        T** pointer, size_t bytes, size_t dense_bytes) {
+                                 T** pointer, size_t bytes, size_t dense_bytes) {
     assert(plan->n < MAX_ALLOCATIONS);
     Allocation* a = &plan->list[plan->n++];
     snprintf(a->name, sizeof(a->name), "%s%s", name, part);
@@ -1081,7 +1081,7 @@ MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias
 // column-major D (m,n) = op(A) (m,k) @ op(B) (k,n) + bias (m) + C, where C (m,n) may be D itself, and bias and C may be NULL.
 // D is floatX, or fp32 for weight gradients
 void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
-                   bool transA, bool transB, bool fp32_out) {
+            bool transA, bool transB, bool fp32_out) {
     const float one = 1.0f, zero = 0.0f;
     MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias != NULL, C != NULL, fp32_out);
     if (bias != NULL) { cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias))); }
@@ -1099,7 +1099,7 @@ __global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int O
 // out (rows, OC), inp (rows, C), weight (OC, C), bias (OC), residual (rows, OC) or NULL
 // cuBLAS is column-major and sees transposes: out^T (OC, rows) = weight (OC, C) @ inp^T (C, rows)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
-                           size_t rows, size_t C, size_t OC) {
+                    size_t rows, size_t C, size_t OC) {
     const bool fused = C % 8 == 0 && OC % 8 == 0; // the bias epilogue wants leading dimensions of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
     if (!fused) {
@@ -1234,7 +1234,7 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
 }
 
 void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
-                          float smoothing, float scale) {
+                   float smoothing, float scale) {
     const int rows_per_block = 64 / LOSS_LANES;
     cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, scale);
     loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
@@ -1317,7 +1317,7 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
 
 // updates n parameters that share one weight decay; step counts from 1
 void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
-                             OptimizerConfig o, double lr, int step) {
+                      OptimizerConfig o, double lr, int step) {
     if (n == 0) { return; }
     const size_t blocks = CEIL_DIV(n, (size_t)256);
     if (o.adamw) {
@@ -1511,7 +1511,7 @@ template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial,
 
 // partial holds 2 * column_sum_scratch(rows, C) floats
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
-                               const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
+                        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     float* partial_bias = partial + slabs * C;
     const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
@@ -1690,7 +1690,7 @@ template <int V, int LANES> __global__ void softmax_backward_kernel(floatX* prob
 
 // column-major D = alpha * op(A) @ op(B) for every head of a chunk
 void attention_matmul(const Attention* a, int images, int D, int A, int B, bool transA, bool transB, int m, int n, int k, float alpha,
-                             int lda, int ldb, int ldd, cudaDataType_t D_type) {
+                      int lda, int ldb, int ldd, cudaDataType_t D_type) {
     const float zero = 0.0f;
     const size_t count = (size_t)a->max_images * a->heads;
     cublasCheck(cublasGemmBatchedEx(cublas_handle, transA ? CUBLAS_OP_T : CUBLAS_OP_N, transB ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha,
@@ -1945,7 +1945,7 @@ void deit_parameter_specs(DeitModel* model) {
 }
 
 void plan_activation(DeitModel* model, Activation* a, const char* name, const char* shape, size_t element, size_t copies, size_t n,
-                            int level, int cache, int next_id[2]) {
+                     int level, int cache, int next_id[2]) {
     Plan* plan = &model->plan;
     const DeitOptions* o = &model->options;
     a->name = name;
@@ -2194,10 +2194,9 @@ void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* p
             wrong++;
         }
     }
-    int extra = 0;
-    for (int i = 0; prefix[0] == 0 && i < st->num_tensors; i++) { extra++; }
-    require(wrong == 0 && (prefix[0] != 0 || extra == found), "%s: %d tensors are missing or do not fit, %d of its tensors are not of this "
-            "model; check -m, -size, -patch, -chans and -classes", st->file.path, wrong, prefix[0] == 0 ? extra - found : 0);
+    const int extra = prefix[0] == 0 ? st->num_tensors - found : 0; // a dump holds more than parameters
+    require(wrong == 0 && extra == 0, "%s: %d tensors are missing or do not fit, %d of its tensors are not of this "
+            "model; check -m, -size, -patch, -chans and -classes", st->file.path, wrong, extra);
     deit_set_parameters(model, values);
     free(values);
 }
@@ -2324,7 +2323,7 @@ void stats_clear(DeitModel* model) {
 
 // adds a chunk: x as DropIT has it, exact as it was; x and exact (rows, C), dout (rows, OC)
 void stats_add(DeitModel* model, const Activation* a, const floatX* x, const floatX* exact, const floatX* dout, size_t rows,
-                      size_t C, size_t OC) {
+               size_t C, size_t OC) {
     const size_t offset = stats_offset[a->id] * (size_t)model->options.config.channels * model->options.config.channels;
     linear_backward_weight(model->stats_kept + offset, dout, x, rows, C, OC);
     linear_backward_weight(model->stats_exact + offset, dout, exact, rows, C, OC);
@@ -2354,7 +2353,7 @@ void stats_report(DeitModel* model, int l) {
 // dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 with `tokens` rows each.
 // X is copy l of the activation as the backward pass has it: dense, unpacked, or recomputed and masked
 void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweight, float* dbias, const floatX* dout,
-                            size_t b0, size_t nb, size_t tokens, size_t C, size_t OC) {
+                     size_t b0, size_t nb, size_t tokens, size_t C, size_t OC) {
     floatX* x = (floatX*)activation_at(model, a, l, b0, true);
     if (a->dropped) {
         const Dropped d = dropped_copy(model, a, l);
@@ -2632,7 +2631,7 @@ void loader_open(Loader* loader, Shard shard, size_t B) {
 
 // images first .. first+n-1 of the order, to the device; flip: mirror half of them, chosen by Philox(seed, RNG_AUGMENT, epoch, place)
 void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size_t first, size_t n, bool flip,
-                         unsigned long long seed, unsigned epoch) {
+                  unsigned long long seed, unsigned epoch) {
     const ShardEntry* entries = loader->shard.entries;
     const size_t bytes = (size_t)entries[0].height * entries[0].width * loader->shard.header->channels;
     cudaCheck(cudaStreamSynchronize(main_stream)); // the pinned buffers may still be read
@@ -2850,7 +2849,6 @@ int main(int argc, char** argv) {
     const PixelStats pixel_stats = shard_stats(&train.shard);
     const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
     Evaluation result = {};
-    bool evaluated = false;
     double start = seconds(), timed = 0.0; // timed: without the first step
     for (int step = 0; step < steps; step++) {
         const unsigned epoch = (unsigned)(step / epoch_steps);
@@ -2881,8 +2879,7 @@ int main(int argc, char** argv) {
         }
         require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
                 "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
-        evaluated = step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
-        if (evaluated) {
+        if (step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0)) {
             result = evaluate(model, &val);
             printf("eval  epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
             if (log != NULL) {
