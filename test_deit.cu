@@ -229,11 +229,11 @@ static void take_mask(DeitModel* model, const Activation* a, int l, const Safete
     char name[96];
     snprintf(name, sizeof(name), "mask.blocks.%d.%s", l, layer);
     if (safetensors_find(st, name) == NULL) { return; }
-    const Dropped d = dropped_copy(model, a, l);
+    const Dropped d = dropped_copy(a, l);
     uint8_t* mask = (uint8_t*)tensor(st, name, "U8", CEIL_DIV(d.n, (size_t)8));
     float* x = to_host_floats((floatX*)activation_at(model, a, l, 0, false), d.n);
     unsigned* bitmap = (unsigned*)malloc(a->words * sizeof(unsigned));
-    unsigned* offsets = (unsigned*)malloc(a->tiles * sizeof(unsigned));
+    unsigned* offsets = (unsigned*)malloc(a->segments * sizeof(unsigned));
     floatX* values = (floatX*)malloc(a->values * sizeof(floatX));
     cudaCheck(cudaMemcpy(bitmap, d.bitmap, a->words * sizeof(unsigned), cudaMemcpyDeviceToHost));
     cudaCheck(cudaMemcpy(values, d.values, d.k * sizeof(floatX), cudaMemcpyDeviceToHost));
@@ -253,7 +253,7 @@ static void take_mask(DeitModel* model, const Activation* a, int l, const Safete
     check(ours == d.k && values_right && smallest_kept >= largest_dropped, "elements kept:", name, (double)ours);
     size_t differ = 0;
     double farthest = 0.0;
-    memset(offsets, 0, a->tiles * sizeof(unsigned));
+    memset(offsets, 0, a->segments * sizeof(unsigned));
     for (size_t i = 0; i < d.n; i++) {
         const bool kept = mask[i / 8] >> (i % 8) & 1;
         if (kept != (bitmap[i / 32] >> (i % 32) & 1)) {
@@ -261,7 +261,7 @@ static void take_mask(DeitModel* model, const Activation* a, int l, const Safete
             farthest = fmax(farthest, fabs(fabs(x[i]) - smallest_kept) / largest);
             bitmap[i / 32] ^= 1u << (i % 32);
         }
-        if (i % DROPIT_TILE == 0) { offsets[i / DROPIT_TILE] = (unsigned)theirs; }
+        if (i % DROPIT_SEGMENT == 0) { offsets[i / DROPIT_SEGMENT] = (unsigned)theirs; }
         if (kept) {
             require(theirs < d.k, "%s keeps more than %zu elements", name, d.k);
             values[theirs++] = (floatX)x[i];
@@ -271,7 +271,7 @@ static void take_mask(DeitModel* model, const Activation* a, int l, const Safete
     check(theirs == d.k && farthest <= TIE_RTOL && differ <= TIE_SHARE * d.n + 2, "elements differ from PyTorch's:", name, (double)differ);
     cudaCheck(cudaMemcpy(d.bitmap, bitmap, a->words * sizeof(unsigned), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemcpy(d.values, values, d.k * sizeof(floatX), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(d.offsets, offsets, a->tiles * sizeof(unsigned), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(d.offsets, offsets, a->segments * sizeof(unsigned), cudaMemcpyHostToDevice));
     free(mask);
     free(x);
     free(bitmap);

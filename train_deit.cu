@@ -584,11 +584,14 @@ Shard shard_open(const char* path) {
 // (mink) or over every tile of 16,384 consecutive elements (fastmink, random); of equal keys those with the
 // lowest indices. So an element is kept when
 //     key > threshold.key || (key == threshold.key && index < threshold.tie_end)
-// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 + 11 + 10 bits of the key,
-// one read of x each; atomics add integers only, so every choice is a function of the values alone.
+// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 + 11 + 10 bits of the key.
+// For a whole tensor, not of all of its keys: a sample of 16,384 elements says between which keys the threshold lies with
+// near certainty; one read of x counts the elements above and lists the few between, and the histograms run over that
+// list. Where the sample errs, or so many keys are equal that the list overflows, they run over x: the choice is always
+// exact. Atomics add integers only, and no sum depends on the list's order: the choice is a function of the values alone.
 //
-// Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for each tile the number of
-// values before it. A tensor that the backward pass recomputes stores its threshold only, and is masked by it.
+// Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for every 256 elements the number
+// of values before them. A tensor that the backward pass recomputes stores its threshold only, and is masked by it.
 enum { MINK, FASTMINK, RANDOM };
 
 #define DROPIT_TILE 16384
@@ -596,6 +599,7 @@ enum { MINK, FASTMINK, RANDOM };
 #define DROPIT_BINS 2048
 #define TILE_WORDS (DROPIT_TILE / 32)
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
+#define DROPIT_SEGMENT (32 * THREAD_WORDS)         // so many elements, then: 256
 
 typedef struct {
     unsigned key, tie_end;
@@ -603,15 +607,17 @@ typedef struct {
 
 // state of the search over a whole tensor
 typedef struct {
-    unsigned prefix;    // the digits of the threshold found so far
-    unsigned remaining; // how many elements with this prefix are kept
+    unsigned prefix;     // the digits of the threshold found so far
+    unsigned remaining;  // how many elements with this prefix are kept
+    unsigned candidates; // elements whose keys lie in the sampled range, listed as far as there is room
+    unsigned listed;     // all of them if the histograms run over the list, 0 if they run over x
 } Search;
 
 // one tensor as DropIT keeps it
 typedef struct {
     size_t n, k;
     Threshold* thresholds; // (1) or, for fastmink and random, (tiles)
-    unsigned* offsets;     // (tiles) values before each tile; NULL: recomputed tensor, thresholds only
+    unsigned* offsets;     // (segments) values before each; NULL: recomputed tensor, thresholds only
     unsigned* bitmap;      // (words)
     floatX* values;        // (k + 1): unpacking may read one past the last
 } Dropped;
@@ -625,14 +631,21 @@ typedef struct {
 
 // scratch of a selection
 typedef struct {
-    Search* search;        // (1)
-    unsigned* histogram;   // (DROPIT_BINS)
-    uint2* tile_counts;    // (tiles) elements above the threshold, elements equal to it
-    unsigned* not_finite;  // (1) NaNs and Infs met by selections since it was last cleared
+    Search* search;         // (1)
+    unsigned* histogram;    // (DROPIT_BINS)
+    uint2* tile_counts;     // (tiles) elements above the threshold, elements equal to it
+    unsigned* tile_offsets; // (tiles) kept elements before each
+    floatX* sample;         // (2, DROPIT_TILE) the same sample twice
+    Threshold* range;       // (2) keys between which the threshold lies
+    unsigned* list_keys;    // (dropit_list_capacity)
+    unsigned* list_indices; // (the same)
+    unsigned* not_finite;   // (1) NaNs and Infs met by selections since it was last cleared
 } DropScratch;
 
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
-size_t dropit_words(size_t n) { return CEIL_DIV(n, (size_t)32); }
+size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
+size_t dropit_list_capacity(size_t n) { return n / 16 + DROPIT_TILE; }
+size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
 
 // in double, as the published int(numel * (1 - gamma)): in float, gamma 0.9 and n 1000 give 100, not 99
 size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
@@ -647,25 +660,27 @@ __device__ inline unsigned magnitude_key(float x) { return __float_as_uint(x) <<
 __device__ inline unsigned magnitude_key(__nv_bfloat16 x) { return (unsigned)__bfloat16_as_ushort(x) << 17; }
 #define INFINITY_KEY 0xff000000u // of Inf; NaNs are above it
 
+// of element i of x, or of a list of keys
 template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, DropRule rule) {
     if constexpr (HASHED) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
     else { return magnitude_key(x); }
 }
+template <bool HASHED> __device__ inline unsigned drop_key(unsigned key, size_t, DropRule) { return key; }
 
 // Words: 32 consecutive elements, and masks of 32 bits with bit j for element j. Loops over words have a constant length: in
 // registers on a GPU, vectors on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
 
 // reads elements i .. i+31 of x, i a multiple of 32; returns the mask of those below n
-__device__ inline unsigned load_word(floatX* v, const floatX* x, size_t i, size_t n) {
+template <class T> __device__ inline unsigned load_word(T* v, const T* x, size_t i, size_t n) {
     if (i + 32 <= n) {
-        for (int q = 0; q < 32; q += VEC) { *(Pack<VEC>*)(v + q) = *(const Pack<VEC>*)(x + i + q); }
+        for (int q = 0; q < 32; q += VEC) { *(Pack<VEC, T>*)(v + q) = *(const Pack<VEC, T>*)(x + i + q); }
         return ~0u;
     }
-    for (int j = 0; j < 32; j++) { v[j] = i + j < n ? x[i + j] : (floatX)0.0f; }
+    for (int j = 0; j < 32; j++) { v[j] = i + j < n ? x[i + j] : (T)0.0f; }
     return i < n ? (1u << (n - i)) - 1 : 0;
 }
 
-template <bool HASHED> __device__ inline void word_keys(unsigned* keys, const floatX* v, size_t i, DropRule rule) {
+template <bool HASHED, class T> __device__ inline void word_keys(unsigned* keys, const T* v, size_t i, DropRule rule) {
     for (int j = 0; j < 32; j++) { keys[j] = drop_key<HASHED>(v[j], i + j, rule); }
 }
 
@@ -675,10 +690,23 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     return mask;
 }
 
+__device__ inline unsigned count_above(const unsigned* keys, unsigned key) {
+    unsigned count = 0;
+    for (int j = 0; j < 32; j++) { count += keys[j] > key; }
+    return count;
+}
+
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
     unsigned mask = 0;
     for (int j = 0; j < 32; j++) { mask |= keys[j] >> shift == prefix ? 1u << j : 0u; }
+    return mask;
+}
+
+// elements whose key is low, high or between
+__device__ inline unsigned between_mask(const unsigned* keys, unsigned low, unsigned high) {
+    unsigned mask = 0;
+    for (int j = 0; j < 32; j++) { mask |= keys[j] - low <= high - low ? 1u << j : 0u; }
     return mask;
 }
 
@@ -688,14 +716,17 @@ __device__ inline unsigned kept_mask(const unsigned* keys, size_t i, Threshold t
     return above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & ties);
 }
 
+// two words as one: loops over the set bits of 64 elements end half as often, and more alike in all lanes
+__device__ inline unsigned long long word_pair(const unsigned* words) { return words[0] | (unsigned long long)words[1] << 32; }
+
 // sum of v over the threads of the block before this one; *sum is that over all of them.
 // warp_sums: 32 words of shared memory, which the caller may use again after a barrier
-__device__ inline unsigned block_exclusive_sum(unsigned v, unsigned* warp_sums, unsigned* sum) {
+template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T* sum) {
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
-    unsigned before = cg::exclusive_scan(warp, v, cg::plus<unsigned>());
+    T before = cg::exclusive_scan(warp, v, cg::plus<T>());
     if (warp.thread_rank() == 31) { warp_sums[threadIdx.x / 32] = before + v; }
     __syncthreads();
-    unsigned all = 0;
+    T all = 0;
     for (unsigned w = 0; w < blockDim.x / 32; w++) {
         if (w == threadIdx.x / 32) { before += all; }
         all += warp_sums[w];
@@ -742,11 +773,11 @@ template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const 
     }
 }
 
-// Adds the elements i .. i+31 that share the prefix to the histogram of their next digit, of `bits` bits above `shift`; counts NaN
-// and Inf in the first pass. counts is the block's own, in shared memory
-template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
-                                                         DropRule rule, unsigned prefix, int shift, int bits) {
-    floatX v[32];
+// Adds the elements i .. i+31 of x (or of a list of keys) that share the prefix to the histogram of their next digit, of `bits` bits
+// above `shift`; counts NaN and Inf in the first pass, unless not_finite is NULL. counts is the block's own, in shared memory
+template <bool HASHED, class T> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const T* x, size_t i, size_t n,
+                                                                  DropRule rule, unsigned prefix, int shift, int bits) {
+    T v[32];
     unsigned keys[32];
     const unsigned valid = load_word(v, x, i, n), digits = (1u << bits) - 1;
     word_keys<HASHED>(keys, v, i, rule);
@@ -756,10 +787,12 @@ template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* coun
         } else {
             for (int j = 0; j < 32 && valid >> j & 1; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
         }
-        unsigned magnitudes[32];
-        word_keys<false>(magnitudes, v, i, rule);
-        const unsigned bad = above_mask(magnitudes, INFINITY_KEY - 1);
-        if (bad != 0) { atomicAdd(not_finite, (unsigned)__popc(bad)); }
+        if (not_finite != NULL) {
+            unsigned magnitudes[32];
+            word_keys<false>(magnitudes, v, i, rule);
+            const unsigned bad = count_above(magnitudes, INFINITY_KEY - 1);
+            if (bad > 0) { atomicAdd(not_finite, bad); }
+        }
     } else {
         for (unsigned match = equal_mask(keys, prefix, shift + bits) & valid; match != 0; match &= match - 1) {
             const size_t at = i + __ffs(match) - 1; // few: read again, for an index into keys would put them all into local memory
@@ -768,16 +801,83 @@ template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* coun
     }
 }
 
+// A sample of x (n) as two tiles, both the same: runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x. A thread
+// copies half a run
+__global__ void dropit_sample_kernel(floatX* sample, const floatX* x, size_t n) {
+    const unsigned parts = DROPIT_TILE / 8, half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2;
+    if (half < 2 * parts) {
+        const size_t length = n / parts, anywhere = length > 0 ? part * 2654435761u % length : 0;
+        const size_t begin = (part * n / parts + anywhere) / 8 * 8 + half % 2 * 4;
+        for (int j = 0; j < 4; j++) { sample[half * 4 + j] = sample[DROPIT_TILE + half * 4 + j] = x[begin + j < n ? begin + j : n - 1]; }
+    }
+}
+
+// tile_counts[tile].x += elements above the sampled range; lists the elements within it, in any order. low_is_zero: the range begins
+// at 0. Counts NaN and Inf. One block a tile
+__global__ void dropit_candidates_kernel(unsigned* list_keys, unsigned* list_indices, Search* search, uint2* tile_counts,
+                                         unsigned* not_finite, const floatX* x, size_t n, const Threshold* range, bool low_is_zero,
+                                         size_t capacity) {
+    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+    const unsigned high = range[0].key, low = low_is_zero ? 0 : range[1].key;
+    const size_t first = ((size_t)blockIdx.x * DROPIT_THREADS + threadIdx.x) * DROPIT_SEGMENT;
+    unsigned words[THREAD_WORDS], mine = 0, above = 0, bad = 0, at = 0;
+    for (int w = 0; w < THREAD_WORDS; w++) {
+        floatX v[32];
+        unsigned keys[32];
+        const unsigned valid = load_word(v, x, first + w * 32, n);
+        word_keys<false>(keys, v, 0, DropRule{});
+        words[w] = between_mask(keys, low, high) & valid;
+        mine += __popc(words[w]);
+        above += count_above(keys, high);
+        bad += count_above(keys, INFINITY_KEY - 1);
+    }
+    if (bad > 0) { atomicAdd(not_finite, bad); }
+    const unsigned counts = above << 16 | mine; // a tile has 2^14 elements: 16 bits hold either sum
+    const unsigned before = cg::exclusive_scan(warp, counts, cg::plus<unsigned>());
+    if (warp.thread_rank() == 31) {
+        atomicAdd(&tile_counts[blockIdx.x].x, (before + counts) >> 16);
+        at = atomicAdd(&search->candidates, (before + counts) & 0xffff);
+    }
+    at = warp.shfl(at, 31) + (before & 0xffff);
+    for (int w = 0; w < THREAD_WORDS; w += 2) {
+        for (unsigned long long pair = word_pair(words + w); pair != 0 && at < capacity; pair &= pair - 1, at++) {
+            const size_t i = first + w * 32 + __ffsll((long long)pair) - 1;
+            list_keys[at] = magnitude_key(x[i]);
+            list_indices[at] = (unsigned)i;
+        }
+    }
+}
+
+// starts the search for the k largest: in the list if that holds the threshold, else in x. One block of 256 threads
+__global__ void dropit_start_kernel(Search* search, unsigned* histogram, uint2* tile_counts, size_t tiles, unsigned k, size_t capacity) {
+    __shared__ unsigned warp_sums[32];
+    unsigned mine = 0, above;
+    for (size_t t = threadIdx.x; t < tiles; t += blockDim.x) { mine += tile_counts[t].x; }
+    block_exclusive_sum(mine, warp_sums, &above);
+    const unsigned candidates = search->candidates;
+    const bool listed = candidates <= capacity && above < k && k - above <= candidates;
+    if (threadIdx.x == 0) {
+        search->prefix = 0;
+        search->remaining = listed ? k - above : k;
+        search->listed = listed ? candidates : 0;
+    }
+    for (size_t t = threadIdx.x; t < tiles && !listed; t += blockDim.x) { tile_counts[t].x = 0; }
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
+}
+
 // one digit of the search over a whole tensor: histogram (2^bits) += counts. A block counts in shared memory, 8 KiB
-__global__ void dropit_histogram_kernel(unsigned* histogram, unsigned* not_finite, const Search* search, const floatX* x, size_t n,
-                                        DropRule rule, int shift, int bits) {
+__global__ void dropit_histogram_kernel(unsigned* histogram, const Search* search, const unsigned* list_keys, const floatX* x, size_t n,
+                                        int shift, int bits) {
     __shared__ uint4 counts[DROPIT_BINS / 4];
+    const unsigned prefix = search->prefix, listed = search->listed;
+    const size_t end = listed > 0 ? listed : n;
+    if ((size_t)blockIdx.x * DROPIT_TILE >= end) { return; }
     for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
     __syncthreads();
-    const unsigned prefix = search->prefix;
-    for (size_t begin = (size_t)blockIdx.x * DROPIT_TILE; begin < n; begin += (size_t)gridDim.x * DROPIT_TILE) {
-        for (int w = threadIdx.x; w < TILE_WORDS; w += DROPIT_THREADS) {
-            count_word<false>((unsigned*)counts, not_finite, x, begin + w * 32, n, rule, prefix, shift, bits);
+    for (size_t begin = (size_t)blockIdx.x * DROPIT_TILE; begin < end; begin += (size_t)gridDim.x * DROPIT_TILE) {
+        for (size_t i = begin + threadIdx.x * 32; i < begin + DROPIT_TILE; i += DROPIT_THREADS * 32) {
+            if (listed > 0) { count_word<false>((unsigned*)counts, NULL, list_keys, i, end, DropRule{}, prefix, shift, bits); }
+            else { count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, prefix, shift, bits); }
         }
         __syncthreads(); // the block reads its tiles one after the other, and with them whole pages
     }
@@ -791,66 +891,81 @@ __global__ void dropit_histogram_kernel(unsigned* histogram, unsigned* not_finit
     }
 }
 
-// starts a search for the k largest (k given), or moves it by the digit just counted (bits given); leaves the histogram zero.
-// One block of 256 threads
-__global__ void dropit_search_kernel(Search* search, unsigned* histogram, unsigned k, int bits) {
+// moves the search by the digit just counted; leaves the histogram zero. One block of 256 threads
+__global__ void dropit_search_kernel(Search* search, unsigned* histogram, int bits) {
     __shared__ unsigned warp_sums[32];
-    if (bits == 0) {
-        if (threadIdx.x == 0) { *search = {0, k}; }
-    } else {
-        search_digit(search, histogram, bits, warp_sums);
-    }
+    search_digit(search, histogram, bits, warp_sums);
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
 }
 
-// tile_counts[tile] += (elements above the threshold, elements equal to it). One block a tile
-__global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, const floatX* x, size_t n, int shift) {
-    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
-    const unsigned key = search->prefix << shift;
+__device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned equal) {
+    if (above > 0) { atomicAdd(&tile_count->x, above); }
+    if (equal > 0) { atomicAdd(&tile_count->y, equal); }
+}
+
+// tile_counts[tile] += (elements above the threshold, elements equal to it), of the list or of x. One block a tile of x
+__global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, const unsigned* list_keys, const unsigned* list_indices,
+                                    const floatX* x, size_t n, int shift) {
+    const unsigned key = search->prefix << shift, listed = search->listed;
+    const size_t segment = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     unsigned above = 0, equal = 0;
-    for (int w = 0; w < THREAD_WORDS; w++) {
-        floatX v[32];
-        unsigned keys[32];
-        const size_t i = (size_t)blockIdx.x * DROPIT_TILE + (threadIdx.x * THREAD_WORDS + w) * 32;
-        const unsigned valid = load_word(v, x, i, n);
-        word_keys<false>(keys, v, i, DropRule{});
-        above += __popc(above_mask(keys, key));
-        equal += __popc(equal_mask(keys, key, 0) & valid);
-    }
-    const unsigned sums = cg::reduce(warp, above << 16 | equal, cg::plus<unsigned>()); // a tile has 2^14 elements: 16 bits hold either
-    if (warp.thread_rank() == 0) {
-        atomicAdd(&tile_counts[blockIdx.x].x, sums >> 16);
-        atomicAdd(&tile_counts[blockIdx.x].y, sums & 0xffff);
+    if (listed == 0) {
+        for (int w = 0; w < THREAD_WORDS; w++) {
+            floatX v[32];
+            unsigned keys[32];
+            const unsigned valid = load_word(v, x, segment * DROPIT_SEGMENT + w * 32, n);
+            word_keys<false>(keys, v, 0, DropRule{});
+            above += count_above(keys, key);
+            equal += __popc(equal_mask(keys, key, 0) & valid);
+        }
+        add_counts(&tile_counts[blockIdx.x], above, equal);
+    } else {
+        for (size_t begin = segment * 32; begin < listed; begin += (size_t)gridDim.x * blockDim.x * 32) {
+            unsigned tile = list_indices[begin] / DROPIT_TILE; // neighbours in the list are mostly of one tile
+            for (size_t i = begin; i < begin + 32 && i < listed; i++) {
+                const unsigned own = list_indices[i] / DROPIT_TILE;
+                if (own != tile) {
+                    add_counts(&tile_counts[tile], above, equal);
+                    tile = own;
+                    above = equal = 0;
+                }
+                above += list_keys[i] > key;
+                equal += list_keys[i] == key;
+            }
+            add_counts(&tile_counts[tile], above, equal);
+            above = equal = 0;
+        }
     }
 }
 
-// the end of a search: threshold, and (offsets != NULL) how many kept values lie before each tile. One block of 256 threads
-__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* offsets, const uint2* tile_counts, const Search* search,
+// the end of a search: threshold, and how many kept elements lie before each tile. One block of 256 threads
+__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* tile_offsets, const uint2* tile_counts, const Search* search,
                                       const floatX* x, size_t n, int shift) {
+    __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
     __shared__ unsigned tie_tile;
     __shared__ unsigned tie_rank;
     const unsigned key = search->prefix << shift, ties = search->remaining;
     const size_t tiles = CEIL_DIV(n, (size_t)DROPIT_TILE);
     if (threadIdx.x == 0) { *threshold = {key, 0}; }
-    unsigned kept_before = 0, equal_before = 0;
-    for (size_t base = 0; base < tiles; base += blockDim.x) {
-        const size_t tile = base + threadIdx.x;
-        const uint2 count = tile < tiles ? tile_counts[tile] : make_uint2(0, 0);
-        unsigned sum;
-        const unsigned before = equal_before + block_exclusive_sum(count.y, warp_sums, &sum);
-        equal_before += sum;
-        if (before < ties && ties <= before + count.y) {
-            tie_tile = (unsigned)tile;
-            tie_rank = ties - before;
-        }
-        __syncthreads();
-        const unsigned kept = count.x + (before < ties ? min(count.y, ties - before) : 0u);
-        const unsigned offset = kept_before + block_exclusive_sum(kept, warp_sums, &sum);
-        kept_before += sum;
-        if (offsets != NULL && tile < tiles) { offsets[tile] = offset; }
-        __syncthreads();
+    const size_t per_thread = CEIL_DIV(tiles, (size_t)blockDim.x), first = threadIdx.x * per_thread;
+    unsigned long long mine = 0, sum; // above << 32 | equal
+    for (size_t tile = first; tile < first + per_thread && tile < tiles; tile++) {
+        mine += (unsigned long long)tile_counts[tile].x << 32 | tile_counts[tile].y;
     }
+    const unsigned long long before = block_exclusive_sum(mine, pair_sums, &sum);
+    unsigned above = before >> 32, equal = (unsigned)before;
+    for (size_t tile = first; tile < first + per_thread && tile < tiles; tile++) {
+        const uint2 count = tile_counts[tile];
+        tile_offsets[tile] = above + min(equal, ties);
+        if (equal < ties && ties <= equal + count.y) {
+            tie_tile = (unsigned)tile;
+            tie_rank = ties - equal;
+        }
+        above += count.x;
+        equal += count.y;
+    }
+    __syncthreads();
     if (ties > 0) {
         find_tie<false>(&threshold->tie_end, x, (size_t)tie_tile * DROPIT_TILE, n, DropRule{}, key, tie_rank, warp_sums);
     }
@@ -864,7 +979,7 @@ template <bool HASHED> __global__ void dropit_tile_kernel(Threshold* thresholds,
     __shared__ Search search;
     const size_t begin = (size_t)blockIdx.x * DROPIT_TILE;
     if (threadIdx.x == 0) {
-        search = {0, begin + DROPIT_TILE <= n ? k_tile : k_last};
+        search = {0, begin + DROPIT_TILE <= n ? k_tile : k_last, 0, 0};
         thresholds[blockIdx.x].tie_end = 0;
     }
     for (int shift = 21, bits = 11; bits > 0; ) {
@@ -884,12 +999,13 @@ template <bool HASHED> __global__ void dropit_tile_kernel(Threshold* thresholds,
     if (s.remaining > 0) { find_tie<HASHED>(&thresholds[blockIdx.x].tie_end, x, begin, n, rule, s.prefix, s.remaining, warp_sums); }
 }
 
-// bitmap and values of the kept elements. One block a tile
-template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsigned* bitmap, const floatX* x, const Threshold* thresholds,
-                                                          const unsigned* offsets, size_t n, DropRule rule) {
+// bitmap, offsets and values of the kept elements. One block a tile. tile_offsets: of mink; other strategies keep k_tile in each
+template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsigned* bitmap, unsigned* offsets, const floatX* x,
+                                                          const Threshold* thresholds, const unsigned* tile_offsets, size_t n,
+                                                          DropRule rule, unsigned k_tile) {
     __shared__ unsigned warp_sums[32];
     const Threshold t = thresholds[rule.strategy == MINK ? 0 : blockIdx.x];
-    const size_t first = (size_t)blockIdx.x * DROPIT_TILE + threadIdx.x * (THREAD_WORDS * 32);
+    const size_t segment = (size_t)blockIdx.x * DROPIT_THREADS + threadIdx.x, first = segment * DROPIT_SEGMENT;
     unsigned words[THREAD_WORDS], mine = 0, sum;
     for (int w = 0; w < THREAD_WORDS; w++) {
         floatX v[32];
@@ -899,44 +1015,42 @@ template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsign
         word_keys<HASHED>(keys, v, i, rule);
         words[w] = kept_mask(keys, i, t) & valid;
         mine += __popc(words[w]);
-        if (valid != 0) { bitmap[i / 32] = words[w]; }
     }
-    floatX* out = values + offsets[blockIdx.x] + block_exclusive_sum(mine, warp_sums, &sum);
-    for (int w = 0; w < THREAD_WORDS; w++) {
-        for (unsigned word = words[w]; word != 0; word &= word - 1) { *out++ = x[first + w * 32 + __ffs(word) - 1]; }
+    const unsigned tile_offset = rule.strategy == MINK ? tile_offsets[blockIdx.x] : blockIdx.x * k_tile;
+    const unsigned offset = tile_offset + block_exclusive_sum(mine, warp_sums, &sum);
+    if (first < n) {
+        offsets[segment] = offset;
+        floatX* out = values + offset;
+        for (int w = 0; w < THREAD_WORDS; w++) { bitmap[segment * THREAD_WORDS + w] = words[w]; }
+        for (int w = 0; w < THREAD_WORDS; w += 2) {
+            for (unsigned long long pair = word_pair(words + w); pair != 0; pair &= pair - 1) {
+                *out++ = x[first + w * 32 + __ffsll((long long)pair) - 1];
+            }
+        }
     }
 }
 
-// out[i - begin] = i kept ? its value : 0, for begin <= i < end. One block a tile, the first is tile begin / DROPIT_TILE.
-// Each thread adds up its words, so that the block knows where the values of every word begin; then threads take every
-// 64th pack of 8 elements, so that neighbours read and write neighbouring bytes. V == 1: `out` is not aligned as the packs are
+// out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a segment: it finds its values by
+// counting the segment's bits before its own. V == 1: begin, end or `out` are not aligned to 8 elements
 template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
-                                                      size_t n, size_t begin, size_t end) {
-    __shared__ unsigned warp_sums[32];
-    __shared__ unsigned words[TILE_WORDS];
-    __shared__ unsigned before[TILE_WORDS];
-    const size_t tile = begin / DROPIT_TILE + blockIdx.x, tile_begin = tile * DROPIT_TILE;
-    unsigned mine = 0, sum;
-    for (int w = threadIdx.x * THREAD_WORDS; w < ((int)threadIdx.x + 1) * THREAD_WORDS; w++) {
-        words[w] = tile_begin + w * 32 < n ? bitmap[tile_begin / 32 + w] : 0;
-        before[w] = mine;
-        mine += __popc(words[w]);
-    }
-    const unsigned offset = offsets[tile] + block_exclusive_sum(mine, warp_sums, &sum);
-    for (int w = threadIdx.x * THREAD_WORDS; w < ((int)threadIdx.x + 1) * THREAD_WORDS; w++) { before[w] += offset; }
-    __syncthreads();
-    for (int q = threadIdx.x * 8; q < DROPIT_TILE; q += DROPIT_THREADS * 8) {
-        const size_t i = tile_begin + q;
-        if (i + 8 <= begin || i >= end) { continue; }
-        const unsigned word = words[q / 32], byte = word >> q % 32 & 255;
-        const bitsX* in = (const bitsX*)values + before[q / 32] + __popc(word & ((1u << q % 32) - 1));
+                                                      size_t begin, size_t end) {
+    const size_t i = (begin / 8 + (size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i < end) {
+        const size_t segment = i / DROPIT_SEGMENT;
+        const unsigned at = i % DROPIT_SEGMENT / 32, word = bitmap[i / 32], byte = word >> i % 32 & 255;
+        unsigned before = offsets[segment];
+        for (unsigned w = 0; w < THREAD_WORDS; w++) {
+            const unsigned earlier = w < at ? ~0u : w == at ? (1u << i % 32) - 1 : 0;
+            before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
+        }
+        const bitsX* in = (const bitsX*)values + before;
         // each bit to a nibble of its own; the product adds up the nibbles below, so nibble j says how many kept elements precede j
         unsigned bits = (byte | byte << 12) & 0x000f000fu;
         bits = (bits | bits << 6) & 0x03030303u;
         bits = (bits | bits << 3) & 0x11111111u;
         const unsigned ranks = bits * 0x11111111u - bits;
         bitsX* to = (bitsX*)out + (i - begin);
-        if (V == 8 && i >= begin && i + 8 <= end) {
+        if (V == 8) {
             const int N = 16 / sizeof(bitsX); // elements of one access
             for (int h = 0; h < 8; h += N) {
                 Pack<N, bitsX> p; // no branches: a value is read whether its element is kept or not (there is room for it), and masked
@@ -969,45 +1083,55 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
 // the thresholds of x (n), and its bitmap and values where they are stored
 void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
     const unsigned tiles = (unsigned)dropit_tiles(d->n);
+    const unsigned k_tile = (unsigned)dropit_keep(DROPIT_TILE, gamma), k_last = (unsigned)dropit_keep(d->n % DROPIT_TILE, gamma);
     if (rule.strategy == MINK) {
+        // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding; the second tile lacks an element
+        const double q = (double)d->k / d->n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
+        const unsigned rank_high = kept > margin ? (unsigned)(kept - margin) : 0; // 0: no key is above the range
+        const bool low_is_zero = kept + margin > DROPIT_TILE - 1;
+        const unsigned rank_low = low_is_zero ? 0 : (unsigned)(kept + margin);
+        const size_t capacity = dropit_list_capacity(d->n);
+        cudaCheck(cudaMemsetAsync(s->search, 0, sizeof(Search), stream));
+        cudaCheck(cudaMemsetAsync(s->tile_counts, 0, tiles * sizeof(uint2), stream));
+        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, stream>>>(s->sample, x, d->n);
+        dropit_tile_kernel<false><<<2, DROPIT_THREADS, 0, stream>>>(s->range, NULL, s->sample, (size_t)2 * DROPIT_TILE - 1, rule, rank_high,
+                                                                    rank_low);
+        dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->list_keys, s->list_indices, s->search, s->tile_counts, s->not_finite,
+                                                                       x, d->n, s->range, low_is_zero, capacity);
+        dropit_start_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, s->tile_counts, tiles, (unsigned)d->k, capacity);
         const unsigned full = 16 * num_multiprocessors, blocks = tiles < full ? tiles : full; // each block ends with up to 2,048 additions
         const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
-        dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, (unsigned)d->k, 0);
         int shift = 32;
         for (int digit = 0; digit < digits; digit++) {
             const int bits = digit < 2 ? 11 : 10;
             shift -= bits;
-            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->not_finite, s->search, x, d->n, rule, shift, bits);
-            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, 0u, bits);
+            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->search, s->list_keys, x, d->n, shift, bits);
+            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, bits);
         }
-        cudaCheck(cudaMemsetAsync(s->tile_counts, 0, tiles * sizeof(uint2), stream));
-        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, x, d->n, shift);
-        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, d->offsets, s->tile_counts, s->search, x, d->n, shift);
+        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, s->list_keys, s->list_indices, x, d->n, shift);
+        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, s->tile_offsets, s->tile_counts, s->search, x, d->n, shift);
+    } else if (rule.strategy == RANDOM) {
+        dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
     } else {
-        const unsigned k_tile = (unsigned)dropit_keep(DROPIT_TILE, gamma), k_last = (unsigned)dropit_keep(d->n % DROPIT_TILE, gamma);
-        if (rule.strategy == RANDOM) {
-            dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
-        } else {
-            dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
-        }
+        dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
     }
-    if (d->offsets != NULL) {
-        if (rule.strategy == RANDOM) {
-            dropit_pack_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, x, d->thresholds, d->offsets, d->n, rule);
-        } else {
-            dropit_pack_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, x, d->thresholds, d->offsets, d->n, rule);
-        }
+    if (d->offsets != NULL && rule.strategy == RANDOM) {
+        dropit_pack_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, d->offsets, x, d->thresholds, NULL, d->n,
+                                                                       rule, k_tile);
+    } else if (d->offsets != NULL) {
+        dropit_pack_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, d->offsets, x, d->thresholds, s->tile_offsets,
+                                                                        d->n, rule, k_tile);
     }
     kernelCheck();
 }
 
 // elements begin .. end-1 of the tensor as the weight gradient sees it
 void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
-    const unsigned tiles = (unsigned)((end - 1) / DROPIT_TILE - begin / DROPIT_TILE + 1);
-    if (vectorizable(begin, out)) {
-        dropit_unpack_kernel<8><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
+    const size_t blocks = CEIL_DIV(CEIL_DIV(end, (size_t)8) - begin / 8, (size_t)256);
+    if (vectorizable(begin | end, out)) {
+        dropit_unpack_kernel<8><<<blocks, 256, 0, stream>>>(out, d->values, d->bitmap, d->offsets, begin, end);
     } else {
-        dropit_unpack_kernel<1><<<tiles, DROPIT_THREADS, 0, stream>>>(out, d->values, d->bitmap, d->offsets, d->n, begin, end);
+        dropit_unpack_kernel<1><<<blocks, 256, 0, stream>>>(out, d->values, d->bitmap, d->offsets, begin, end);
     }
     kernelCheck();
 }
@@ -1821,7 +1945,7 @@ typedef struct {
     char* batch;            // dropped: the whole tensor until its elements are chosen; one, or under -stats all copies
     char* chunk;            // recomputed or dropped: what the backward pass (forward, if not dropped) works on
     Dropped dropit;         // dropped: copy 0; the others follow at these strides:
-    size_t tiles, words, values;
+    size_t thresholds, segments, words, values;
 } Activation;
 
 enum {
@@ -1964,18 +2088,18 @@ void plan_activation(DeitModel* model, Activation* a, const char* name, const ch
     if (n >= (size_t)1 << 32) { model->too_large = name; }
     Dropped* d = &a->dropit;
     a->id = next_id[cache == ALL]++;
-    a->tiles = dropit_tiles(n);
     d->n = n;
     d->k = dropit_k(n, o->gamma, o->strategy);
-    const size_t thresholds = o->strategy == MINK ? 1 : a->tiles;
+    a->thresholds = o->strategy == MINK ? 1 : dropit_tiles(n);
     if (a->cached) {
+        a->segments = dropit_segments(n);
         a->words = dropit_words(n);
         a->values = CEIL_DIV(d->k + 1, (size_t)128) * 128;
         plan_add(plan, CACHED, name, ".values", shape, &d->values, copies * a->values * element, dense);
         plan_add(plan, CACHED, name, ".bitmap", "1 bit an element", &d->bitmap, copies * a->words * sizeof(unsigned), 0);
-        plan_add(plan, CACHED, name, ".offsets", "4 bytes a tile", &d->offsets, copies * a->tiles * sizeof(unsigned), 0);
+        plan_add(plan, CACHED, name, ".offsets", "1 bit in 8 elements", &d->offsets, copies * a->segments * sizeof(unsigned), 0);
     }
-    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, copies * thresholds * sizeof(Threshold), a->cached ? 0 : dense);
+    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, copies * a->thresholds * sizeof(Threshold), a->cached ? 0 : dense);
     plan_add(plan, SCRATCH, name, ".batch", shape, &a->batch, (o->stats ? copies : 1) * align_up(n * element), 0);
     plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, 0);
 }
@@ -2050,9 +2174,15 @@ void deit_plan(DeitModel* model) {
     if (o->gamma > 0.0) {
         size_t largest = B * T * 4*C;
         if (o->drop_all && largest < B * N * CH*P*P) { largest = B * N * CH*P*P; }
+        const size_t tiles = dropit_tiles(largest), list = dropit_list_capacity(largest);
         plan_add(plan, SCRATCH, "search", "", "(1)", &d->search, sizeof(Search), 0);
         plan_add(plan, SCRATCH, "histogram", "", "(2048)", &d->histogram, DROPIT_BINS * sizeof(unsigned), 0);
-        plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, dropit_tiles(largest) * sizeof(uint2), 0);
+        plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, tiles * sizeof(uint2), 0);
+        plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &d->tile_offsets, tiles * sizeof(unsigned), 0);
+        plan_add(plan, SCRATCH, "sample", "", "(2, 16384)", &d->sample, 2 * DROPIT_TILE * sizeof(floatX), 0);
+        plan_add(plan, SCRATCH, "range", "", "(2)", &d->range, 2 * sizeof(Threshold), 0);
+        plan_add(plan, SCRATCH, "list keys", "", "(n/16 + 16384)", &d->list_keys, list * sizeof(unsigned), 0);
+        plan_add(plan, SCRATCH, "list indices", "", "(n/16 + 16384)", &d->list_indices, list * sizeof(unsigned), 0);
     }
     if (o->stats) {
         plan_add(plan, SCRATCH, "stats exact", "", "12 C^2 fp32", &model->stats_exact, 12 * C * C * sizeof(float), 0);
@@ -2111,19 +2241,6 @@ void deit_allocate(DeitModel* model) {
     if (model->v != NULL) { cudaCheck(cudaMemsetAsync(model->v, 0, bytes, main_stream)); }
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     model->drop_scratch.not_finite = &model->result->not_finite;
-    // fastmink and random: every tile keeps a number known beforehand
-    Activation* acts = (Activation*)&model->acts;
-    for (int i = 0; i < NUM_ACTIVATION_TENSORS; i++) {
-        const Activation* a = &acts[i];
-        if (a->dropped && a->cached && model->options.strategy != MINK) {
-            unsigned* offsets = (unsigned*)malloc(a->copies * a->tiles * sizeof(unsigned));
-            for (size_t t = 0; t < a->copies * a->tiles; t++) {
-                offsets[t] = (unsigned)(t % a->tiles * dropit_keep(DROPIT_TILE, model->options.gamma));
-            }
-            cudaCheck(cudaMemcpy(a->dropit.offsets, offsets, a->copies * a->tiles * sizeof(unsigned), cudaMemcpyHostToDevice));
-            free(offsets);
-        }
-    }
     cudaCheck(cudaStreamSynchronize(main_stream));
 }
 
@@ -2211,11 +2328,11 @@ char* activation_at(const DeitModel* model, const Activation* a, int l, size_t b
     return a->chunk;
 }
 
-Dropped dropped_copy(const DeitModel* model, const Activation* a, int l) {
+Dropped dropped_copy(const Activation* a, int l) {
     Dropped d = a->dropit;
-    d.thresholds += l * (model->options.strategy == MINK ? 1 : a->tiles);
+    d.thresholds += l * a->thresholds;
     if (a->cached) {
-        d.offsets += l * a->tiles;
+        d.offsets += l * a->segments;
         d.bitmap += l * a->words;
         d.values += l * a->values;
     }
@@ -2229,7 +2346,7 @@ DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
 // chooses what is kept of copy l, once the whole tensor has been computed
 void drop_activation(const DeitModel* model, const Activation* a, int l) {
     if (!a->dropped) { return; }
-    const Dropped d = dropped_copy(model, a, l);
+    const Dropped d = dropped_copy(a, l);
     dropit_select(&d, &model->drop_scratch, (const floatX*)activation_at(model, a, l, 0, false), model->options.gamma, drop_rule(model, a, l),
                   main_stream);
 }
@@ -2356,7 +2473,7 @@ void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweigh
                      size_t b0, size_t nb, size_t tokens, size_t C, size_t OC) {
     floatX* x = (floatX*)activation_at(model, a, l, b0, true);
     if (a->dropped) {
-        const Dropped d = dropped_copy(model, a, l);
+        const Dropped d = dropped_copy(a, l);
         const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
         if (a->cached) { dropit_unpack(x, &d, begin, end, main_stream); }
         else { dropit_mask(x, &d, begin, end, drop_rule(model, a, l), main_stream); }
@@ -2501,7 +2618,7 @@ const char* deit_not_finite(const DeitModel* model) {
             // tensors of one copy follow the last block, but for the patches, which come first
             const int copy = a->copies > 1 ? l : i == ACT_patches ? (l == 0 ? 0 : -1) : (l == model->options.config.depth ? 0 : -1);
             if (copy < 0 || copy >= a->copies || !a->cached) { continue; }
-            const Dropped d = dropped_copy(model, a, copy);
+            const Dropped d = dropped_copy(a, copy);
             const bool finite = a->dropped ? all_finite<floatX>(d.values, d.k)
                               : a->element == sizeof(float) ? all_finite<float>(a->data + copy * align_up(a->n * a->element), a->n)
                                                             : all_finite<floatX>(a->data + copy * align_up(a->n * a->element), a->n);

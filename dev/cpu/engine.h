@@ -422,7 +422,7 @@ constexpr unsigned ARENAS = 1, MAX_FIBERS = MAX_THREADS + 1;
 struct Warp;
 struct Fiber {
 #if defined(CPU_HAND_WRITTEN_SWITCH)
-    void* stack_pointer; // while it does not run
+    void* stack_pointer; // while it does not run; NULL: it has not begun
 #else
     ucontext_t context;
 #endif
@@ -509,15 +509,36 @@ struct Worker {
 };
 inline thread_local Worker* worker = NULL;
 
+CPU_ENGINE inline void fiber_main() __asm__("cpu_fiber_main");
+
 #if defined(CPU_HAND_WRITTEN_SWITCH)
+#define CPU_SAVE_STACK \
+    "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t" \
+    "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
 // Saves what the ABI wants preserved on the stack of the one, and loads it from the stack of the
 // other
 __attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save,
                                                           [[maybe_unused]] void* load) {
-    __asm__(
-        "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
-        "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
-        "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+    __asm__(CPU_SAVE_STACK
+            "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
+// The same, to a stack on which fiber_main begins. A jump: a return to where nobody called from is
+// predicted wrongly, at the price of the rest of the switch
+__attribute__((naked, noinline)) inline void start_stack([[maybe_unused]] void** save,
+                                                         [[maybe_unused]] void* top) {
+    __asm__(CPU_SAVE_STACK "jmp cpu_fiber_main");
+}
+#endif
+
+#if defined(CPU_HAND_WRITTEN_SWITCH)
+// where the stack of a fiber begins. Colours: without the offset the same local of all threads falls
+// into the same set of the cache. The ABI wants a return address at entry, 8 off a multiple of 16
+CPU_ENGINE inline void* first_frame(Worker* w, Fiber* f) {
+    const size_t color = (size_t)(f - w->fibers) % 32 * 128;
+    void** top = (void**)(f->stack + STACK_BYTES - color) - 2;
+    *--top = NULL;
+    return top;
 }
 #endif
 
@@ -531,7 +552,8 @@ CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fib
                                    to_host ? w->host_stack_bytes : STACK_BYTES);
 #endif
 #if defined(CPU_HAND_WRITTEN_SWITCH)
-    switch_stack(&from->stack_pointer, to->stack_pointer);
+    if (to->stack_pointer == NULL) { start_stack(&from->stack_pointer, first_frame(w, to)); }
+    else { switch_stack(&from->stack_pointer, to->stack_pointer); }
 #else
     swapcontext(&from->context, &to->context);
 #endif
@@ -539,10 +561,6 @@ CPU_ENGINE inline void switch_fiber([[maybe_unused]] Worker* w, Fiber* from, Fib
     __sanitizer_finish_switch_fiber(from->fake_stack, NULL, NULL);
 #endif
 }
-
-// AddressSanitizer: its frame is never left, so it may have no red zones; the next thread uses the
-// same stack
-CPU_ENGINE __attribute__((no_sanitize_address)) inline void fiber_main();
 
 // a fiber that will start in fiber_main, for the next thread of the block
 CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
@@ -552,16 +570,7 @@ CPU_ENGINE inline Fiber* new_fiber(Worker* w) {
     Fiber* f = w->idle[--w->num_idle];
 #endif
 #if defined(CPU_HAND_WRITTEN_SWITCH)
-    // Colours: without the offset the same local of all threads falls into the same set of the
-    // cache
-    const size_t color = (size_t)(f - w->fibers) % 32 * 128;
-    void** top = (void**)(f->stack + STACK_BYTES - color);
-    // where a return address would be: the ABI wants the stack pointer 8 off a multiple of 16 at
-    // entry
-    *--top = NULL;
-    *--top = (void*)&fiber_main;
-    for (int i = 0; i < 6; i++) { *--top = NULL; } // the six registers of switch_stack
-    f->stack_pointer = top;
+    f->stack_pointer = NULL;
 #else
     getcontext(&f->context);
     f->context.uc_stack.ss_sp = f->stack;
@@ -758,7 +767,9 @@ template <class Body> CPU_ENGINE void run_threads(Worker* w, const void* body) {
     } while (ONE_STACK_FOR_MANY && w->next < w->threads && w->head == w->tail && w->kind != RANDOM);
 }
 
-CPU_ENGINE inline void fiber_main() {
+// where every fiber begins. AddressSanitizer: its frame is never left, so it may have no red zones;
+// the next thread uses the same stack
+CPU_ENGINE __attribute__((used, no_sanitize_address)) inline void fiber_main() {
     Worker* w = worker;
 #if defined(CPU_ASAN)
     const void* from;

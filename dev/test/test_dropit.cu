@@ -21,8 +21,8 @@ static void check(bool ok, const char* format, ...) {
     if (ok) { passed++; } else { failed++; }
 }
 
-enum { GAUSS, EQUAL, ZERO, FEW, SIGNED_ZERO, TINY, INFINITE, NOT_A_NUMBER, RAMP, NUM_INPUTS };
-static const char* const input_names[NUM_INPUTS] = {"gauss", "equal", "zero", "three values", "signed zeros", "denormals", "inf", "nan", "ramp"};
+enum { GAUSS, EQUAL, ZERO, FEW, SIGNED_ZERO, TINY, INFINITE, NOT_A_NUMBER, RAMP, MISLEADING, NUM_INPUTS };
+static const char* const input_names[NUM_INPUTS] = {"gauss", "equal", "zero", "three values", "signed zeros", "denormals", "inf", "nan", "ramp", "misleading sample"};
 
 static floatX input_value(int kind, size_t i, size_t n) {
     const uint4 u = philox(7, 99, (unsigned)kind, i);
@@ -70,6 +70,27 @@ template <class T> static T* device(size_t n) {
     return p;
 }
 
+// zeros wherever the search for a threshold takes its sample: found by sampling two tensors whose elements name their places
+static void mislead(floatX* x, size_t n) {
+    floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(2 * DROPIT_TILE);
+    floatX* sampled = (floatX*)malloc(DROPIT_TILE * sizeof(floatX));
+    size_t* index = (size_t*)calloc(DROPIT_TILE, sizeof(size_t));
+    for (size_t unit = 1; unit < n; unit *= 256) { // bf16 holds integers up to 256
+        for (size_t i = 0; i < n; i++) { place[i] = (floatX)(float)(i / unit % 256); }
+        cudaCheck(cudaMemcpy(on_device, place, n * sizeof(floatX), cudaMemcpyHostToDevice));
+        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(sample, on_device, n);
+        kernelCheck();
+        cudaCheck(cudaMemcpy(sampled, sample, DROPIT_TILE * sizeof(floatX), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < DROPIT_TILE; i++) { index[i] += unit * (size_t)(float)sampled[i]; }
+    }
+    for (size_t i = 0; i < DROPIT_TILE; i++) { x[index[i]] = (floatX)0.0f; }
+    cudaCheck(cudaFree(on_device));
+    cudaCheck(cudaFree(sample));
+    free((void*)place);
+    free((void*)sampled);
+    free(index);
+}
+
 static bool same_bits(const floatX* a, const floatX* b, size_t n) { return memcmp(a, b, n * sizeof(floatX)) == 0; }
 
 static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) {
@@ -85,6 +106,7 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
         x[i] = input_value(kind, i, n);
         bad += !isfinite((float)x[i]);
     }
+    if (kind == MISLEADING) { mislead(x, n); }
     if (strategy == MINK) {
         keep_range(kept, x, 0, n, k, rule, index);
     } else {
@@ -96,18 +118,24 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     for (size_t i = 0; i < n; i++) { expected[i] = kept[i] ? x[i] : (floatX)0.0f; }
 
     floatX *dx = device<floatX>(n), *out = device<floatX>(n);
-    Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(tiles), device<unsigned>(words), device<floatX>(k + 1)};
-    DropScratch s = {device<Search>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(1)};
-    unsigned not_finite = 0, *offsets = (unsigned*)malloc(tiles * sizeof(unsigned));
-    for (size_t t = 0; t < tiles; t++) { offsets[t] = (unsigned)(t * dropit_keep(DROPIT_TILE, gamma)); }
+    Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device<floatX>(k + 1)};
+    const size_t list = dropit_list_capacity(n);
+    DropScratch s = {device<Search>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
+                     device<floatX>(2 * DROPIT_TILE), device<Threshold>(2), device<unsigned>(list), device<unsigned>(list), device<unsigned>(1)};
+    Search search;
+    unsigned not_finite = 0;
     cudaCheck(cudaMemcpy(dx, x, n * sizeof(floatX), cudaMemcpyHostToDevice));
-    if (strategy != MINK) { cudaCheck(cudaMemcpy(d.offsets, offsets, tiles * sizeof(unsigned), cudaMemcpyHostToDevice)); }
     cudaCheck(cudaMemset(s.not_finite, 0, sizeof(unsigned)));
     dropit_select(&d, &s, dx, gamma, rule, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(&not_finite, s.not_finite, sizeof(unsigned), cudaMemcpyDeviceToHost));
     check(not_finite == bad, "n %zu k %zu %s strategy %d: %u values that are not finite reported, expected %zu", n, k, input_names[kind], strategy,
           not_finite, bad);
+    // ordinary tensors are searched in the list; those of equal elements, or where the sample errs, in x
+    if (strategy == MINK && n > 40000 && k > 0 && k <= n / 2 && (kind == GAUSS || kind == EQUAL || kind == MISLEADING)) {
+        cudaCheck(cudaMemcpy(&search, s.search, sizeof(Search), cudaMemcpyDeviceToHost));
+        check((search.listed > 0) == (kind == GAUSS), "n %zu k %zu %s: %u elements listed", n, k, input_names[kind], search.listed);
+    }
     // the bitmap, and zeros behind its end
     unsigned* bitmap = (unsigned*)malloc(words * sizeof(unsigned));
     cudaCheck(cudaMemcpy(bitmap, d.bitmap, words * sizeof(unsigned), cudaMemcpyDeviceToHost));
@@ -134,14 +162,14 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
         }
         check(same_bits(got, expected, n), "n %zu k %zu %s strategy %d: masking in chunks of %zu", n, k, input_names[kind], strategy, cuts[c]);
     }
-    void* const on_device[] = {dx, out, d.thresholds, d.offsets, d.bitmap, d.values, s.search, s.histogram, s.tile_counts, s.not_finite};
+    void* const on_device[] = {dx, out, d.thresholds, d.offsets, d.bitmap, d.values, s.search, s.histogram, s.tile_counts, s.tile_offsets,
+                               s.sample, s.range, s.list_keys, s.list_indices, s.not_finite};
     for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++) { cudaCheck(cudaFree(on_device[i])); }
     free(x);
     free((void*)expected);
     free((void*)got);
     free(kept);
     free(index);
-    free(offsets);
     free(bitmap);
 }
 
@@ -152,13 +180,14 @@ int main(int argc, char** argv) {
     const size_t sizes[] = {1, 31, 33, 16384, 16384 + 1, 50000, ((size_t)1 << 20) + 1};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         const size_t n = sizes[i];
-        if (quick && n > 20000) { continue; }
+        const bool few = n > 100000 || (quick && n > 20000);
+        if (quick && n > 100000) { continue; }
         for (int kind = 0; kind < NUM_INPUTS; kind++) {
-            if (n > 100000 && kind != GAUSS && kind != EQUAL && kind != NOT_A_NUMBER) { continue; }
+            if (few && kind != GAUSS && kind != EQUAL && kind != NOT_A_NUMBER && kind != MISLEADING) { continue; }
             const size_t ks[] = {dropit_keep(n, 0.7), 0, n - 1, n, n / 2};
-            for (size_t j = 0; j < (n > 100000 ? 2 : 5); j++) { test_case(n, ks[j], 0.0, kind, MINK); }
+            for (size_t j = 0; j < (few ? 2 : 5); j++) { test_case(n, ks[j], 0.0, kind, MINK); }
             const double gammas[] = {0.7, 0.99999, 0.5};
-            for (int j = 0; j < (n > 100000 ? 1 : 3); j++) {
+            for (int j = 0; j < (few ? 1 : 3); j++) {
                 test_case(n, dropit_k(n, gammas[j], FASTMINK), gammas[j], kind, FASTMINK);
                 test_case(n, dropit_k(n, gammas[j], RANDOM), gammas[j], kind, RANDOM);
             }
