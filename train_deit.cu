@@ -584,10 +584,10 @@ Shard shard_open(const char* path) {
 // (mink) or over every tile of 16,384 consecutive elements (fastmink, random); of equal keys those with the
 // lowest indices. So an element is kept when
 //     key > threshold.key || (key == threshold.key && index < threshold.tie_end)
-// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 + 11 + 10 bits of the key.
+// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 bits of the key at a time.
 // For a whole tensor, not of all of its keys: a sample of 16,384 elements says between which keys the threshold lies with
 // near certainty; one read of x counts the elements above and lists the few between, and the histograms run over that
-// list. Where the sample errs, or so many keys are equal that the list overflows, they run over x: the choice is always
+// list, of the bits in which its keys differ. Where the sample errs, or so many keys are equal that the list overflows, they run over x: the choice is always
 // exact. Atomics add integers only, and no sum depends on the list's order: the choice is a function of the values alone.
 //
 // Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for every 256 elements the number
@@ -596,7 +596,8 @@ enum { MINK, FASTMINK, RANDOM };
 
 #define DROPIT_TILE 16384
 #define DROPIT_THREADS 64 // of every kernel below that works on tiles
-#define DROPIT_BINS 2048
+#define DROPIT_DIGIT 11 // bits
+#define DROPIT_BINS (1 << DROPIT_DIGIT)
 #define TILE_WORDS (DROPIT_TILE / 32)
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
 #define DROPIT_SEGMENT (32 * THREAD_WORDS)         // so many elements, then: 256
@@ -605,13 +606,20 @@ typedef struct {
     unsigned key, tie_end;
 } Threshold;
 
-// state of the search over a whole tensor
+// Search for the threshold, digit by digit of 11 bits (the last may have fewer). Keys count from `low`, so as digits of key - low
 typedef struct {
-    unsigned prefix;     // the digits of the threshold found so far
-    unsigned remaining;  // how many elements with this prefix are kept
+    unsigned low;
+    int bits;           // digits not yet known, in bits
+    unsigned prefix;    // the digits known
+    unsigned remaining; // how many elements with this prefix are kept
+} Search;
+
+// of a whole tensor
+typedef struct {
+    Search search;
     unsigned candidates; // elements whose keys lie in the sampled range, listed as far as there is room
     unsigned listed;     // all of them if the histograms run over the list, 0 if they run over x
-} Search;
+} TensorSearch;
 
 // one tensor as DropIT keeps it
 typedef struct {
@@ -631,7 +639,7 @@ typedef struct {
 
 // scratch of a selection
 typedef struct {
-    Search* search;         // (1)
+    TensorSearch* search;   // (1)
     unsigned* histogram;    // (DROPIT_BINS)
     uint2* tile_counts;     // (tiles) elements above the threshold, elements equal to it
     unsigned* tile_offsets; // (tiles) kept elements before each
@@ -735,23 +743,25 @@ template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T*
     return before;
 }
 
-// One digit of the search. histogram counts, by their next digit, the elements that share the prefix; the
+__device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_DIGIT); }
+__device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
+
+// One digit of the search. histogram (2^11) counts, by their next digit, the elements that share the prefix; the
 // search moves to the largest digit d with at least `remaining` elements at or above it. All threads of the block call.
 // remaining == 0 keeps nothing: all digits are ones, and no key lies above
-__device__ inline void search_digit(Search* search, const unsigned* histogram, int bits, unsigned* warp_sums) {
-    const int bins = 1 << bits, per_thread = bins / blockDim.x;
-    const int first = bins - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
+__device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
     const Search s = *search;
+    const int bits = digit_bits(&s), per_thread = DROPIT_BINS / blockDim.x;
+    const int first = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
     unsigned mine = 0, sum;
     for (int j = 0; j < per_thread; j++) { mine += histogram[first - j]; }
     unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
     if (s.remaining == 0) {
-        if (threadIdx.x == 0) { search->prefix = s.prefix << bits | (unsigned)(bins - 1); }
+        if (threadIdx.x == 0) { *search = {s.low, s.bits - bits, s.prefix << bits | ((1u << bits) - 1), 0}; }
     } else if (above < s.remaining && s.remaining <= above + mine) {
         int d = first;
         while (above + histogram[d] < s.remaining) { above += histogram[d--]; }
-        search->prefix = s.prefix << bits | (unsigned)d;
-        search->remaining = s.remaining - above;
+        *search = {s.low, s.bits - bits, s.prefix << bits | (unsigned)d, s.remaining - above};
     }
     __syncthreads();
 }
@@ -773,15 +783,17 @@ template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const 
     }
 }
 
-// Adds the elements i .. i+31 of x (or of a list of keys) that share the prefix to the histogram of their next digit, of `bits` bits
-// above `shift`; counts NaN and Inf in the first pass, unless not_finite is NULL. counts is the block's own, in shared memory
+// Adds the elements i .. i+31 of x (or of a list of keys) that share the prefix to the histogram of their next digit. first: there is
+// no prefix; then NaN and Inf are counted, unless not_finite is NULL. counts is the block's own, in shared memory
 template <bool HASHED, class T> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const T* x, size_t i, size_t n,
-                                                                  DropRule rule, unsigned prefix, int shift, int bits) {
+                                                                  DropRule rule, const Search& s, bool first) {
     T v[32];
     unsigned keys[32];
-    const unsigned valid = load_word(v, x, i, n), digits = (1u << bits) - 1;
+    const unsigned valid = load_word(v, x, i, n);
+    const int bits = digit_bits(&s), shift = s.bits - bits;
     word_keys<HASHED>(keys, v, i, rule);
-    if (shift + bits == 32) {
+    for (int j = 0; j < 32; j++) { keys[j] -= s.low; }
+    if (first) {
         if (valid == ~0u) {
             for (int j = 0; j < 32; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
         } else {
@@ -794,9 +806,9 @@ template <bool HASHED, class T> __device__ __forceinline__ void count_word(unsig
             if (bad > 0) { atomicAdd(not_finite, bad); }
         }
     } else {
-        for (unsigned match = equal_mask(keys, prefix, shift + bits) & valid; match != 0; match &= match - 1) {
+        for (unsigned match = equal_mask(keys, s.prefix, s.bits) & valid; match != 0; match &= match - 1) {
             const size_t at = i + __ffs(match) - 1; // few: read again, for an index into keys would put them all into local memory
-            atomicAdd_block(&counts[drop_key<HASHED>(x[at], at, rule) >> shift & digits], 1u);
+            atomicAdd_block(&counts[(drop_key<HASHED>(x[at], at, rule) - s.low) >> shift & ((1u << bits) - 1)], 1u);
         }
     }
 }
@@ -814,7 +826,7 @@ __global__ void dropit_sample_kernel(floatX* sample, const floatX* x, size_t n) 
 
 // tile_counts[tile].x += elements above the sampled range; lists the elements within it, in any order. low_is_zero: the range begins
 // at 0. Counts NaN and Inf. One block a tile
-__global__ void dropit_candidates_kernel(unsigned* list_keys, unsigned* list_indices, Search* search, uint2* tile_counts,
+__global__ void dropit_candidates_kernel(unsigned* list_keys, unsigned* list_indices, TensorSearch* search, uint2* tile_counts,
                                          unsigned* not_finite, const floatX* x, size_t n, const Threshold* range, bool low_is_zero,
                                          size_t capacity) {
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
@@ -849,39 +861,41 @@ __global__ void dropit_candidates_kernel(unsigned* list_keys, unsigned* list_ind
 }
 
 // starts the search for the k largest: in the list if that holds the threshold, else in x. One block of 256 threads
-__global__ void dropit_start_kernel(Search* search, unsigned* histogram, uint2* tile_counts, size_t tiles, unsigned k, size_t capacity) {
+__global__ void dropit_start_kernel(TensorSearch* search, unsigned* histogram, uint2* tile_counts, size_t tiles, unsigned k,
+                                    const Threshold* range, bool low_is_zero, size_t capacity) {
     __shared__ unsigned warp_sums[32];
     unsigned mine = 0, above;
     for (size_t t = threadIdx.x; t < tiles; t += blockDim.x) { mine += tile_counts[t].x; }
     block_exclusive_sum(mine, warp_sums, &above);
-    const unsigned candidates = search->candidates;
+    const unsigned candidates = search->candidates, low = low_is_zero ? 0 : range[1].key;
     const bool listed = candidates <= capacity && above < k && k - above <= candidates;
     if (threadIdx.x == 0) {
-        search->prefix = 0;
-        search->remaining = listed ? k - above : k;
+        search->search = listed ? Search{low, 32 - __clz((int)(range[0].key - low)), 0, k - above} : Search{0, 32, 0, k};
         search->listed = listed ? candidates : 0;
     }
     for (size_t t = threadIdx.x; t < tiles && !listed; t += blockDim.x) { tile_counts[t].x = 0; }
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
 }
 
-// one digit of the search over a whole tensor: histogram (2^bits) += counts. A block counts in shared memory, 8 KiB
-__global__ void dropit_histogram_kernel(unsigned* histogram, const Search* search, const unsigned* list_keys, const floatX* x, size_t n,
-                                        int shift, int bits) {
+// one digit of the search over a whole tensor: histogram += counts. A block counts in shared memory, 8 KiB
+__global__ void dropit_histogram_kernel(unsigned* histogram, const TensorSearch* search, const unsigned* list_keys, const floatX* x,
+                                        size_t n, bool first) {
     __shared__ uint4 counts[DROPIT_BINS / 4];
-    const unsigned prefix = search->prefix, listed = search->listed;
+    const Search s = search->search;
+    const unsigned listed = search->listed;
     const size_t end = listed > 0 ? listed : n;
+    if (s.bits == 0) { return; }
     if ((size_t)blockIdx.x * DROPIT_TILE >= end) { return; }
-    for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
+    for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
     __syncthreads();
     for (size_t begin = (size_t)blockIdx.x * DROPIT_TILE; begin < end; begin += (size_t)gridDim.x * DROPIT_TILE) {
         for (size_t i = begin + threadIdx.x * 32; i < begin + DROPIT_TILE; i += DROPIT_THREADS * 32) {
-            if (listed > 0) { count_word<false>((unsigned*)counts, NULL, list_keys, i, end, DropRule{}, prefix, shift, bits); }
-            else { count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, prefix, shift, bits); }
+            if (listed > 0) { count_word<false>((unsigned*)counts, NULL, list_keys, i, end, DropRule{}, s, first); }
+            else { count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, s, first); }
         }
         __syncthreads(); // the block reads its tiles one after the other, and with them whole pages
     }
-    for (int b = threadIdx.x; b < 1 << bits >> 2; b += blockDim.x) {
+    for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) {
         const uint4 c = counts[b];
         if ((c.x | c.y | c.z | c.w) == 0) { continue; }
         if (c.x > 0) { atomicAdd(&histogram[4 * b], c.x); }
@@ -892,9 +906,10 @@ __global__ void dropit_histogram_kernel(unsigned* histogram, const Search* searc
 }
 
 // moves the search by the digit just counted; leaves the histogram zero. One block of 256 threads
-__global__ void dropit_search_kernel(Search* search, unsigned* histogram, int bits) {
+__global__ void dropit_search_kernel(TensorSearch* search, unsigned* histogram) {
     __shared__ unsigned warp_sums[32];
-    search_digit(search, histogram, bits, warp_sums);
+    if (search->search.bits == 0) { return; }
+    search_digit(&search->search, histogram, warp_sums);
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
 }
 
@@ -904,9 +919,9 @@ __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned eq
 }
 
 // tile_counts[tile] += (elements above the threshold, elements equal to it), of the list or of x. One block a tile of x
-__global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, const unsigned* list_keys, const unsigned* list_indices,
-                                    const floatX* x, size_t n, int shift) {
-    const unsigned key = search->prefix << shift, listed = search->listed;
+__global__ void dropit_count_kernel(uint2* tile_counts, const TensorSearch* search, const unsigned* list_keys, const unsigned* list_indices,
+                                    const floatX* x, size_t n) {
+    const unsigned key = search_key(&search->search), listed = search->listed;
     const size_t segment = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     unsigned above = 0, equal = 0;
     if (listed == 0) {
@@ -939,13 +954,13 @@ __global__ void dropit_count_kernel(uint2* tile_counts, const Search* search, co
 }
 
 // the end of a search: threshold, and how many kept elements lie before each tile. One block of 256 threads
-__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* tile_offsets, const uint2* tile_counts, const Search* search,
-                                      const floatX* x, size_t n, int shift) {
+__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* tile_offsets, const uint2* tile_counts, const TensorSearch* search,
+                                      const floatX* x, size_t n) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
     __shared__ unsigned tie_tile;
     __shared__ unsigned tie_rank;
-    const unsigned key = search->prefix << shift, ties = search->remaining;
+    const unsigned key = search_key(&search->search), ties = search->search.remaining;
     const size_t tiles = CEIL_DIV(n, (size_t)DROPIT_TILE);
     if (threadIdx.x == 0) { *threshold = {key, 0}; }
     const size_t per_thread = CEIL_DIV(tiles, (size_t)blockDim.x), first = threadIdx.x * per_thread;
@@ -979,24 +994,22 @@ template <bool HASHED> __global__ void dropit_tile_kernel(Threshold* thresholds,
     __shared__ Search search;
     const size_t begin = (size_t)blockIdx.x * DROPIT_TILE;
     if (threadIdx.x == 0) {
-        search = {0, begin + DROPIT_TILE <= n ? k_tile : k_last, 0, 0};
+        search = {0, 32, 0, begin + DROPIT_TILE <= n ? k_tile : k_last};
         thresholds[blockIdx.x].tie_end = 0;
     }
-    for (int shift = 21, bits = 11; bits > 0; ) {
+    for (bool first = true; first || search.bits > 0; first = false) {
         for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { counts[b] = 0; }
         __syncthreads();
-        const unsigned prefix = search.prefix;
+        const Search s = search;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            count_word<HASHED>(counts, not_finite, x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, rule, prefix, shift, bits);
+            count_word<HASHED>(counts, not_finite, x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, rule, s, first);
         }
         __syncthreads();
-        search_digit(&search, counts, bits, warp_sums);
-        bits = min(11, shift);
-        shift -= bits;
+        search_digit(&search, counts, warp_sums);
     }
     const Search s = search;
-    if (threadIdx.x == 0) { thresholds[blockIdx.x].key = s.prefix; }
-    if (s.remaining > 0) { find_tie<HASHED>(&thresholds[blockIdx.x].tie_end, x, begin, n, rule, s.prefix, s.remaining, warp_sums); }
+    if (threadIdx.x == 0) { thresholds[blockIdx.x].key = search_key(&s); }
+    if (s.remaining > 0) { find_tie<HASHED>(&thresholds[blockIdx.x].tie_end, x, begin, n, rule, search_key(&s), s.remaining, warp_sums); }
 }
 
 // bitmap, offsets and values of the kept elements. One block a tile. tile_offsets: of mink; other strategies keep k_tile in each
@@ -1044,22 +1057,24 @@ template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX*
             before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
         }
         const bitsX* in = (const bitsX*)values + before;
-        // each bit to a nibble of its own; the product adds up the nibbles below, so nibble j says how many kept elements precede j
-        unsigned bits = (byte | byte << 12) & 0x000f000fu;
-        bits = (bits | bits << 6) & 0x03030303u;
-        bits = (bits | bits << 3) & 0x11111111u;
-        const unsigned ranks = bits * 0x11111111u - bits;
+        unsigned k = 0; // of the kept elements, the next
         bitsX* to = (bitsX*)out + (i - begin);
         if (V == 8) {
             const int N = 16 / sizeof(bitsX); // elements of one access
             for (int h = 0; h < 8; h += N) {
                 Pack<N, bitsX> p; // no branches: a value is read whether its element is kept or not (there is room for it), and masked
-                for (int j = 0; j < N; j++) { p.v[j] = in[ranks >> 4 * (h + j) & 15] & (0u - (byte >> (h + j) & 1)); }
+                for (int j = 0; j < N; j++) {
+                    const unsigned bit = byte >> (h + j) & 1;
+                    p.v[j] = in[k] & (0u - bit);
+                    k += bit;
+                }
                 *(Pack<N, bitsX>*)(to + h) = p;
             }
         } else {
             for (int j = 0; j < 8; j++) {
-                if (i + j >= begin && i + j < end) { to[j] = byte >> j & 1 ? in[ranks >> 4 * j & 15] : 0; }
+                const unsigned bit = byte >> j & 1;
+                if (i + j >= begin && i + j < end) { to[j] = in[k] & (0u - bit); }
+                k += bit;
             }
         }
     }
@@ -1091,25 +1106,22 @@ void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, doub
         const bool low_is_zero = kept + margin > DROPIT_TILE - 1;
         const unsigned rank_low = low_is_zero ? 0 : (unsigned)(kept + margin);
         const size_t capacity = dropit_list_capacity(d->n);
-        cudaCheck(cudaMemsetAsync(s->search, 0, sizeof(Search), stream));
+        cudaCheck(cudaMemsetAsync(s->search, 0, sizeof(TensorSearch), stream));
         cudaCheck(cudaMemsetAsync(s->tile_counts, 0, tiles * sizeof(uint2), stream));
         dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, stream>>>(s->sample, x, d->n);
         dropit_tile_kernel<false><<<2, DROPIT_THREADS, 0, stream>>>(s->range, NULL, s->sample, (size_t)2 * DROPIT_TILE - 1, rule, rank_high,
                                                                     rank_low);
         dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->list_keys, s->list_indices, s->search, s->tile_counts, s->not_finite,
                                                                        x, d->n, s->range, low_is_zero, capacity);
-        dropit_start_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, s->tile_counts, tiles, (unsigned)d->k, capacity);
+        dropit_start_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, s->tile_counts, tiles, (unsigned)d->k, s->range, low_is_zero, capacity);
         const unsigned full = 16 * num_multiprocessors, blocks = tiles < full ? tiles : full; // each block ends with up to 2,048 additions
         const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
-        int shift = 32;
         for (int digit = 0; digit < digits; digit++) {
-            const int bits = digit < 2 ? 11 : 10;
-            shift -= bits;
-            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->search, s->list_keys, x, d->n, shift, bits);
-            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, bits);
+            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->search, s->list_keys, x, d->n, digit == 0);
+            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram);
         }
-        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, s->list_keys, s->list_indices, x, d->n, shift);
-        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, s->tile_offsets, s->tile_counts, s->search, x, d->n, shift);
+        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, s->list_keys, s->list_indices, x, d->n);
+        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, s->tile_offsets, s->tile_counts, s->search, x, d->n);
     } else if (rule.strategy == RANDOM) {
         dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
     } else {
@@ -2175,7 +2187,7 @@ void deit_plan(DeitModel* model) {
         size_t largest = B * T * 4*C;
         if (o->drop_all && largest < B * N * CH*P*P) { largest = B * N * CH*P*P; }
         const size_t tiles = dropit_tiles(largest), list = dropit_list_capacity(largest);
-        plan_add(plan, SCRATCH, "search", "", "(1)", &d->search, sizeof(Search), 0);
+        plan_add(plan, SCRATCH, "search", "", "(1)", &d->search, sizeof(TensorSearch), 0);
         plan_add(plan, SCRATCH, "histogram", "", "(2048)", &d->histogram, DROPIT_BINS * sizeof(unsigned), 0);
         plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, tiles * sizeof(uint2), 0);
         plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &d->tile_offsets, tiles * sizeof(unsigned), 0);

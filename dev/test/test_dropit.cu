@@ -120,9 +120,9 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     floatX *dx = device<floatX>(n), *out = device<floatX>(n);
     Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device<floatX>(k + 1)};
     const size_t list = dropit_list_capacity(n);
-    DropScratch s = {device<Search>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
+    DropScratch s = {device<TensorSearch>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
                      device<floatX>(2 * DROPIT_TILE), device<Threshold>(2), device<unsigned>(list), device<unsigned>(list), device<unsigned>(1)};
-    Search search;
+    TensorSearch search;
     unsigned not_finite = 0;
     cudaCheck(cudaMemcpy(dx, x, n * sizeof(floatX), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemset(s.not_finite, 0, sizeof(unsigned)));
@@ -133,7 +133,7 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
           not_finite, bad);
     // ordinary tensors are searched in the list; those of equal elements, or where the sample errs, in x
     if (strategy == MINK && n > 40000 && k > 0 && k <= n / 2 && (kind == GAUSS || kind == EQUAL || kind == MISLEADING)) {
-        cudaCheck(cudaMemcpy(&search, s.search, sizeof(Search), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(&search, s.search, sizeof(TensorSearch), cudaMemcpyDeviceToHost));
         check((search.listed > 0) == (kind == GAUSS), "n %zu k %zu %s: %u elements listed", n, k, input_names[kind], search.listed);
     }
     // the bitmap, and zeros behind its end
