@@ -12,7 +12,7 @@
 # ARCH=sm_80|sm_90|native  of the GPU                       NO_MPI=1 NO_OPENBLAS=1  as if it were not installed
 
 PROGRAMS = $(basename $(wildcard train_*.cu test_*.cu))
-DEVICE_TESTS = $(basename $(wildcard dev/test/*.cu))
+DEVICE_TESTS = $(basename $(wildcard dev/test/*.cu dev/cuda/*.cu))
 GOALS_WITHOUT_BUILD = help test check sync dumps data clean
 
 help:
@@ -118,11 +118,11 @@ $(BUILD)/%.cpp: %.cu build/cu2cpp
 	build/cu2cpp $(if $(VARIANT),--fibers) $< > $@
 $(BUILD)/%: $(BUILD)/%.cpp $(BUILD)/command
 	$(CXX) $(CPU_FLAGS) -MMD -MP -MF $@.d $< -o $@ $(CPU_LIBS)
--include $(wildcard $(BUILD)/*.d $(BUILD)/dev/test/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/dev/test/*.d $(BUILD)/dev/cuda/*.d)
 endif
 # a test includes its trainer
 $(foreach t,$(filter test_%,$(PROGRAMS)),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard $(t:test_%=train_%).cu)))
-$(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t).cpp: $(wildcard train_*.cu)))
+$(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard train_*.cu dev/cuda/*.cuh)))
 
 # ---- tests
 asan tsan:
