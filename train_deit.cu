@@ -1422,40 +1422,55 @@ __device__ inline float clip_factor(const StepResult* result, float clip) {
 
 // AdamW (Loshchilov and Hutter, ICLR 2019), as torch.optim.AdamW; correction1 = 1 - beta1^t, correction2 = 1 - beta2^t.
 // params (n) are rounded from master (n); in fp32 master is params itself
+// n is a multiple of VEC. A thread updates VEC parameters
 __global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
                              float clip, float lr, float beta1, float beta2, float correction1, float correction2, float eps, float weight_decay) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
-        const float g = grads[i] * clip_factor(result, clip);
-        const float mi = beta1 * m[i] + (1.0f - beta1) * g;
-        const float vi = beta2 * v[i] + (1.0f - beta2) * g * g;
-        const float w = master[i] * (1.0f - lr * weight_decay);
-        const float updated = w - lr / correction1 * mi / (sqrtf(vi) / sqrtf(correction2) + eps);
-        m[i] = mi;
-        v[i] = vi;
-        master[i] = updated;
-        params[i] = (floatX)updated;
+        float g[VEC], mi[VEC], vi[VEC], w[VEC];
+        const float factor = clip_factor(result, clip);
+        load<VEC>(g, grads + i);
+        load<VEC>(mi, m + i);
+        load<VEC>(vi, v + i);
+        load<VEC>(w, master + i);
+        for (int j = 0; j < VEC; j++) {
+            const float gj = g[j] * factor;
+            mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
+            vi[j] = beta2 * vi[j] + (1.0f - beta2) * gj * gj;
+            w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / (sqrtf(vi[j]) / sqrtf(correction2) + eps);
+        }
+        store<VEC>(m + i, mi);
+        store<VEC>(v + i, vi);
+        store<VEC>(master + i, w);
+        store<VEC>(params + i, w);
     }
 }
 
-// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m
+// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m. n is a multiple of VEC
 __global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
                            float clip, float lr, float momentum, float weight_decay) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
-        const float w = master[i];
-        const float mi = momentum * m[i] + (grads[i] * clip_factor(result, clip) + weight_decay * w);
-        m[i] = mi;
-        master[i] = w - lr * mi;
-        params[i] = (floatX)master[i];
+        float g[VEC], mi[VEC], w[VEC];
+        const float factor = clip_factor(result, clip);
+        load<VEC>(g, grads + i);
+        load<VEC>(mi, m + i);
+        load<VEC>(w, master + i);
+        for (int j = 0; j < VEC; j++) {
+            mi[j] = momentum * mi[j] + (g[j] * factor + weight_decay * w[j]);
+            w[j] -= lr * mi[j];
+        }
+        store<VEC>(m + i, mi);
+        store<VEC>(master + i, w);
+        store<VEC>(params + i, w);
     }
 }
 
-// updates n parameters that share one weight decay; step counts from 1
+// updates n parameters (a multiple of VEC) that share one weight decay; step counts from 1
 void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
                       OptimizerConfig o, double lr, int step) {
     if (n == 0) { return; }
-    const size_t blocks = CEIL_DIV(n, (size_t)256);
+    const size_t blocks = CEIL_DIV(n, (size_t)256 * VEC);
     if (o.adamw) {
         adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr, (float)o.beta1,
             (float)o.beta2, (float)(1.0 - pow(o.beta1, step)), (float)(1.0 - pow(o.beta2, step)), (float)o.eps, (float)o.weight_decay);
@@ -1482,39 +1497,70 @@ typedef struct {
 
 // cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
 // with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right
-// patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH). One thread an element of patches
-__global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, size_t n, int S, int P, int CH) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+// patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH) of less than 2^32 bytes each. A thread makes V elements; V divides P
+template <int V> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, size_t n,
+                                                 int S, int P, int CH) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
-        size_t j = i;
-        const int kw = j % P; j /= P;
-        const int kh = j % P; j /= P;
-        const int c = j % CH; j /= CH;
-        const int pw = j % (S / P); j /= S / P;
-        const int ph = j % (S / P); j /= S / P; // j is b
-        const int h = ph * P + kh, w = flips[j] ? S - 1 - (pw * P + kw) : pw * P + kw;
-        patches[i] = (floatX)(((float)images[((j * S + h) * S + w) * CH + c] / 255.0f - stats.mean[c]) / stats.std[c]);
+        const unsigned per_image = (unsigned)S * S * CH;
+        const size_t b = i / per_image;
+        unsigned j = (unsigned)(i - b * per_image);
+        const unsigned kw = j % P; j /= P;
+        const unsigned kh = j % P; j /= P;
+        const unsigned c = j % CH; j /= CH;
+        const unsigned pw = j % (S / P), ph = j / (S / P);
+        const unsigned w = pw * P + kw;
+        const uint8_t* row = images + (b * S + ph * P + kh) * S * CH + c;
+        float x[V];
+        for (int q = 0; q < V; q++) {
+            x[q] = ((float)row[(size_t)(flips[b] ? S - 1 - (w + q) : w + q) * CH] / 255.0f - stats.mean[c]) / stats.std[c];
+        }
+        store<V>(patches + i, x);
     }
 }
 
 // out[b, 0] = cls + pos[0]; out[b, t] = tokens[b, t-1] + pos[t]
-// out (B, T, C), tokens (B, T-1, C), cls (C), pos (T, C). One thread an element
-__global__ void embed_kernel(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+// out (B, T, C), tokens (B, T-1, C), cls (C), pos (T, C). A thread makes V elements
+template <int V> __global__ void embed_kernel(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
-        const size_t c = i % C, t = i / C % T, b = i / C / T;
-        const float token = t == 0 ? (float)cls[c] : (float)tokens[(b * (T - 1) + t - 1) * C + c];
-        out[i] = (floatX)(token + (float)pos[t * C + c]);
+        const size_t row = i / C, b = row / T;
+        const unsigned c = (unsigned)(i - row * C), t = (unsigned)(row - b * T);
+        float token[V], position[V];
+        load<V>(token, t == 0 ? cls + c : tokens + (b * (T - 1) + t - 1) * C + c);
+        load<V>(position, pos + (size_t)t * C + c);
+        for (int j = 0; j < V; j++) { token[j] += position[j]; }
+        store<V>(out + i, token);
     }
 }
 
-// dtokens[b, t-1] = dout[b, t] for t > 0: the rows that the patch embedding made, next to one another
-__global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) {
-        const size_t row = i / C;
-        dtokens[i] = dout[(row / (T - 1) * T + row % (T - 1) + 1) * C + i % C];
+void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
+    const size_t n = B * T * C;
+    if (vectorizable(C, out, tokens, cls, pos)) {
+        embed_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(out, tokens, cls, pos, n, (int)T, (int)C);
+    } else {
+        embed_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, tokens, cls, pos, n, (int)T, (int)C);
     }
+    kernelCheck();
+}
+
+// dtokens[b, t-1] = dout[b, t] for t > 0: the rows that the patch embedding made, next to one another. A thread copies V elements
+template <int V> __global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        const size_t row = i / C, b = row / (T - 1);
+        *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + (row + b + 1) * C + (i - row * C));
+    }
+}
+
+void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
+    const size_t n = B * (T-1) * C;
+    if (vectorizable(C, dtokens, dout)) {
+        embed_backward_tokens_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(dtokens, dout, n, (int)T, (int)C);
+    } else {
+        embed_backward_tokens_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(dtokens, dout, n, (int)T, (int)C);
+    }
+    kernelCheck();
 }
 
 // dpos[t, c] += sum over b of dout[b, t, c]; dcls[c] += the same at t = 0. One thread a (t, c)
@@ -2028,7 +2074,8 @@ typedef struct {
     float *grads_memory, *master, *m, *v; // master == params_memory in fp32; v is NULL for SGD
     // scratch
     uint8_t* images;   // (B, S, S, CH) of the next batch
-    int *labels, *flips, *ranks; // (B)
+    int *next_labels, *flips; // (B) of the next batch
+    int *labels, *ranks; // (B)
     float* losses;     // (B)
     StepResult* result;
     double* norm_partial;
@@ -2149,6 +2196,7 @@ void deit_plan(DeitModel* model) {
 #undef X
 
     plan_add(plan, SCRATCH, "images", "", "(B, S, S, CH) bytes", &model->images, B * S * S * CH, 0);
+    plan_add(plan, SCRATCH, "next labels", "", "(B)", &model->next_labels, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "labels", "", "(B)", &model->labels, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "flips", "", "(B)", &model->flips, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &model->ranks, B * sizeof(int), 0);
@@ -2399,8 +2447,7 @@ void deit_forward(DeitModel* model, size_t n, bool training) {
         const floatX* patches = (const floatX*)activation_at(model, &acts->patches, 0, b0, false);
         linear_forward(model->tokens, patches, p->patchw, p->patchb, NULL, nb * (T-1), K, C);
         floatX* out = (floatX*)activation_at(model, &acts->residual, 0, b0, false);
-        embed_kernel<<<CEIL_DIV(nb*T*C, (size_t)256), 256, 0, main_stream>>>(out, model->tokens, p->cls, p->pos, nb*T*C, (int)T, (int)C);
-        kernelCheck();
+        embed(out, model->tokens, p->cls, p->pos, nb, T, C);
     }
     if (training) { drop_activation(model, &acts->patches, 0); }
     for (int l = 0; l < c.depth; l++) {
@@ -2549,11 +2596,11 @@ void deit_backward(DeitModel* model) {
         if (model->stats_now) { stats_report(model, l); }
     }
     for (size_t b0 = 0; b0 < B; b0 += I) {
-        const size_t nb = B - b0 < I ? B - b0 : I, n = nb * (T-1) * C;
+        const size_t nb = B - b0 < I ? B - b0 : I;
         const floatX* dres = model->dresidual + b0 * T*C;
         embed_backward_positions_kernel<<<CEIL_DIV(T*C, (size_t)64), 64, 0, main_stream>>>(g->pos, g->cls, dres, (int)nb, (int)T, (int)C);
-        embed_backward_tokens_kernel<<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(model->tokens, dres, n, (int)T, (int)C);
         kernelCheck();
+        embed_backward_tokens(model->tokens, dres, nb, T, C);
         weight_gradient(model, &acts->patches, 0, g->patchw, g->patchb, model->tokens, b0, nb, T-1, K, C);
     }
 }
@@ -2561,14 +2608,19 @@ void deit_backward(DeitModel* model) {
 // ----------------------------------------------------------------------------
 // one step
 
-// normalised patches of the n images in model->images
+// normalised patches of the n images in model->images, and their labels: those three buffers may then be filled again
 void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
     const DeitConfig c = model->options.config;
+    const int S = c.image_size, P = c.patch_size, CH = c.image_channels;
     const size_t elements = n * model->acts.patches.per_image;
     floatX* patches = (floatX*)activation_at(model, &model->acts.patches, 0, 0, false);
-    patchify_kernel<<<CEIL_DIV(elements, (size_t)256), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements,
-                                                                             c.image_size, c.patch_size, c.image_channels);
+    if (P % VEC == 0) {
+        patchify_kernel<VEC><<<CEIL_DIV(elements, (size_t)256 * VEC), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements, S, P, CH);
+    } else {
+        patchify_kernel<1><<<CEIL_DIV(elements, (size_t)256), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements, S, P, CH);
+    }
     kernelCheck();
+    cudaCheck(cudaMemcpyAsync(model->labels, model->next_labels, n * sizeof(int), cudaMemcpyDeviceToDevice, main_stream));
 }
 
 // adds the loss of n images to model->result, and turns the logits into their gradient, scaled
@@ -2745,6 +2797,9 @@ typedef struct {
     unsigned* order;      // (images) of the current epoch
     uint8_t* pixels;      // pinned, one batch
     int *labels, *flips;  // pinned, one batch
+    cudaStream_t stream;  // copies a batch while the step before computes
+    cudaEvent_t copied;   // the batch is on the device
+    cudaEvent_t taken;    // the buffers on the device may be written again
 } Loader;
 
 void loader_open(Loader* loader, Shard shard, size_t B) {
@@ -2756,6 +2811,9 @@ void loader_open(Loader* loader, Shard shard, size_t B) {
     cudaCheck(cudaMallocHost((void**)&loader->pixels, B * shard.entries[0].height * shard.entries[0].width * h->channels));
     cudaCheck(cudaMallocHost((void**)&loader->labels, B * sizeof(int)));
     cudaCheck(cudaMallocHost((void**)&loader->flips, B * sizeof(int)));
+    cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&loader->copied, cudaEventDisableTiming));
+    cudaCheck(cudaEventCreateWithFlags(&loader->taken, cudaEventDisableTiming));
 }
 
 // images first .. first+n-1 of the order, to the device; flip: mirror half of them, chosen by Philox(seed, RNG_AUGMENT, epoch, place)
@@ -2763,16 +2821,18 @@ void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size
                   unsigned long long seed, unsigned epoch) {
     const ShardEntry* entries = loader->shard.entries;
     const size_t bytes = (size_t)entries[0].height * entries[0].width * loader->shard.header->channels;
-    cudaCheck(cudaStreamSynchronize(main_stream)); // the pinned buffers may still be read
+    cudaCheck(cudaEventSynchronize(loader->copied)); // the pinned buffers may still be read
     for (size_t i = 0; i < n; i++) {
         const ShardEntry* e = &entries[loader->order[first + i]];
         memcpy(loader->pixels + i * bytes, loader->shard.file.data + e->offset, bytes);
         loader->labels[i] = e->label;
         loader->flips[i] = flip && (philox(seed, RNG_AUGMENT, epoch, first + i).x & 1);
     }
-    cudaCheck(cudaMemcpyAsync(images, loader->pixels, n * bytes, cudaMemcpyHostToDevice, main_stream));
-    cudaCheck(cudaMemcpyAsync(labels, loader->labels, n * sizeof(int), cudaMemcpyHostToDevice, main_stream));
-    cudaCheck(cudaMemcpyAsync(flips, loader->flips, n * sizeof(int), cudaMemcpyHostToDevice, main_stream));
+    cudaCheck(cudaStreamWaitEvent(loader->stream, loader->taken, 0));
+    cudaCheck(cudaMemcpyAsync(images, loader->pixels, n * bytes, cudaMemcpyHostToDevice, loader->stream));
+    cudaCheck(cudaMemcpyAsync(labels, loader->labels, n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
+    cudaCheck(cudaMemcpyAsync(flips, loader->flips, n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
+    cudaCheck(cudaEventRecord(loader->copied, loader->stream));
 }
 
 PixelStats shard_stats(const Shard* shard) {
@@ -2798,6 +2858,22 @@ Shard open_shard(const char* path, DeitConfig c) {
     return shard;
 }
 
+// the batch that the loader copied last becomes patches and labels
+void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, size_t n) {
+    cudaCheck(cudaStreamWaitEvent(main_stream, loader->copied, 0));
+    deit_patchify(model, stats, n);
+    cudaCheck(cudaEventRecord(loader->taken, main_stream));
+}
+
+// copies batch i of the run, counted from 0; each epoch has an order of its own
+void load_batch(Loader* loader, const DeitModel* model, size_t i, size_t epoch_batches, bool flip) {
+    const unsigned epoch = (unsigned)(i / epoch_batches);
+    const unsigned long long seed = model->options.seed;
+    const size_t B = model->options.B, place = i % epoch_batches;
+    if (place == 0) { shuffle(loader->order, loader->shard.header->images, seed, epoch); }
+    loader_batch(loader, model->images, model->next_labels, model->flips, place * B, B, flip, seed, epoch);
+}
+
 typedef struct {
     double loss, top1, top5;
 } Evaluation;
@@ -2809,8 +2885,8 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     for (size_t first = 0; first < images; first += B) {
         const size_t n = images - first < B ? images - first : B;
-        loader_batch(loader, model->images, model->labels, model->flips, first, n, false, 0, 0);
-        deit_patchify(model, stats, n);
+        loader_batch(loader, model->images, model->next_labels, model->flips, first, n, false, 0, 0);
+        take_batch(model, loader, stats, n);
         deit_forward(model, n, false);
         deit_loss(model, n, 0.0f, 1.0f);
     }
@@ -2852,7 +2928,7 @@ int main(int argc, char** argv) {
         {"-v",        'i', &evaluate_every, "evaluate every N epochs, and at the end; 0: only at the end", 0, 1 << 20},
         {"-eval",     'i', &evaluate_only,  "1: evaluate only", 0, 1},
         {"-seed",     'i', &seed,           "seed of all random choices", 0, 2e9},
-        {"-size",     'i', &size,           "image size, 0: the model's", 0, 65535},
+        {"-size",     'i', &size,           "image size, 0: the model's", 0, 16384},
         {"-patch",    'i', &patch,          "patch size, 0: the model's", 0, 65535},
         {"-chans",    'i', &image_channels, "image channels, 0: the model's", 0, 4},
         {"-classes",  'i', &classes,        "classes, 0: the model's", 0, 1 << 24},
@@ -2916,6 +2992,8 @@ int main(int argc, char** argv) {
             B * accumulation, B, accumulation);
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
     device_open();
+    size_t free_before, free_now, total_bytes;
+    cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
     if (initial != NULL) {
         deit_load_parameters(model, initial, "");
@@ -2941,7 +3019,7 @@ int main(int argc, char** argv) {
         require(pixels != NULL && zeros != NULL && ms != NULL, "out of host memory for a batch of %d images", B);
         for (size_t i = 0; i < bytes; i++) { pixels[i] = (uint8_t)philox(seed, RNG_AUGMENT, 0, i).x; }
         cudaCheck(cudaMemcpy(model->images, pixels, bytes, cudaMemcpyHostToDevice));
-        cudaCheck(cudaMemcpy(model->labels, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
+        cudaCheck(cudaMemcpy(model->next_labels, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
         cudaCheck(cudaMemcpy(model->flips, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
         const PixelStats no_stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
         for (int step = -2; step < bench; step++) { // two steps warm up
@@ -2956,7 +3034,9 @@ int main(int argc, char** argv) {
             if (step >= 0) { ms[step] = 1e3 * (seconds() - start); }
         }
         qsort(ms, bench, sizeof(double), by_value);
-        printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f\n", ms[0], ms[bench / 2], 1e3 * B / ms[bench / 2]);
+        cudaCheck(cudaMemGetInfo(&free_now, &total_bytes));
+        printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f bytes_planned=%zu bytes_used=%zu\n", ms[0], ms[bench / 2],
+               1e3 * B / ms[bench / 2], plan_total(&model->plan), free_before - free_now);
         return EXIT_SUCCESS;
     }
 
@@ -2978,20 +3058,22 @@ int main(int argc, char** argv) {
     const PixelStats pixel_stats = shard_stats(&train.shard);
     const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
     Evaluation result = {};
+    size_t loaded = 0; // batches copied to the device
     double start = seconds(), timed = 0.0; // timed: without the first step
     for (int step = 0; step < steps; step++) {
-        const unsigned epoch = (unsigned)(step / epoch_steps);
-        if (step % epoch_steps == 0) { shuffle(train.order, (unsigned)images, o->seed, epoch); }
+        const bool evaluates = step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
         model->stats_now = stats > 0 && step % stats == 0;
         deit_zero_gradients(model);
         for (int micro = 0; micro < accumulation; micro++) {
-            const size_t first = (step % epoch_steps * accumulation + micro) * B;
-            loader_batch(&train, model->images, model->labels, model->flips, first, B, flip, o->seed, epoch);
-            deit_patchify(model, pixel_stats, B);
+            const size_t batch = (size_t)step * accumulation + micro;
+            if (loaded == batch) { load_batch(&train, model, loaded++, epoch_steps * accumulation, flip); }
+            take_batch(model, &train, pixel_stats, B);
             deit_forward(model, B, true);
             deit_loss(model, B, (float)smoothing, 1.0f / ((float)B * accumulation));
             deit_backward(model);
             model->drop_step++;
+            // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device
+            if (micro + 1 < accumulation || !evaluates) { load_batch(&train, model, loaded++, epoch_steps * accumulation, flip); }
         }
         const double rate = learning_rate_at(lr, step, warmup, scheduled);
         deit_update(model, optimizer_config, rate, step + 1);
@@ -3008,7 +3090,8 @@ int main(int argc, char** argv) {
         }
         require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
                 "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
-        if (step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0)) {
+        if (evaluates) {
+            const int epoch = (int)(step / epoch_steps);
             result = evaluate(model, &val);
             printf("eval  epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
             if (log != NULL) {

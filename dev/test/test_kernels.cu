@@ -296,7 +296,11 @@ static void test_patchify(int B, int S, int P, int CH) {
     }
     cudaCheck(cudaMemcpy(images.device, images.host, n, cudaMemcpyHostToDevice));
     cudaCheck(cudaMemcpy(flips.device, flips.host, B * sizeof(int), cudaMemcpyHostToDevice));
-    patchify_kernel<<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(patches.device, images.device, flips.device, stats, n, S, P, CH);
+    if (P % VEC == 0) {
+        patchify_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(patches.device, images.device, flips.device, stats, n, S, P, CH);
+    } else {
+        patchify_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(patches.device, images.device, flips.device, stats, n, S, P, CH);
+    }
     kernelCheck();
     const double e = error(patches, p);
     check(e <= TOLERANCE, "patchify %d x %d / %d x %d: %.2g", B, S, P, CH, e);
@@ -396,6 +400,7 @@ int main(void) {
     test_patchify(3, 15, 5, 1);
     test_patchify(2, 28, 4, 1);
     test_patchify(4, 24, 6, 3);
+    test_patchify(3, 48, 16, 3);
     for (int adamw = 0; adamw < 2; adamw++) {
         test_optimizer(128, adamw, 0.0);
         test_optimizer(131072 + 128, adamw, 1.0);
