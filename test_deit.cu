@@ -86,16 +86,9 @@ static int worst_first(const void* a, const void* b) {
     return x > y ? -1 : x < y;
 }
 
-static const char* metadata(const Safetensors* st, const char* key) {
-    for (int i = 0; i < st->num_metadata; i++) {
-        if (strcmp(st->metadata[i].key, key) == 0) { return st->metadata[i].value; }
-    }
-    return NULL;
-}
-
 // a number from the metadata, or `missing` where the key is absent
 static double number(const Safetensors* st, const char* key, double missing) {
-    const char* value = metadata(st, key);
+    const char* value = safetensors_metadata(st, key);
     if (value == NULL) {
         require(!isnan(missing), "%s lacks the metadata %s; write it with dev/reference/deit.py dump", st->file.path, key);
         return missing;
@@ -127,7 +120,7 @@ typedef struct {
 static Dump open_dump(const char* path) {
     Dump dump = {};
     Safetensors* st = dump.st = safetensors_open(path);
-    const char* model = metadata(st, "model");
+    const char* model = safetensors_metadata(st, "model");
     require(model != NULL && strcmp(model, "deit") == 0, "%s is a dump of model '%s', this program tests deit", path, model ? model : "none");
     require(number(st, "mlp_ratio", 4.0) == 4.0, "%s has mlp_ratio %g, the trainer has 4", path, number(st, "mlp_ratio", 4.0));
     DeitConfig* c = &dump.options.config;
@@ -147,7 +140,7 @@ static Dump open_dump(const char* path) {
     require(dump.options.gamma >= 0.0 && dump.options.gamma < 1.0, "%s: gamma is %g", path, dump.options.gamma);
     dump.options.strategy = MINK;
     dump.options.chunk_bytes = DEFAULT_CHUNK_BYTES;
-    const char* optimizer = metadata(st, "optimizer");
+    const char* optimizer = safetensors_metadata(st, "optimizer");
     dump.options.adamw = optimizer == NULL || strcmp(optimizer, "adamw") == 0;
     require(dump.options.adamw || strcmp(optimizer, "sgd") == 0, "%s: unknown optimizer %s", path, optimizer);
     dump.lr = number(st, "lr", NAN);

@@ -22,9 +22,11 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 */
 
 #include <assert.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -298,7 +300,8 @@ void unmap_file(MappedFile* file) {
 
 // safetensors: u64 header length, a JSON object {name: {dtype, shape, data_offsets}, "__metadata__": {string: string}},
 // then the tensors. The reader takes what the format allows and refuses the rest: unknown fields, duplicate names,
-// and data that overlap, leave holes or do not end with the file
+// and data that overlap, leave holes or do not end with the file. What we write has crc32 in its metadata, of the whole file with these
+// eight digits as zeros; the reader compares it where it is there
 typedef struct {
     char name[96], dtype[8];
     size_t shape[8], begin, end;
@@ -406,6 +409,20 @@ void st_tensor(Safetensors* st, StTensor* t) {
     if (!have_dtype || !have_shape || !have_offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
 }
 
+// CRC-32 of a file whose eight bytes at `digits` count as zeros in text
+uint32_t crc_without_digits(const MappedFile* file, size_t digits) {
+    const uint32_t crc = crc_32(crc_32(0, file->data, digits), "00000000", 8);
+    return crc_32(crc, file->data + digits + 8, file->bytes - digits - 8);
+}
+
+// the digits end one byte before the parser's position
+void st_check_crc(Safetensors* st, const char* digits) {
+    char actual[9];
+    if (strlen(digits) != 8 || memcmp(st->file.data + st->at - 9, digits, 8) != 0) { st_fail(st, "crc32 is not of eight digits"); }
+    snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&st->file, st->at - 9));
+    require(strcmp(actual, digits) == 0, "%s has the checksum %s, its header says %s: it is damaged; take another copy", st->file.path, actual, digits);
+}
+
 size_t st_numel(const StTensor* t) {
     size_t n = 1;
     for (int i = 0; i < t->dims; i++) {
@@ -420,6 +437,14 @@ int st_by_offset(const void* a, const void* b) {
     const StTensor* y = (const StTensor*)b;
     if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
     return x->end < y->end ? -1 : x->end > y->end;
+}
+
+// NULL: there is no such entry
+const char* safetensors_metadata(const Safetensors* st, const char* key) {
+    for (int i = 0; i < st->num_metadata; i++) {
+        if (strcmp(st->metadata[i].key, key) == 0) { return st->metadata[i].value; }
+    }
+    return NULL;
 }
 
 Safetensors* safetensors_open(const char* path) {
@@ -454,6 +479,7 @@ Safetensors* safetensors_open(const char* path) {
                         st_string(st, m->key, sizeof(m->key));
                         st_expect(st, ':');
                         st_string(st, m->value, sizeof(m->value));
+                        if (strcmp(m->key, "crc32") == 0) { st_check_crc(st, m->value); }
                     } while (st_take(st, ','));
                     st_expect(st, '}');
                 }
@@ -466,6 +492,8 @@ Safetensors* safetensors_open(const char* path) {
     }
     st_space(st);
     if (st->at != st->header_end) { st_fail(st, "text after the header"); }
+    require(safetensors_metadata(st, "crc32") != NULL || safetensors_metadata(st, "run") == NULL, "%s is of a checkpoint, but its checksum is gone: "
+            "it is damaged; take another copy", path);
     // in order of their offsets the tensors must follow one another from the first byte to the last
     if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
@@ -504,6 +532,74 @@ const StTensor* safetensors_find(const Safetensors* st, const char* name) {
 
 const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
+}
+
+// Writes a file so that `path` is whole or as it was before, whatever happens: to a temporary name, synced, renamed
+void write_file(const char* path, const void* const* parts, const size_t* bytes, int num_parts) {
+    char temporary[4200], directory[4200];
+    snprintf(temporary, sizeof(temporary), "%s.tmp", path);
+    snprintf(directory, sizeof(directory), "%s", path);
+    char* slash = strrchr(directory, '/');
+    if (slash != NULL) { slash[1] = 0; } else { strcpy(directory, "."); }
+    const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    bool written = fd >= 0;
+    for (int i = 0; written && i < num_parts; i++) {
+        for (size_t at = 0; written && at < bytes[i]; ) {
+            const ssize_t n = write(fd, (const char*)parts[i] + at, bytes[i] - at);
+            if (n > 0) { at += (size_t)n; } else if (n == 0 || errno != EINTR) { written = false; }
+        }
+    }
+    written = written && fsync(fd) == 0 && close(fd) == 0 && rename(temporary, path) == 0;
+    if (!written) {
+        const int reason = errno;
+        unlink(temporary);
+        errno = reason;
+        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another -o", path);
+    }
+    const int dir = open(directory, O_RDONLY);
+    if (dir >= 0) { // without it a rename may be lost when the machine loses its power
+        fsync(dir);
+        close(dir);
+    }
+}
+
+// writes n float32 tensors (name, shape and dims are read) with their data; metadata, and crc32 of it all
+void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata, const StTensor* tensors, const float* const* data, int n) {
+    char* header = NULL;
+    size_t length = 0, offset = 0;
+    FILE* f = open_memstream(&header, &length);
+    const void** parts = (const void**)malloc((n + 2) * sizeof(void*));
+    size_t* bytes = (size_t*)malloc((n + 2) * sizeof(size_t));
+    require(f != NULL && parts != NULL && bytes != NULL, "out of host memory for the header of %s", path);
+    const char before_digits[] = "{\"__metadata__\":{\"crc32\":\"";
+    fprintf(f, "%s00000000\"", before_digits);
+    for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
+    fprintf(f, "}");
+    for (int i = 0; i < n; i++) {
+        bytes[i+2] = st_numel(&tensors[i]) * sizeof(float);
+        parts[i+2] = data[i];
+        fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", tensors[i].name);
+        for (int d = 0; d < tensors[i].dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", tensors[i].shape[d]); }
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes[i+2]);
+        offset += bytes[i+2];
+    }
+    fprintf(f, "}");
+    while (ftell(f) % 8 != 0) { fputc(' ', f); } // tensors begin 8 bytes aligned
+    fclose(f);
+    const uint64_t length64 = length;
+    parts[0] = &length64;
+    bytes[0] = sizeof(length64);
+    parts[1] = header;
+    bytes[1] = length;
+    uint32_t crc = 0;
+    for (int i = 0; i < n + 2; i++) { crc = crc_32(crc, parts[i], bytes[i]); }
+    char digits[9];
+    snprintf(digits, sizeof(digits), "%08x", crc);
+    memcpy(header + sizeof(before_digits) - 1, digits, 8);
+    write_file(path, parts, bytes, n + 2);
+    free(header);
+    free(parts);
+    free(bytes);
 }
 
 // Data shard, version 1; data/README.md has the byte table. One format for classification and detection
@@ -575,6 +671,90 @@ Shard shard_open(const char* path) {
     return shard;
 }
 // ---- end shared: files -----------------------------------------------------
+
+// ---- shared: checkpoints ---------------------------------------------------
+// A checkpoint in a directory is model_00000020.safetensors, state_00000020_00000.safetensors (one a rank) and, last, DONE_00000020:
+// killed at any moment, a program leaves the last whole one
+void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step, int rank) {
+    if (strcmp(kind, "DONE") == 0) { snprintf(path, size, "%s/DONE_%08d", directory, step); }
+    else if (strcmp(kind, "state") == 0) { snprintf(path, size, "%s/state_%08d_%05d.safetensors", directory, step, rank); }
+    else { snprintf(path, size, "%s/model_%08d.safetensors", directory, step); }
+}
+
+// whether the file is there and its crc32, which it must have, is right
+bool checkpoint_file_whole(const char* path) {
+    const int fd = open(path, O_RDONLY);
+    struct stat info;
+    if (fd < 0) { return false; }
+    MappedFile file = {path, NULL, 0};
+    bool whole = false;
+    if (fstat(fd, &info) == 0 && info.st_size > 64) {
+        file.bytes = (size_t)info.st_size;
+        file.data = (const uint8_t*)mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        const char before_digits[] = "{\"__metadata__\":{\"crc32\":\"";
+        const size_t digits = 8 + sizeof(before_digits) - 1;
+        char actual[9];
+        if (file.data != MAP_FAILED && memcmp(file.data + 8, before_digits, sizeof(before_digits) - 1) == 0) {
+            snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&file, digits));
+            whole = memcmp(actual, file.data + digits, 8) == 0;
+        }
+        if (file.data != MAP_FAILED) { unmap_file(&file); }
+    }
+    close(fd);
+    return whole;
+}
+
+// the largest step below `below` with a DONE file; -1: none
+int checkpoint_newest(const char* directory, int below) {
+    int newest = -1, step, end;
+    DIR* d = opendir(directory);
+    for (struct dirent* e; d != NULL && (e = readdir(d)) != NULL; ) {
+        if (sscanf(e->d_name, "DONE_%8d%n", &step, &end) == 1 && e->d_name[end] == 0 && step < below && step > newest) { newest = step; }
+    }
+    if (d != NULL) { closedir(d); }
+    return newest;
+}
+
+// The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Names those that are damaged
+int checkpoint_find(const char* directory, int rank) {
+    char model[4200], state[4200];
+    bool damaged = false;
+    for (int step = INT_MAX; (step = checkpoint_newest(directory, step)) >= 0; damaged = true) {
+        checkpoint_path(model, sizeof(model), directory, "model", step, rank);
+        checkpoint_path(state, sizeof(state), directory, "state", step, rank);
+        if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step, directory);
+    }
+    require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
+    return -1;
+}
+
+// marks the checkpoint as whole, then removes all but the newest `keep` (0: keeps all)
+void checkpoint_done(const char* directory, int step, int keep) {
+    char path[4200];
+    checkpoint_path(path, sizeof(path), directory, "DONE", step, 0);
+    write_file(path, NULL, NULL, 0);
+    int old = INT_MAX;
+    for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
+        if (i < keep) { continue; }
+        const char* const kinds[] = {"DONE", "model", "state"}; // DONE first: what is half removed is no checkpoint
+        for (int k = 0; k < 3; k++) {
+            checkpoint_path(path, sizeof(path), directory, kinds[k], old, 0);
+            unlink(path);
+        }
+    }
+}
+
+// cuts main.log behind its last line of a step up to `step`: what follows happened after the checkpoint, or was cut short
+void log_cut(FILE* log, int step) {
+    char line[512];
+    int s;
+    long end = 0;
+    rewind(log);
+    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step && strchr(line, '\n') != NULL) { end = ftell(log); }
+    require(ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0, "cannot cut main.log back to step %d: %m", step);
+}
+// ---- end shared: checkpoints -----------------------------------------------
 
 // ---- shared: DropIT --------------------------------------------------------
 // Which elements of a cached tensor x of n elements are kept, and how they are stored.
@@ -2347,10 +2527,9 @@ void deit_init_parameters(DeitModel* model) {
     free(values);
 }
 
-// parameters by their timm names, each with `prefix` before it ("" for weights, "param." in a dump)
-void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
-    float* values = (float*)calloc(model->num_parameters, sizeof(float));
-    require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+// values (num_parameters) from a file, by timm's names with `prefix` before each: "" for weights, "param." in a dump, "exp_avg." for a
+// moment. Returns how many tensors were read
+int deit_read_tensors(const DeitModel* model, const Safetensors* st, const char* prefix, float* values) {
     int wrong = 0, found = 0;
     for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
         const ParameterSpec* s = &model->specs[i];
@@ -2371,11 +2550,106 @@ void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* p
             wrong++;
         }
     }
-    const int extra = prefix[0] == 0 ? st->num_tensors - found : 0; // a dump holds more than parameters
-    require(wrong == 0 && extra == 0, "%s: %d tensors are missing or do not fit, %d of its tensors are not of this "
-            "model; check -m, -size, -patch, -chans and -classes", st->file.path, wrong, extra);
+    require(wrong == 0, "%s: %d tensors are missing or do not fit; check -m, -size, -patch, -chans and -classes", st->file.path, wrong);
+    return found;
+}
+
+// CRC-32 of all weights
+uint32_t deit_fingerprint(const DeitModel* model) {
+    const size_t bytes = model->num_parameters * sizeof(float);
+    void* values = malloc(bytes);
+    require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+    cudaCheck(cudaMemcpy(values, model->master, bytes, cudaMemcpyDeviceToHost));
+    const uint32_t crc = crc_32(0, values, bytes);
+    free(values);
+    return crc;
+}
+
+// parameters by their timm names; a file without prefix must hold nothing else
+void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
+    float* values = (float*)calloc(model->num_parameters, sizeof(float));
+    require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+    const int found = deit_read_tensors(model, st, prefix, values);
+    require(prefix[0] != 0 || st->num_tensors == found, "%s: %d of its tensors are not of this model; check -m, -size, -patch, -chans and -classes",
+            st->file.path, st->num_tensors - found);
     deit_set_parameters(model, values);
     free(values);
+}
+
+// fp32 tensors of the device in one file, each set (num_parameters) under its prefix
+void deit_write_tensors(const DeitModel* model, const char* path, const StMetadata* metadata, int num_metadata, const char* const* prefixes,
+                        const float* const* sets, int num_sets) {
+    const size_t n = model->num_parameters;
+    float* values = (float*)malloc(num_sets * n * sizeof(float));
+    StTensor* tensors = (StTensor*)calloc(num_sets * (size_t)NUM_PARAMETER_TENSORS * model->options.config.depth, sizeof(StTensor));
+    const float** data = (const float**)malloc(num_sets * (size_t)NUM_PARAMETER_TENSORS * model->options.config.depth * sizeof(float*));
+    require(values != NULL && tensors != NULL && data != NULL, "out of host memory for %zu parameters of %s", n, path);
+    int count = 0;
+    for (int set = 0; set < num_sets; set++) {
+        cudaCheck(cudaMemcpy(values + set * n, sets[set], n * sizeof(float), cudaMemcpyDeviceToHost));
+        for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+            const ParameterSpec* s = &model->specs[i];
+            for (int l = 0; l < s->copies; l++) {
+                StTensor* t = &tensors[count];
+                snprintf(t->name, sizeof(t->name), "%s%s", prefixes[set], parameter_name(s, l));
+                t->dims = s->dims;
+                memcpy(t->shape, s->shape, s->dims * sizeof(size_t));
+                data[count++] = values + set * n + s->offset + l * s->n;
+            }
+        }
+    }
+    safetensors_write(path, metadata, num_metadata, tensors, data, count);
+    free(values);
+    free(tensors);
+    free(data);
+}
+
+// names of the optimizer's states in a checkpoint, as torch.optim has them; the second is AdamW's alone
+void deit_state_names(const DeitModel* model, const char* names[2]) {
+    names[0] = model->options.adamw ? "exp_avg." : "momentum_buffer.";
+    names[1] = "exp_avg_sq.";
+}
+
+// writes the checkpoint of a step; metadata: what a resume compares
+void deit_save(const DeitModel* model, const char* directory, int step, int keep, const StMetadata* metadata, int num_metadata) {
+    char path[4200];
+    const char* const no_prefix[] = {""};
+    const char* names[2];
+    const float* const master[] = {model->master};
+    const float* const states[] = {model->m, model->v};
+    deit_state_names(model, names);
+    checkpoint_path(path, sizeof(path), directory, "model", step, 0);
+    deit_write_tensors(model, path, metadata, num_metadata, no_prefix, master, 1);
+    checkpoint_path(path, sizeof(path), directory, "state", step, 0);
+    deit_write_tensors(model, path, metadata, num_metadata, names, states, model->v != NULL ? 2 : 1);
+    checkpoint_done(directory, step, keep);
+}
+
+// reads the checkpoint of a step back; every entry of metadata must be as it is in the files, an empty one becomes what it is in the first
+void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* metadata, int num_metadata) {
+    char path[4200];
+    const char* names[2];
+    float* const states[] = {model->m, model->v};
+    deit_state_names(model, names);
+    for (int file = 0; file < 2; file++) {
+        checkpoint_path(path, sizeof(path), directory, file == 0 ? "model" : "state", step, 0);
+        Safetensors* st = safetensors_open(path);
+        for (int i = 0; i < num_metadata; i++) {
+            const char* was = safetensors_metadata(st, metadata[i].key);
+            if (was != NULL && metadata[i].value[0] == 0) { strcpy(metadata[i].value, was); }
+            require(was != NULL && strcmp(was, metadata[i].value) == 0, "%s was written with %s %s, not %s; resume with the flags of the run, or "
+                    "start anew with another -o", path, metadata[i].key, was != NULL ? was : "unknown", metadata[i].value);
+        }
+        if (file == 0) { deit_load_parameters(model, st, ""); }
+        for (int set = 0; file == 1 && set < (model->v != NULL ? 2 : 1); set++) {
+            float* values = (float*)calloc(model->num_parameters, sizeof(float));
+            require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
+            deit_read_tensors(model, st, names[set], values);
+            cudaCheck(cudaMemcpy(states[set], values, model->num_parameters * sizeof(float), cudaMemcpyHostToDevice));
+            free(values);
+        }
+        safetensors_close(st);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -2769,6 +3043,22 @@ void parse_options(int argc, char** argv, const Option* options, int n) {
     }
 }
 
+// appends a metadata entry for each option whose flag is in `flags` (" -a -b "), with its value
+int options_metadata(StMetadata* metadata, int n, const Option* options, int num_options, const char* flags) {
+    for (int i = 0; i < num_options; i++) {
+        const Option* o = &options[i];
+        char word[24];
+        snprintf(word, sizeof(word), " %s ", o->flag);
+        if (strstr(flags, word) == NULL) { continue; }
+        StMetadata* m = &metadata[n++];
+        snprintf(m->key, sizeof(m->key), "%s", o->flag);
+        if (o->type == 'i') { snprintf(m->value, sizeof(m->value), "%d", *(int*)o->value); }
+        else if (o->type == 'f') { snprintf(m->value, sizeof(m->value), "%.17g", *(double*)o->value); }
+        else { snprintf(m->value, sizeof(m->value), "%s", *(const char**)o->value); }
+    }
+    return n;
+}
+
 // "24GiB", "512MiB", "1000000"
 size_t parse_bytes(const char* text) {
     char* end;
@@ -2795,6 +3085,7 @@ int by_value(const void* a, const void* b) {
 typedef struct {
     Shard shard;
     unsigned* order;      // (images) of the current epoch
+    int epoch;            // whose order it is; -1: that of the file
     uint8_t* pixels;      // pinned, one batch
     int *labels, *flips;  // pinned, one batch
     cudaStream_t stream;  // copies a batch while the step before computes
@@ -2805,6 +3096,7 @@ typedef struct {
 void loader_open(Loader* loader, Shard shard, size_t B) {
     const ShardHeader* h = shard.header;
     loader->shard = shard;
+    loader->epoch = -1;
     loader->order = (unsigned*)malloc(h->images * sizeof(unsigned));
     require(loader->order != NULL, "out of host memory for the order of %u images", h->images);
     for (unsigned i = 0; i < h->images; i++) { loader->order[i] = i; }
@@ -2867,11 +3159,12 @@ void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, size_t
 
 // copies batch i of the run, counted from 0; each epoch has an order of its own
 void load_batch(Loader* loader, const DeitModel* model, size_t i, size_t epoch_batches, bool flip) {
-    const unsigned epoch = (unsigned)(i / epoch_batches);
+    const int epoch = (int)(i / epoch_batches);
     const unsigned long long seed = model->options.seed;
-    const size_t B = model->options.B, place = i % epoch_batches;
-    if (place == 0) { shuffle(loader->order, loader->shard.header->images, seed, epoch); }
-    loader_batch(loader, model->images, model->next_labels, model->flips, place * B, B, flip, seed, epoch);
+    const size_t B = model->options.B;
+    if (loader->epoch != epoch) { shuffle(loader->order, loader->shard.header->images, seed, epoch); }
+    loader->epoch = epoch;
+    loader_batch(loader, model->images, model->next_labels, model->flips, i % epoch_batches * B, B, flip, seed, epoch);
 }
 
 typedef struct {
@@ -2899,12 +3192,13 @@ int main(int argc, char** argv) {
     const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0";
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
+    int save_every = 0, keep = 0, resume = 0;
     double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
     const Option options[] = {
         {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
         {"-i",        's', &train_path,     "training shard", 0, 0},
         {"-j",        's', &val_path,       "validation shard", 0, 0},
-        {"-o",        's', &output,         "output directory, for main.log", 0, 0},
+        {"-o",        's', &output,         "output directory, for main.log and checkpoints", 0, 0},
         {"-b",        'i', &B,              "batch size", 1, 1 << 20},
         {"-a",        'i', &accumulation,   "gradient accumulation: batches a step", 1, 1 << 20},
         {"-e",        'i', &epochs,         "epochs", 1, 1 << 20},
@@ -2925,6 +3219,9 @@ int main(int argc, char** argv) {
         {"-stats",    'i', &stats,          "DropIT: report what is kept every N steps, 0: never", 0, 2e9},
         {"-r",        'i', &recompute,      "recompute in the backward pass: 0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block", 0, 3},
         {"-w",        's', &weights,        "initial weights (.safetensors)", 0, 0},
+        {"-n",        'i', &save_every,     "write a checkpoint every N steps, and at the end; 0: never", 0, 2e9},
+        {"-keep",     'i', &keep,           "keep the newest N checkpoints, 0: all", 0, 2e9},
+        {"-y",        'i', &resume,         "1: resume from the newest checkpoint in -o, where there is one", 0, 1},
         {"-v",        'i', &evaluate_every, "evaluate every N epochs, and at the end; 0: only at the end", 0, 1 << 20},
         {"-eval",     'i', &evaluate_only,  "1: evaluate only", 0, 1},
         {"-seed",     'i', &seed,           "seed of all random choices", 0, 2e9},
@@ -2935,7 +3232,8 @@ int main(int argc, char** argv) {
         {"-plan",     's', &plan,           "1: print the memory plan and exit; 24GiB: also the largest batch that fits", 0, 0},
         {"-bench",    'i', &bench,          "time this many steps on random images and exit", 0, 1 << 20},
     };
-    parse_options(argc, argv, options, sizeof(options) / sizeof(options[0]));
+    const int num_options = sizeof(options) / sizeof(options[0]);
+    parse_options(argc, argv, options, num_options);
 
     DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
     DeitOptions* o = &model->options;
@@ -2956,6 +3254,7 @@ int main(int argc, char** argv) {
     require(strcmp(optimizer, "adamw") == 0 || strcmp(optimizer, "sgd") == 0, "-opt %s is not an optimizer; choose adamw or sgd", optimizer);
     o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
     require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
+    require(output != NULL || (save_every == 0 && resume == 0), "-n and -y need a directory for checkpoints; give -o");
     require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     o->B = B;
     o->gamma = gamma;
@@ -2991,16 +3290,30 @@ int main(int argc, char** argv) {
     require(bench > 0 || evaluate_only || epoch_steps > 0, "%s has %zu images, fewer than the %d of one step (-b %d x -a %d)", train_path, images,
             B * accumulation, B, accumulation);
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
+    const bool training = bench == 0 && !evaluate_only;
+    require(!training || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
+            "-y 1 or choose another -o", output);
+    // What a resumed run must share with the run that wrote the checkpoint. "run" is the checksum of the weights it began with: the same
+    // command twice writes the same files
+    const int found = training && resume ? checkpoint_find(output, 0) : -1, first_step = found < 0 ? 0 : found;
+    StMetadata metadata[40] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}};
+    snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_shard.header->crc : 0);
+    const int num_metadata = options_metadata(metadata, 5, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
+        "-smoothing -flip -g -s -g_all -seed -size -patch -chans -classes ");
     device_open();
     size_t free_before, free_now, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
-    if (initial != NULL) {
+    if (found >= 0) {
+        snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", found);
+        deit_resume(model, output, found, metadata, num_metadata);
+        model->drop_step = (unsigned)(found * accumulation);
+    } else if (initial != NULL) {
         deit_load_parameters(model, initial, "");
-        safetensors_close(initial);
     } else {
         deit_init_parameters(model);
     }
+    if (found < 0) { snprintf(metadata[2].value, sizeof(metadata[2].value), "%08x", deit_fingerprint(model)); }
 
     const double MiB = 1048576.0;
     printf("model: %s, image %d, patch %d, channels %d, classes %d, width %d, depth %d, heads %d, %zu parameters\n", model_name, o->config.image_size,
@@ -3052,15 +3365,19 @@ int main(int argc, char** argv) {
         char path[4096];
         require(mkdir(output, 0777) == 0 || errno == EEXIST, "cannot make the output directory %s: %m", output);
         snprintf(path, sizeof(path), "%s/main.log", output);
-        log = fopen(path, "w");
+        log = fopen(path, found >= 0 ? "a+" : "w");
         require(log != NULL, "cannot write %s: %m", path);
+        if (found >= 0) { log_cut(log, found); }
     }
+    if (found >= 0) { printf("resuming after step %d\n", found); }
+    else if (resume) { printf("no checkpoint in %s: starting at the first step\n", output); }
     const PixelStats pixel_stats = shard_stats(&train.shard);
     const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
     Evaluation result = {};
-    size_t loaded = 0; // batches copied to the device
+    size_t loaded = (size_t)first_step * accumulation; // batches copied to the device
     double start = seconds(), timed = 0.0; // timed: without the first step
-    for (int step = 0; step < steps; step++) {
+    if (first_step >= steps) { result = evaluate(model, &val); }
+    for (int step = first_step; step < steps; step++) {
         const bool evaluates = step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
         model->stats_now = stats > 0 && step % stats == 0;
         deit_zero_gradients(model);
@@ -3080,8 +3397,8 @@ int main(int argc, char** argv) {
         const StepResult r = deit_result(model);
         const double now = seconds(), ms = 1e3 * (now - start), seen = (double)B * accumulation, loss = r.loss / seen;
         start = now;
-        timed += step > 0 ? ms : 0.0;
-        const int left = (int)(1e-3 * (step > 0 ? timed / step : ms) * (steps - 1 - step));
+        timed += step > first_step ? ms : 0.0;
+        const int left = (int)(1e-3 * (step > first_step ? timed / (step - first_step) : ms) * (steps - 1 - step));
         printf("step %5d/%d | loss %8.6f | acc %6.2f%% | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | left %d:%02d\n", step + 1, steps, loss,
                100.0 * r.top1 / seen, r.norm, rate, ms, 1e3 * seen / ms, left / 60, left % 60);
         if (log != NULL) {
@@ -3098,8 +3415,12 @@ int main(int argc, char** argv) {
                 fprintf(log, "s:%d tel:%.9g top1:%.9g top5:%.9g\n", step + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
                 fflush(log);
             }
-            start = seconds();
         }
+        if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
+            snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
+            deit_save(model, output, step + 1, keep, metadata, num_metadata);
+        }
+        if (evaluates || save_every > 0) { start = seconds(); } // a step's time is its own
     }
     if (log != NULL) { fclose(log); }
     deit_free(model);

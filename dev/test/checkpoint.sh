@@ -1,0 +1,101 @@
+#!/bin/bash
+# Checkpoints of a trainer: killed at any moment and resumed, a run ends with the same bits as one left alone; a damaged checkpoint is
+# passed over; a full disk, changed flags and foreign directories are refused with a sentence and lose nothing.
+#   dev/test/checkpoint.sh ./train_deit
+set -u
+program=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0
+failed=0
+
+verdict() { # verdict 0|1 TEXT
+    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "NOT OK $2"; fi
+}
+run() { timeout 300 "$program" "$@" >"$work/stdout" 2>"$work/stderr" </dev/null; }
+# refused PATTERN ARGUMENTS...: exit code 1, the last line begins with "error:" and holds PATTERN
+refused() {
+    pattern=$1
+    shift
+    run "$@"
+    code=$?
+    [ $code = 1 ] && tail -n 1 "$work/stderr" | grep -q "^error: .*$pattern"
+    verdict $? "$* -> code $code: $(head -c 300 "$work/stderr")"
+}
+losses() { sed 's/ ms:.*//' "$1/main.log"; }
+# flips a bit of byte $2 of file $1
+damage() { printf "\\$(printf %o $(($(od -An -tu1 -j "$2" -N 1 "$1") ^ 4)))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }
+
+# everything that depends on the step: the order of the data, flips, the random strategy, accumulation, the moments
+flags="-b 8 -a 2 -flip 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3"
+run $flags -o "$work/alone"
+verdict $? "a run left alone: $(cat "$work/stderr")"
+run $flags -o "$work/twice"
+cmp -s "$work/alone/model_00000150.safetensors" "$work/twice/model_00000150.safetensors"
+verdict $? "the same command twice writes the same model file"
+[ "$(ls "$work/alone" | wc -l)" = 10 ]
+verdict $? "-keep 3 keeps three: $(ls "$work/alone" | tr '\n' ' ')"
+
+kills=0
+while [ $kills -lt 20 ]; do
+    "$program" $flags -y 1 -o "$work/killed" >"$work/stdout" 2>"$work/stderr" </dev/null &
+    sleep 0.$((RANDOM % 4))$((RANDOM % 10))
+    if kill -9 $! 2>/dev/null; then kills=$((kills + 1)); fi
+    wait $! 2>/dev/null
+    [ -s "$work/stderr" ] && break
+    [ -e "$work/killed/DONE_00000150" ] && break
+done
+! [ -s "$work/stderr" ]
+verdict $? "resumed after $kills kills: $(head -c 300 "$work/stderr")"
+run $flags -y 1 -o "$work/killed"
+verdict $? "the last resume after $kills kills: $(cat "$work/stderr")"
+for kind in model_00000150 state_00000150_00000; do
+    cmp -s "$work/alone/$kind.safetensors" "$work/killed/$kind.safetensors"
+    verdict $? "$kind after $kills kills has other bits"
+done
+[ "$(losses "$work/alone")" = "$(losses "$work/killed")" ]
+verdict $? "main.log after $kills kills"
+[ $kills -ge 10 ]
+verdict $? "only $kills kills before the run was over"
+
+# damage: the newest checkpoint is passed over with a warning, and what follows has the same bits
+cp -r "$work/alone" "$work/damaged"
+damage "$work/damaged/model_00000150.safetensors" 5000
+run $flags -y 1 -o "$work/damaged"
+verdict $? "a damaged model: $(cat "$work/stderr")"
+grep -q "^warning: the checkpoint of step 150 .* damaged" "$work/stderr"
+verdict $? "a damaged model is named: $(cat "$work/stderr")"
+cmp -s "$work/alone/model_00000150.safetensors" "$work/damaged/model_00000150.safetensors"
+verdict $? "the bits after a damaged checkpoint"
+head -c 9000 "$work/alone/state_00000150_00000.safetensors" >"$work/damaged/state_00000150_00000.safetensors"
+damage "$work/damaged/state_00000149_00000.safetensors" 9000
+rm "$work/damaged/model_00000148.safetensors"
+refused 'no checkpoint in .* is whole' $flags -y 1 -o "$work/damaged"
+refused 'has the checksum' -eval 1 -w "$work/damaged/state_00000149_00000.safetensors"
+
+# what must not go on
+refused 'holds checkpoints of another run' $flags -o "$work/alone"
+refused 'was written with -l 0.002.*, not 0.003' $flags -l 0.003 -y 1 -o "$work/alone"
+refused 'was written with -s random, not mink' $flags -s mink -y 1 -o "$work/alone"
+refused 'need a directory' -n 5
+refused 'need a directory' -y 1
+run $flags -y 1 -r 3 -o "$work/alone"
+verdict $? "another -r changes no bit: $(cat "$work/stderr")"
+run -w "$work/alone/model_00000150.safetensors" -eval 1
+verdict $? "a checkpoint's weights are read: $(cat "$work/stderr")"
+
+# a disk that is full: files may not grow beyond 1 MiB, the state needs more
+cp -r "$work/alone" "$work/full"
+rm "$work/full"/*150*
+(trap '' XFSZ; ulimit -f 1024; timeout 300 "$program" $flags -y 1 -o "$work/full" >"$work/stdout" 2>"$work/stderr" </dev/null)
+[ $? = 1 ] && grep -q '^error: cannot write .*state_00000150_00000' "$work/stderr"
+verdict $? "a full disk: $(cat "$work/stderr")"
+[ -e "$work/full/DONE_00000149" ] && [ ! -e "$work/full/DONE_00000150" ] && ! ls "$work/full"/*.tmp >/dev/null 2>&1
+verdict $? "what a full disk leaves: $(ls "$work/full" | tr '\n' ' ')"
+run $flags -y 1 -o "$work/full"
+verdict $? "resumed after a full disk: $(cat "$work/stderr")"
+cmp -s "$work/alone/model_00000150.safetensors" "$work/full/model_00000150.safetensors"
+verdict $? "the bits after a full disk"
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
