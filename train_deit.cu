@@ -44,6 +44,11 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef MULTI_GPU
+#define OMPI_SKIP_MPICXX // the C++ interface of MPI is long gone
+#include <mpi.h>
+#include <nccl.h>
+#endif
 
 namespace cg = cooperative_groups;
 
@@ -59,6 +64,10 @@ namespace cg = cooperative_groups;
 #define cublasCheck(call) do { cublasStatus_t err_ = (call); \
     require(err_ == CUBLAS_STATUS_SUCCESS, "%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasGetStatusString(err_)); } while (0)
 
+#define ncclCheck(call) do { ncclResult_t err_ = (call); \
+    require(err_ == ncclSuccess, "%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(err_)); } while (0)
+#define mpiCheck(call) do { int err_ = (call); require(err_ == MPI_SUCCESS, "%s:%d: %s: MPI error %d", __FILE__, __LINE__, #call, err_); } while (0)
+
 // goes after every <<<>>>; with -DDEBUG it also waits, so that a bad access is reported by its own kernel
 #ifdef DEBUG
 #define kernelCheck() do { cudaCheck(cudaGetLastError()); cudaCheck(cudaDeviceSynchronize()); } while (0)
@@ -70,7 +79,106 @@ namespace cg = cooperative_groups;
 // ---- shared: device --------------------------------------------------------
 static cudaStream_t main_stream;
 static int num_multiprocessors;
+static int rank = 0, num_ranks = 1; // of the processes that train together, one a GPU
 // ---- end shared: device ----------------------------------------------------
+
+// ---- shared: several GPUs --------------------------------------------------
+// Data parallel: a rank is a process with a GPU of its own. All hold the same weights and take different images; their gradients are added
+// up by NCCL on a stream of its own, layer by layer, while the backward pass goes on. MPI starts the ranks and adds up what is printed.
+static cudaStream_t reduce_stream;
+static cudaEvent_t gradients_ready, gradients_reduced;
+#ifdef MULTI_GPU
+static ncclComm_t nccl_comm;
+#endif
+
+// joins the other ranks where mpirun or srun has started this process; chooses the GPU. Only rank 0 prints
+void ranks_open(void) {
+    int local_rank = 0, devices = 0;
+    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
+    const bool started = getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
+#ifdef MULTI_GPU
+    if (started) {
+        MPI_Comm node;
+        ncclUniqueId id;
+        mpiCheck(MPI_Init(NULL, NULL));
+        mpiCheck(MPI_Comm_rank(MPI_COMM_WORLD, &rank));
+        mpiCheck(MPI_Comm_size(MPI_COMM_WORLD, &num_ranks));
+        mpiCheck(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node));
+        mpiCheck(MPI_Comm_rank(node, &local_rank));
+        mpiCheck(MPI_Comm_free(&node));
+        cudaCheck(cudaSetDevice(local_rank % devices));
+        if (rank == 0) { ncclCheck(ncclGetUniqueId(&id)); }
+        mpiCheck(MPI_Bcast(&id, sizeof(id), MPI_BYTE, 0, MPI_COMM_WORLD));
+        ncclCheck(ncclCommInitRank(&nccl_comm, num_ranks, id, rank));
+        require(rank == 0 || freopen("/dev/null", "w", stdout) != NULL, "rank %d cannot open /dev/null: %m", rank);
+    }
+#else
+    require(!started || strcmp(getenv("OMPI_COMM_WORLD_SIZE") != NULL ? getenv("OMPI_COMM_WORLD_SIZE") : "2", "1") == 0,
+            "this program was built without NCCL and MPI and cannot run on several GPUs; `make` says what it misses");
+#endif
+    if (num_ranks == 1) { cudaCheck(cudaSetDevice(0)); }
+    cudaCheck(cudaStreamCreateWithFlags(&reduce_stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&gradients_ready, cudaEventDisableTiming));
+    cudaCheck(cudaEventCreateWithFlags(&gradients_reduced, cudaEventDisableTiming));
+}
+
+void ranks_close(void) {
+#ifdef MULTI_GPU
+    if (num_ranks > 1) { ncclCheck(ncclCommDestroy(nccl_comm)); }
+    int started;
+    mpiCheck(MPI_Initialized(&started));
+    if (started) { mpiCheck(MPI_Finalize()); }
+#endif
+}
+
+// Adds up n pieces of gradients over the ranks, in place, after what main_stream does now; main_stream does not wait
+void ranks_add(float* const* pieces, const size_t* sizes, int n) {
+    if (num_ranks == 1) { return; }
+    cudaCheck(cudaEventRecord(gradients_ready, main_stream));
+    cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
+#ifdef MULTI_GPU
+    ncclCheck(ncclGroupStart());
+    for (int i = 0; i < n; i++) { ncclCheck(ncclAllReduce(pieces[i], pieces[i], sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream)); }
+    ncclCheck(ncclGroupEnd());
+#else
+    (void)pieces, (void)sizes, (void)n;
+#endif
+    cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
+}
+
+// main_stream goes on when all that was given to ranks_add is added up
+void ranks_wait(void) {
+    if (num_ranks > 1) { cudaCheck(cudaStreamWaitEvent(main_stream, gradients_reduced, 0)); }
+}
+
+// values of the host, added up over the ranks in their order, the same on all
+void ranks_sum(double* values, int n) {
+#ifdef MULTI_GPU
+    if (num_ranks == 1) { return; }
+    double* all = (double*)malloc(num_ranks * n * sizeof(double));
+    require(all != NULL, "out of host memory for %d sums", n);
+    mpiCheck(MPI_Allgather(values, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD));
+    for (int i = 0; i < n; i++) {
+        values[i] = 0.0;
+        for (int r = 0; r < num_ranks; r++) { values[i] += all[r * n + i]; }
+    }
+    free(all);
+#else
+    (void)values, (void)n;
+#endif
+}
+
+// ends with a sentence unless the value is the same on all ranks
+void ranks_agree(uint32_t value, const char* what) {
+#ifdef MULTI_GPU
+    uint32_t first = value;
+    if (num_ranks > 1) { mpiCheck(MPI_Bcast(&first, sizeof(first), MPI_BYTE, 0, MPI_COMM_WORLD)); }
+    require(value == first, "the %s of rank %d are not those of rank 0 (%08x, %08x)", what, rank, value, first);
+#else
+    (void)value, (void)what;
+#endif
+}
+// ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: precision -----------------------------------------------------
 // floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
@@ -675,9 +783,9 @@ Shard shard_open(const char* path) {
 // ---- shared: checkpoints ---------------------------------------------------
 // A checkpoint in a directory is model_00000020.safetensors, state_00000020_00000.safetensors (one a rank) and, last, DONE_00000020:
 // killed at any moment, a program leaves the last whole one
-void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step, int rank) {
+void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
     if (strcmp(kind, "DONE") == 0) { snprintf(path, size, "%s/DONE_%08d", directory, step); }
-    else if (strcmp(kind, "state") == 0) { snprintf(path, size, "%s/state_%08d_%05d.safetensors", directory, step, rank); }
+    else if (strcmp(kind, "state") == 0) { snprintf(path, size, "%s/state_%08d_%05d.safetensors", directory, step, 0); }
     else { snprintf(path, size, "%s/model_%08d.safetensors", directory, step); }
 }
 
@@ -716,12 +824,12 @@ int checkpoint_newest(const char* directory, int below) {
 }
 
 // The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Names those that are damaged
-int checkpoint_find(const char* directory, int rank) {
+int checkpoint_find(const char* directory) {
     char model[4200], state[4200];
     bool damaged = false;
     for (int step = INT_MAX; (step = checkpoint_newest(directory, step)) >= 0; damaged = true) {
-        checkpoint_path(model, sizeof(model), directory, "model", step, rank);
-        checkpoint_path(state, sizeof(state), directory, "state", step, rank);
+        checkpoint_path(model, sizeof(model), directory, "model", step);
+        checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
         fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step, directory);
     }
@@ -732,14 +840,14 @@ int checkpoint_find(const char* directory, int rank) {
 // marks the checkpoint as whole, then removes all but the newest `keep` (0: keeps all)
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
-    checkpoint_path(path, sizeof(path), directory, "DONE", step, 0);
+    checkpoint_path(path, sizeof(path), directory, "DONE", step);
     write_file(path, NULL, NULL, 0);
     int old = INT_MAX;
     for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
         if (i < keep) { continue; }
         const char* const kinds[] = {"DONE", "model", "state"}; // DONE first: what is half removed is no checkpoint
         for (int k = 0; k < 3; k++) {
-            checkpoint_path(path, sizeof(path), directory, kinds[k], old, 0);
+            checkpoint_path(path, sizeof(path), directory, kinds[k], old);
             unlink(path);
         }
     }
@@ -2270,6 +2378,7 @@ typedef struct {
     char* blocks[NUM_CATEGORIES];
     unsigned drop_step; // counts forward passes of training, for the random strategy
     bool stats_now;     // this step reports
+    bool add_ranks;     // the gradients are complete after this backward pass: add them up over the ranks
 } DeitModel;
 
 template <class... Dims> void set_shape(ParameterSpec* s, Dims... dims) {
@@ -2618,9 +2727,9 @@ void deit_save(const DeitModel* model, const char* directory, int step, int keep
     const float* const master[] = {model->master};
     const float* const states[] = {model->m, model->v};
     deit_state_names(model, names);
-    checkpoint_path(path, sizeof(path), directory, "model", step, 0);
+    checkpoint_path(path, sizeof(path), directory, "model", step);
     deit_write_tensors(model, path, metadata, num_metadata, no_prefix, master, 1);
-    checkpoint_path(path, sizeof(path), directory, "state", step, 0);
+    checkpoint_path(path, sizeof(path), directory, "state", step);
     deit_write_tensors(model, path, metadata, num_metadata, names, states, model->v != NULL ? 2 : 1);
     checkpoint_done(directory, step, keep);
 }
@@ -2632,7 +2741,7 @@ void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* 
     float* const states[] = {model->m, model->v};
     deit_state_names(model, names);
     for (int file = 0; file < 2; file++) {
-        checkpoint_path(path, sizeof(path), directory, file == 0 ? "model" : "state", step, 0);
+        checkpoint_path(path, sizeof(path), directory, file == 0 ? "model" : "state", step);
         Safetensors* st = safetensors_open(path);
         for (int i = 0; i < num_metadata; i++) {
             const char* was = safetensors_metadata(st, metadata[i].key);
@@ -2674,7 +2783,9 @@ Dropped dropped_copy(const Activation* a, int l) {
 }
 
 DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
-    return DropRule{model->options.strategy, model->options.seed ^ (unsigned long long)(a->id + 4 * l + 1) << 32, model->drop_step};
+    // tensors, and ranks, differ in what the random strategy draws
+    const unsigned long long tensor = (unsigned long long)(a->id + 4 * l + 1) << 32 ^ (unsigned long long)rank << 48;
+    return DropRule{model->options.strategy, model->options.seed ^ tensor, model->drop_step};
 }
 
 // chooses what is kept of copy l, once the whole tensor has been computed
@@ -2846,6 +2957,22 @@ void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
 #undef AT
 }
 
+// gives the gradients of block l, or of all that is in no block (l < 0), to the ranks
+void add_gradients(DeitModel* model, int l) {
+    if (!model->add_ranks) { return; }
+    float* pieces[NUM_PARAMETER_TENSORS];
+    size_t sizes[NUM_PARAMETER_TENSORS];
+    int n = 0;
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        const bool in_block = strncmp(s->name, "blocks.", 7) == 0;
+        if (in_block != (l >= 0)) { continue; }
+        pieces[n] = model->grads_memory + s->offset + (in_block ? l * s->n : 0);
+        sizes[n++] = s->n;
+    }
+    ranks_add(pieces, sizes, n);
+}
+
 // grads += gradients of the loss, after deit_forward and deit_loss on a whole batch
 void deit_backward(DeitModel* model) {
     const DeitConfig c = model->options.config;
@@ -2868,6 +2995,7 @@ void deit_backward(DeitModel* model) {
         if (model->stats_now) { stats_clear(model); }
         for (size_t b0 = 0; b0 < B; b0 += I) { block_backward(model, l, b0, B - b0 < I ? B - b0 : I); }
         if (model->stats_now) { stats_report(model, l); }
+        add_gradients(model, l);
     }
     for (size_t b0 = 0; b0 < B; b0 += I) {
         const size_t nb = B - b0 < I ? B - b0 : I;
@@ -2877,6 +3005,7 @@ void deit_backward(DeitModel* model) {
         embed_backward_tokens(model->tokens, dres, nb, T, C);
         weight_gradient(model, &acts->patches, 0, g->patchw, g->patchb, model->tokens, b0, nb, T-1, K, C);
     }
+    add_gradients(model, -1);
 }
 
 // ----------------------------------------------------------------------------
@@ -2913,18 +3042,21 @@ void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
     const size_t decayed = model->num_decayed, n = model->num_parameters;
     OptimizerConfig no_decay = o;
     no_decay.weight_decay = 0.0;
+    ranks_wait();
     gradient_norm(model->result, model->norm_partial, model->grads_memory, n);
     optimizer_update(model->params_memory, model->master, model->m, model->v, model->grads_memory, decayed, model->result, o, lr, step);
     optimizer_update(model->params_memory + decayed, model->master + decayed, model->m + decayed, model->v == NULL ? NULL : model->v + decayed,
                      model->grads_memory + decayed, n - decayed, model->result, no_decay, lr, step);
 }
 
-// what the device has added up since deit_zero_gradients; waits for it
+// what the devices of all ranks have added up since deit_zero_gradients; waits for them
 StepResult deit_result(const DeitModel* model) {
     StepResult result;
     cudaCheck(cudaMemcpyAsync(&result, model->result, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
-    return result;
+    double sums[4] = {result.loss, (double)result.top1, (double)result.top5, (double)result.not_finite};
+    ranks_sum(sums, 4);
+    return StepResult{sums[0], (unsigned)sums[1], (unsigned)sums[2], (unsigned)sums[3], result.norm};
 }
 
 template <class T> bool all_finite(const void* device, size_t n) {
@@ -2979,11 +3111,11 @@ const char* deit_not_finite(const DeitModel* model) {
 }
 
 void device_open(void) {
-    int devices = 0;
+    int device;
     cudaDeviceProp properties;
-    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
-    cudaCheck(cudaSetDevice(0));
-    cudaCheck(cudaGetDeviceProperties(&properties, 0));
+    ranks_open();
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
     require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with `make PRECISION=FP32`",
             properties.name, properties.major, properties.minor);
     num_multiprocessors = properties.multiProcessorCount;
@@ -2991,7 +3123,8 @@ void device_open(void) {
     cublasCheck(cublasCreate(&cublas_handle));
     cublasCheck(cublasSetStream(cublas_handle, main_stream));
     cublasCheck(cublasLtCreate(&cublaslt_handle));
-    printf("device: %s, " PRECISION_NAME "\n", properties.name);
+    printf("device: %s, " PRECISION_NAME, properties.name);
+    printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
 }
 
 #ifndef TESTING
@@ -3157,26 +3290,26 @@ void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, size_t
     cudaCheck(cudaEventRecord(loader->taken, main_stream));
 }
 
-// copies batch i of the run, counted from 0; each epoch has an order of its own
+// copies this rank's part of batch i of the run, counted from 0; each epoch has an order of its own
 void load_batch(Loader* loader, const DeitModel* model, size_t i, size_t epoch_batches, bool flip) {
     const int epoch = (int)(i / epoch_batches);
     const unsigned long long seed = model->options.seed;
     const size_t B = model->options.B;
     if (loader->epoch != epoch) { shuffle(loader->order, loader->shard.header->images, seed, epoch); }
     loader->epoch = epoch;
-    loader_batch(loader, model->images, model->next_labels, model->flips, i % epoch_batches * B, B, flip, seed, epoch);
+    loader_batch(loader, model->images, model->next_labels, model->flips, (i % epoch_batches * num_ranks + rank) * B, B, flip, seed, epoch);
 }
 
 typedef struct {
     double loss, top1, top5;
 } Evaluation;
 
-// mean loss and accuracies over a whole shard, in its order
+// mean loss and accuracies over a whole shard; ranks take turns with its batches
 Evaluation evaluate(DeitModel* model, Loader* loader) {
     const size_t images = loader->shard.header->images, B = model->options.B;
     const PixelStats stats = shard_stats(&loader->shard);
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
-    for (size_t first = 0; first < images; first += B) {
+    for (size_t first = rank * B; first < images; first += num_ranks * B) {
         const size_t n = images - first < B ? images - first : B;
         loader_batch(loader, model->images, model->next_labels, model->flips, first, n, false, 0, 0);
         take_batch(model, loader, stats, n);
@@ -3286,21 +3419,23 @@ int main(int argc, char** argv) {
         val_shard = open_shard(val_path, o->config);
     }
     const size_t images = train_shard.header != NULL ? train_shard.header->images : 0;
-    const size_t batches = images / B, epoch_steps = batches / accumulation;
-    require(bench > 0 || evaluate_only || epoch_steps > 0, "%s has %zu images, fewer than the %d of one step (-b %d x -a %d)", train_path, images,
-            B * accumulation, B, accumulation);
+    device_open();
+    const size_t step_images = (size_t)B * num_ranks * accumulation, epoch_steps = images / step_images;
+    require(bench > 0 || evaluate_only || epoch_steps > 0, "%s has %zu images, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
+            images, step_images, B, num_ranks, accumulation);
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
     const bool training = bench == 0 && !evaluate_only;
     require(!training || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
             "-y 1 or choose another -o", output);
     // What a resumed run must share with the run that wrote the checkpoint. "run" is the checksum of the weights it began with: the same
     // command twice writes the same files
-    const int found = training && resume ? checkpoint_find(output, 0) : -1, first_step = found < 0 ? 0 : found;
-    StMetadata metadata[40] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}};
+    const int found = training && resume ? checkpoint_find(output) : -1, first_step = found < 0 ? 0 : found;
+    ranks_agree((uint32_t)found, "newest checkpoints");
+    StMetadata metadata[40] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}, {"ranks", ""}};
     snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_shard.header->crc : 0);
-    const int num_metadata = options_metadata(metadata, 5, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
+    snprintf(metadata[5].value, sizeof(metadata[5].value), "%d", num_ranks);
+    const int num_metadata = options_metadata(metadata, 6, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
         "-smoothing -flip -g -s -g_all -seed -size -patch -chans -classes ");
-    device_open();
     size_t free_before, free_now, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
@@ -3357,11 +3492,12 @@ int main(int argc, char** argv) {
     if (evaluate_only) {
         const Evaluation e = evaluate(model, &val);
         printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
+        ranks_close();
         return EXIT_SUCCESS;
     }
     loader_open(&train, train_shard, B);
     FILE* log = NULL;
-    if (output != NULL) {
+    if (output != NULL && rank == 0) {
         char path[4096];
         require(mkdir(output, 0777) == 0 || errno == EEXIST, "cannot make the output directory %s: %m", output);
         snprintf(path, sizeof(path), "%s/main.log", output);
@@ -3384,9 +3520,10 @@ int main(int argc, char** argv) {
         for (int micro = 0; micro < accumulation; micro++) {
             const size_t batch = (size_t)step * accumulation + micro;
             if (loaded == batch) { load_batch(&train, model, loaded++, epoch_steps * accumulation, flip); }
+            model->add_ranks = num_ranks > 1 && micro + 1 == accumulation;
             take_batch(model, &train, pixel_stats, B);
             deit_forward(model, B, true);
-            deit_loss(model, B, (float)smoothing, 1.0f / ((float)B * accumulation));
+            deit_loss(model, B, (float)smoothing, 1.0f / (float)step_images);
             deit_backward(model);
             model->drop_step++;
             // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device
@@ -3395,7 +3532,7 @@ int main(int argc, char** argv) {
         const double rate = learning_rate_at(lr, step, warmup, scheduled);
         deit_update(model, optimizer_config, rate, step + 1);
         const StepResult r = deit_result(model);
-        const double now = seconds(), ms = 1e3 * (now - start), seen = (double)B * accumulation, loss = r.loss / seen;
+        const double now = seconds(), ms = 1e3 * (now - start), seen = (double)step_images, loss = r.loss / seen;
         start = now;
         timed += step > first_step ? ms : 0.0;
         const int left = (int)(1e-3 * (step > first_step ? timed / (step - first_step) : ms) * (steps - 1 - step));
@@ -3418,12 +3555,15 @@ int main(int argc, char** argv) {
         }
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
             snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
-            deit_save(model, output, step + 1, keep, metadata, num_metadata);
+            ranks_agree(deit_fingerprint(model), "weights");
+            if (rank == 0) { deit_save(model, output, step + 1, keep, metadata, num_metadata); }
         }
         if (evaluates || save_every > 0) { start = seconds(); } // a step's time is its own
     }
     if (log != NULL) { fclose(log); }
+    ranks_agree(deit_fingerprint(model), "weights");
     deit_free(model);
+    ranks_close();
     printf("final loss=%.6f top1=%.2f top5=%.2f\n", result.loss, 100.0 * result.top1, 100.0 * result.top5);
     return EXIT_SUCCESS;
 }

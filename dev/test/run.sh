@@ -83,6 +83,7 @@ if command -v mpirun >/dev/null && grep -q DMULTI_GPU $fp32/command; then
         t nccl_$ranks 300 env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 \
             mpirun --oversubscribe -np $ranks $fp32/dev/test/test_cpu_libs
     done
+    t several_ranks 600 dev/test/ranks.sh ./train_deit
 else
     echo "not run: several processes (no MPI here)"
 fi

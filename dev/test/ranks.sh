@@ -1,0 +1,70 @@
+#!/bin/bash
+# Several ranks of a trainer under mpirun: the losses of one rank with the same global batch, equal weights on all ranks (the trainer compares
+# them itself), resuming, and an end within 30 s when a rank dies.
+#   dev/test/ranks.sh ./train_deit
+set -u
+program=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
+passed=0
+failed=0
+
+verdict() { # verdict 0|1 TEXT
+    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "NOT OK $2"; fi
+}
+run() { # run RANKS ARGUMENTS...
+    ranks=$1
+    shift
+    timeout 120 mpirun --oversubscribe -np "$ranks" "$program" "$@" >"$work/stdout" 2>"$work/stderr" </dev/null
+}
+# the largest relative difference of losses and norms of two runs is at most 1e-5, and there are as many lines
+close_to() {
+    paste "$1/main.log" "$2/main.log" | awk -F '[: \t]' '
+        { n = NF / 2; for (i = 2; i <= n; i += 2) { if ($(i-1) == "ms") continue; a = $i; b = $(i+n); d = a - b; if (d < 0) d = -d
+          if (a < 0) a = -a; if ($(i-1) != $(i+n-1) || !(d <= 1e-5 * a)) bad = 1 } }
+        END { exit bad || NR == 0 }' && [ "$(wc -l <"$1/main.log")" = "$(wc -l <"$2/main.log")" ]
+}
+
+flags="-x 9 -flip 1 -a 2 -v 0 -clip 1 -n 4"
+run 1 $flags -b 12 -o "$work/one"
+verdict $? "one rank: $(cat "$work/stderr")"
+for ranks in 2 3; do
+    run $ranks $flags -b $((12 / ranks)) -o "$work/of_$ranks"
+    verdict $? "$ranks ranks: $(cat "$work/stderr")"
+    close_to "$work/one" "$work/of_$ranks"
+    verdict $? "$ranks ranks have other losses than one: $(tail -n 1 "$work/one/main.log"), $(tail -n 1 "$work/of_$ranks/main.log")"
+    [ "$(tail -n 1 "$work/stdout" | grep -c '^final loss=')" = 1 ] && [ "$(grep -c '^step ' "$work/stdout")" = 9 ]
+    verdict $? "only one of $ranks ranks prints"
+done
+
+# DropIT chooses on each rank; random draws differ between ranks; the same bits again, and after a resume
+for strategy in mink random; do
+    drop="$flags -b 5 -g 0.7 -s $strategy"
+    run 2 $drop -o "$work/drop_$strategy"
+    verdict $? "2 ranks with DropIT, $strategy: $(cat "$work/stderr")"
+    cp -r "$work/drop_$strategy" "$work/again_$strategy"
+    rm "$work/again_$strategy"/*00000009* "$work/again_$strategy"/*00000008*
+    run 2 $drop -y 1 -o "$work/again_$strategy"
+    verdict $? "2 ranks resumed, $strategy: $(cat "$work/stderr")"
+    cmp -s "$work/drop_$strategy/model_00000009.safetensors" "$work/again_$strategy/model_00000009.safetensors"
+    verdict $? "2 ranks resumed, $strategy: other bits"
+done
+run 3 $flags -b 5 -g 0.7 -s random -y 1 -o "$work/again_random"
+[ $? != 0 ] && grep -q '^error: .*was written with ranks 2, not 3' "$work/stderr"
+verdict $? "another number of ranks is refused: $(head -n 2 "$work/stderr")"
+
+# a rank that dies takes the others with it
+timeout 120 mpirun --oversubscribe -np 3 "$program" -b 4 >"$work/stdout" 2>"$work/stderr" </dev/null &
+mpi=$!
+sleep 3
+victim=$(pgrep -P "$(pgrep -P $mpi)" | tail -n 1) # timeout runs mpirun, mpirun the ranks
+began=$(date +%s)
+kill -9 "$victim"
+wait $mpi
+code=$?
+[ $code != 0 ] && [ $(($(date +%s) - began)) -le 30 ] && [ -s "$work/stderr" ]
+verdict $? "a rank died: code $code after $(($(date +%s) - began)) s, message of $(wc -c <"$work/stderr") bytes"
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
