@@ -93,13 +93,14 @@ static ncclComm_t nccl_comm;
 
 // joins the other ranks where mpirun or srun has started this process; chooses the GPU. Only rank 0 prints
 void ranks_open(void) {
-    int local_rank = 0, devices = 0;
+    int devices = 0;
     require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
     const bool started = getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
 #ifdef MULTI_GPU
     if (started) {
         MPI_Comm node;
         ncclUniqueId id;
+        int local_rank;
         mpiCheck(MPI_Init(NULL, NULL));
         mpiCheck(MPI_Comm_rank(MPI_COMM_WORLD, &rank));
         mpiCheck(MPI_Comm_size(MPI_COMM_WORLD, &num_ranks));
@@ -3213,6 +3214,75 @@ int by_value(const void* a, const void* b) {
 }
 // ---- end shared: command line ----------------------------------------------
 
+// ---- shared: TensorBoard ---------------------------------------------------
+// An event file: records of u64 length, its masked CRC, an Event in protocol buffers' wire format, its masked CRC
+FILE* events_open(const char* directory, int first_step) {
+    char path[4200], host[64] = "host";
+    gethostname(host, sizeof(host) - 1);
+    require(mkdir(directory, 0777) == 0 || errno == EEXIST, "cannot make the TensorBoard directory %s: %m", directory);
+    snprintf(path, sizeof(path), "%s/events.out.tfevents.%010lld.%s.%d.%d", directory, (long long)time(NULL), host, (int)getpid(), first_step);
+    FILE* f = fopen(path, "wb");
+    require(f != NULL, "cannot write %s: %m", path);
+    return f;
+}
+
+// CRC-32C (polynomial 0x82F63B78), rotated and offset as TFRecord files want it
+uint32_t masked_crc(const void* data, size_t n) {
+    uint32_t crc = ~0u;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= ((const uint8_t*)data)[i];
+        for (int k = 0; k < 8; k++) { crc = crc & 1 ? 0x82F63B78u ^ (crc >> 1) : crc >> 1; }
+    }
+    crc = ~crc;
+    return (crc >> 15 | crc << 17) + 0xa282ead8u;
+}
+
+size_t put_varint(uint8_t* out, uint64_t v) {
+    size_t n = 0;
+    for (; v >= 128; v >>= 7) { out[n++] = (uint8_t)(v | 128); }
+    out[n++] = (uint8_t)v;
+    return n;
+}
+
+// one number of a step. Event {1: wall time, 2: step, 5: Summary {1: Value {1: tag, 2: float}}}; tag NULL: {3: "brain.Event:2"}, the first record
+void events_write(FILE* f, int step, const char* tag, double value) {
+    if (f == NULL) { return; }
+    uint8_t event[256] = {1 << 3 | 1};
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    const double wall = now.tv_sec + 1e-9 * now.tv_nsec;
+    const float number = (float)value;
+    const char* text = tag != NULL ? tag : "brain.Event:2";
+    const size_t length = strlen(text);
+    require(length < 100, "the tag %s is too long", text);
+    memcpy(event + 1, &wall, 8);
+    size_t n = 9;
+    if (tag != NULL) {
+        event[n++] = 2 << 3;
+        n += put_varint(event + n, (uint64_t)step);
+        const uint8_t nested[] = {5 << 3 | 2, (uint8_t)(length + 9), 1 << 3 | 2, (uint8_t)(length + 7), 1 << 3 | 2};
+        memcpy(event + n, nested, sizeof(nested));
+        n += sizeof(nested);
+    } else {
+        event[n++] = 3 << 3 | 2;
+    }
+    event[n++] = (uint8_t)length;
+    memcpy(event + n, text, length);
+    n += length;
+    if (tag != NULL) {
+        event[n++] = 2 << 3 | 5;
+        memcpy(event + n, &number, 4);
+        n += 4;
+    }
+    const uint64_t size = n;
+    const uint32_t size_crc = masked_crc(&size, 8), event_crc = masked_crc(event, n);
+    fwrite(&size, 8, 1, f);
+    fwrite(&size_crc, 4, 1, f);
+    fwrite(event, n, 1, f);
+    fwrite(&event_crc, 4, 1, f);
+}
+// ---- end shared: TensorBoard -----------------------------------------------
+
 // ---- shared: data loader ---------------------------------------------------
 // Batches are consecutive slices of the epoch's permutation; what does not fill a batch at its end is dropped.
 typedef struct {
@@ -3322,7 +3392,7 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
 
 int main(int argc, char** argv) {
     const char *model_name = "deit_nano", *train_path = "data/fashion_train.bin", *val_path = "data/fashion_val.bin";
-    const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0";
+    const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0", *tensorboard = NULL;
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
     int save_every = 0, keep = 0, resume = 0;
@@ -3352,6 +3422,7 @@ int main(int argc, char** argv) {
         {"-stats",    'i', &stats,          "DropIT: report what is kept every N steps, 0: never", 0, 2e9},
         {"-r",        'i', &recompute,      "recompute in the backward pass: 0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block", 0, 3},
         {"-w",        's', &weights,        "initial weights (.safetensors)", 0, 0},
+        {"-tb",       's', &tensorboard,    "directory for TensorBoard's event files", 0, 0},
         {"-n",        'i', &save_every,     "write a checkpoint every N steps, and at the end; 0: never", 0, 2e9},
         {"-keep",     'i', &keep,           "keep the newest N checkpoints, 0: all", 0, 2e9},
         {"-y",        'i', &resume,         "1: resume from the newest checkpoint in -o, where there is one", 0, 1},
@@ -3496,7 +3567,12 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
     loader_open(&train, train_shard, B);
-    FILE* log = NULL;
+    FILE *log = NULL, *events = NULL;
+    if (tensorboard != NULL && rank == 0) {
+        events = events_open(tensorboard, first_step);
+        events_write(events, 0, NULL, 0.0);
+        events_write(events, first_step, "memory/cached_MiB", model->plan.bytes[CACHED] / MiB);
+    }
     if (output != NULL && rank == 0) {
         char path[4096];
         require(mkdir(output, 0777) == 0 || errno == EEXIST, "cannot make the output directory %s: %m", output);
@@ -3542,6 +3618,12 @@ int main(int argc, char** argv) {
             fprintf(log, "s:%d trl:%.9g lr:%.9g norm:%.9g ms:%.3f\n", step + 1, loss, rate, r.norm, ms);
             fflush(log);
         }
+        events_write(events, step + 1, "train/loss", loss);
+        events_write(events, step + 1, "train/top1", 100.0 * r.top1 / seen);
+        events_write(events, step + 1, "train/lr", rate);
+        events_write(events, step + 1, "train/gradient_norm", r.norm);
+        events_write(events, step + 1, "train/images_per_s", 1e3 * seen / ms);
+        if (events != NULL) { fflush(events); }
         require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
                 "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
         if (evaluates) {
@@ -3552,6 +3634,9 @@ int main(int argc, char** argv) {
                 fprintf(log, "s:%d tel:%.9g top1:%.9g top5:%.9g\n", step + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
                 fflush(log);
             }
+            events_write(events, step + 1, "val/loss", result.loss);
+            events_write(events, step + 1, "val/top1", 100.0 * result.top1);
+            events_write(events, step + 1, "val/top5", 100.0 * result.top5);
         }
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
             snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
@@ -3561,6 +3646,7 @@ int main(int argc, char** argv) {
         if (evaluates || save_every > 0) { start = seconds(); } // a step's time is its own
     }
     if (log != NULL) { fclose(log); }
+    if (events != NULL) { fclose(events); }
     ranks_agree(deit_fingerprint(model), "weights");
     deit_free(model);
     ranks_close();

@@ -59,6 +59,11 @@ t deit_bf16 600 $bf16/test_deit
 t files 300 $fp32/dev/test/test_files
 t command_line 600 dev/test/cli.sh ./train_deit
 t checkpoints 600 dev/test/checkpoint.sh ./train_deit
+if command -v python3 >/dev/null; then
+    t tensorboard 300 python3 dev/test/test_events.py ./train_deit
+else
+    echo "not run: TensorBoard's event files (no python3 here)"
+fi
 
 # the same bits under every schedule of blocks and threads
 t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
