@@ -152,6 +152,15 @@ void ranks_wait(void) {
     if (num_ranks > 1) { cudaCheck(cudaStreamWaitEvent(main_stream, gradients_reduced, 0)); }
 }
 
+// Puts every rank's part of an array into its place on all: full is num_ranks parts of `bytes` each; part may lie in it
+void ranks_gather(void* full, const void* part, size_t bytes) {
+#ifdef MULTI_GPU
+    ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
+#else
+    (void)full, (void)part, (void)bytes;
+#endif
+}
+
 // values of the host, added up over the ranks in their order, the same on all
 void ranks_sum(double* values, int n) {
 #ifdef MULTI_GPU
@@ -1758,7 +1767,6 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
 // updates n parameters (a multiple of VEC) that share one weight decay; step counts from 1
 void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
                       OptimizerConfig o, double lr, int step) {
-    if (n == 0) { return; }
     const size_t blocks = CEIL_DIV(n, (size_t)256 * VEC);
     if (o.adamw) {
         adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr, (float)o.beta1,
@@ -1787,8 +1795,8 @@ typedef struct {
 // cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
 // with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right
 // patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH) of less than 2^32 bytes each. A thread makes V elements; V divides P
-template <int V> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, size_t n,
-                                                 int S, int P, int CH) {
+template <int V> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips,
+                                                 const __grid_constant__ PixelStats stats, size_t n, int S, int P, int CH) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const unsigned per_image = (unsigned)S * S * CH;
@@ -2343,6 +2351,7 @@ typedef struct {
     bool drop_all;           // also in the patch embedding and the head
     int recompute;           // -r: 0 to 3
     bool adamw;              // two moments, else one
+    bool sharded;            // -z 1: each rank holds its part of the optimizer's states (ZeRO-1, Rajbhandari et al., SC 2020)
     bool stats;              // -stats: exact inputs are kept beside the dropped ones
     size_t chunk_bytes;      // size of fch_gelu, the widest tensor of a block, in one chunk
     unsigned long long seed;
@@ -2356,11 +2365,13 @@ typedef struct {
     size_t T, chunk_images;
     ParameterSpec specs[NUM_PARAMETER_TENSORS];
     size_t num_parameters, num_decayed; // elements with padding; the decayed tensors come first
+    size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless sharded
     ParameterTensors params;
     GradientTensors grads;
     ActivationTensors acts;
     floatX* params_memory;
-    float *grads_memory, *master, *m, *v; // master == params_memory in fp32; v is NULL for SGD
+    float* grads_memory;
+    float *master, *m, *v; // (shard_n); in fp32 master is the shard in params_memory; v is NULL for SGD
     // scratch
     uint8_t* images;   // (B, S, S, CH) of the next batch
     int *next_labels, *flips; // (B) of the next batch
@@ -2414,7 +2425,10 @@ void deit_parameter_specs(DeitModel* model) {
         }
         if (decay == 1) { model->num_decayed = offset; }
     }
-    model->num_parameters = offset;
+    const size_t shards = model->options.sharded ? num_ranks : 1;
+    model->shard_n = CEIL_DIV(offset, 128 * shards) * 128;
+    model->shard_begin = model->options.sharded ? rank * model->shard_n : 0;
+    model->num_parameters = shards * model->shard_n;
 }
 
 void plan_activation(DeitModel* model, Activation* a, const char* name, const char* shape, size_t element, size_t copies, size_t n,
@@ -2472,10 +2486,11 @@ void deit_plan(DeitModel* model) {
     const size_t n = model->num_parameters;
     plan_add(plan, PARAMETERS_MEMORY, "parameters", "", "with padding", &model->params_memory, n * sizeof(floatX), n * sizeof(floatX));
     plan_add(plan, GRADIENTS, "gradients", "", "fp32", &model->grads_memory, n * sizeof(float), n * sizeof(float));
-    plan_add(plan, OPTIMIZER, "momentum", "", "fp32", &model->m, n * sizeof(float), n * sizeof(float));
-    if (o->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, n * sizeof(float), n * sizeof(float)); }
+    const size_t shard = model->shard_n * sizeof(float);
+    plan_add(plan, OPTIMIZER, "momentum", "", "fp32", &model->m, shard, n * sizeof(float));
+    if (o->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, shard, n * sizeof(float)); }
     if (sizeof(floatX) != sizeof(float)) {
-        plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, n * sizeof(float), n * sizeof(float));
+        plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, shard, n * sizeof(float));
     }
 
     // ids for the random strategy: 4 * block + (0 qkv, 1 proj, 2 fc1, 3 fc2), then the patch embedding, then the head
@@ -2573,7 +2588,7 @@ void deit_allocate(DeitModel* model) {
     plan_allocate(&model->plan, model->blocks);
     cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else cuBLAS allocates its own, outside the plan
     if (sizeof(floatX) == sizeof(float)) {
-        model->master = (float*)model->params_memory;
+        model->master = (float*)model->params_memory + model->shard_begin;
         model->attention.probs = (floatX*)model->attention.scores;
         model->attention.dscores = (floatX*)model->attention.dprobs;
     }
@@ -2584,11 +2599,11 @@ void deit_allocate(DeitModel* model) {
     n++;
     PARAMETERS(X)
 #undef X
-    const size_t bytes = model->num_parameters * sizeof(float);
+    const size_t bytes = model->num_parameters * sizeof(float), shard_bytes = model->shard_n * sizeof(float);
     cudaCheck(cudaMemsetAsync(model->params_memory, 0, model->num_parameters * sizeof(floatX), main_stream)); // padding takes part in updates
     cudaCheck(cudaMemsetAsync(model->grads_memory, 0, bytes, main_stream));
-    cudaCheck(cudaMemsetAsync(model->m, 0, bytes, main_stream));
-    if (model->v != NULL) { cudaCheck(cudaMemsetAsync(model->v, 0, bytes, main_stream)); }
+    cudaCheck(cudaMemsetAsync(model->m, 0, shard_bytes, main_stream));
+    if (model->v != NULL) { cudaCheck(cudaMemsetAsync(model->v, 0, shard_bytes, main_stream)); }
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     model->drop_scratch.not_finite = &model->result->not_finite;
     cudaCheck(cudaStreamSynchronize(main_stream));
@@ -2612,8 +2627,8 @@ void deit_set_parameters(DeitModel* model, const float* values) {
     require(rounded != NULL, "out of host memory for %zu parameters", n);
     for (size_t i = 0; i < n; i++) { rounded[i] = (floatX)values[i]; }
     cudaCheck(cudaMemcpy(model->params_memory, rounded, n * sizeof(floatX), cudaMemcpyHostToDevice));
-    if ((void*)model->master != (void*)model->params_memory) {
-        cudaCheck(cudaMemcpy(model->master, values, n * sizeof(float), cudaMemcpyHostToDevice));
+    if (sizeof(floatX) != sizeof(float)) {
+        cudaCheck(cudaMemcpy(model->master, values + model->shard_begin, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
     }
     free(rounded);
 }
@@ -2666,10 +2681,10 @@ int deit_read_tensors(const DeitModel* model, const Safetensors* st, const char*
 
 // CRC-32 of all weights
 uint32_t deit_fingerprint(const DeitModel* model) {
-    const size_t bytes = model->num_parameters * sizeof(float);
+    const size_t bytes = model->num_parameters * sizeof(floatX);
     void* values = malloc(bytes);
     require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
-    cudaCheck(cudaMemcpy(values, model->master, bytes, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(values, model->params_memory, bytes, cudaMemcpyDeviceToHost));
     const uint32_t crc = crc_32(0, values, bytes);
     free(values);
     return crc;
@@ -2686,7 +2701,7 @@ void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* p
     free(values);
 }
 
-// fp32 tensors of the device in one file, each set (num_parameters) under its prefix
+// fp32 tensors of the device in one file, each set (its shard on each rank) under its prefix. All ranks call, rank 0 writes
 void deit_write_tensors(const DeitModel* model, const char* path, const StMetadata* metadata, int num_metadata, const char* const* prefixes,
                         const float* const* sets, int num_sets) {
     const size_t n = model->num_parameters;
@@ -2696,7 +2711,13 @@ void deit_write_tensors(const DeitModel* model, const char* path, const StMetada
     require(values != NULL && tensors != NULL && data != NULL, "out of host memory for %zu parameters of %s", n, path);
     int count = 0;
     for (int set = 0; set < num_sets; set++) {
-        cudaCheck(cudaMemcpy(values + set * n, sets[set], n * sizeof(float), cudaMemcpyDeviceToHost));
+        const float* full = sets[set];
+        if (model->options.sharded && num_ranks > 1) { // the gradients have been used: their memory takes the parts of all ranks
+            ranks_gather(model->grads_memory, sets[set], model->shard_n * sizeof(float));
+            full = model->grads_memory;
+            cudaCheck(cudaStreamSynchronize(main_stream));
+        }
+        cudaCheck(cudaMemcpy(values + set * n, full, n * sizeof(float), cudaMemcpyDeviceToHost));
         for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
             const ParameterSpec* s = &model->specs[i];
             for (int l = 0; l < s->copies; l++) {
@@ -2708,7 +2729,7 @@ void deit_write_tensors(const DeitModel* model, const char* path, const StMetada
             }
         }
     }
-    safetensors_write(path, metadata, num_metadata, tensors, data, count);
+    if (rank == 0) { safetensors_write(path, metadata, num_metadata, tensors, data, count); }
     free(values);
     free(tensors);
     free(data);
@@ -2720,7 +2741,7 @@ void deit_state_names(const DeitModel* model, const char* names[2]) {
     names[1] = "exp_avg_sq.";
 }
 
-// writes the checkpoint of a step; metadata: what a resume compares
+// writes the checkpoint of a step; metadata: what a resume compares. All ranks call, rank 0 writes
 void deit_save(const DeitModel* model, const char* directory, int step, int keep, const StMetadata* metadata, int num_metadata) {
     char path[4200];
     const char* const no_prefix[] = {""};
@@ -2732,7 +2753,7 @@ void deit_save(const DeitModel* model, const char* directory, int step, int keep
     deit_write_tensors(model, path, metadata, num_metadata, no_prefix, master, 1);
     checkpoint_path(path, sizeof(path), directory, "state", step);
     deit_write_tensors(model, path, metadata, num_metadata, names, states, model->v != NULL ? 2 : 1);
-    checkpoint_done(directory, step, keep);
+    if (rank == 0) { checkpoint_done(directory, step, keep); }
 }
 
 // reads the checkpoint of a step back; every entry of metadata must be as it is in the files, an empty one becomes what it is in the first
@@ -2755,7 +2776,7 @@ void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* 
             float* values = (float*)calloc(model->num_parameters, sizeof(float));
             require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
             deit_read_tensors(model, st, names[set], values);
-            cudaCheck(cudaMemcpy(states[set], values, model->num_parameters * sizeof(float), cudaMemcpyHostToDevice));
+            cudaCheck(cudaMemcpy(states[set], values + model->shard_begin, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
             free(values);
         }
         safetensors_close(st);
@@ -3040,14 +3061,21 @@ void deit_zero_gradients(DeitModel* model) {
 
 // step counts from 1
 void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
-    const size_t decayed = model->num_decayed, n = model->num_parameters;
-    OptimizerConfig no_decay = o;
-    no_decay.weight_decay = 0.0;
+    const size_t decayed = model->num_decayed, first = model->shard_begin, last = first + model->shard_n; // of this rank
     ranks_wait();
-    gradient_norm(model->result, model->norm_partial, model->grads_memory, n);
-    optimizer_update(model->params_memory, model->master, model->m, model->v, model->grads_memory, decayed, model->result, o, lr, step);
-    optimizer_update(model->params_memory + decayed, model->master + decayed, model->m + decayed, model->v == NULL ? NULL : model->v + decayed,
-                     model->grads_memory + decayed, n - decayed, model->result, no_decay, lr, step);
+    gradient_norm(model->result, model->norm_partial, model->grads_memory, model->num_parameters);
+    for (int part = 0; part < 2; part++) {
+        const size_t begin = part == 0 || first > decayed ? first : decayed, end = part == 1 || last < decayed ? last : decayed;
+        if (begin >= end) { continue; }
+        OptimizerConfig config = o;
+        if (part == 1) { config.weight_decay = 0.0; }
+        const size_t at = begin - first;
+        optimizer_update(model->params_memory + begin, model->master + at, model->m + at, model->v == NULL ? NULL : model->v + at,
+                         model->grads_memory + begin, end - begin, model->result, config, lr, step);
+    }
+    if (model->options.sharded && num_ranks > 1) {
+        ranks_gather(model->params_memory, model->params_memory + first, model->shard_n * sizeof(floatX));
+    }
 }
 
 // what the devices of all ranks have added up since deit_zero_gradients; waits for them
@@ -3395,7 +3423,7 @@ int main(int argc, char** argv) {
     const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0", *tensorboard = NULL;
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
-    int save_every = 0, keep = 0, resume = 0;
+    int save_every = 0, keep = 0, resume = 0, sharded = 0;
     double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
     const Option options[] = {
         {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
@@ -3422,6 +3450,7 @@ int main(int argc, char** argv) {
         {"-stats",    'i', &stats,          "DropIT: report what is kept every N steps, 0: never", 0, 2e9},
         {"-r",        'i', &recompute,      "recompute in the backward pass: 0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block", 0, 3},
         {"-w",        's', &weights,        "initial weights (.safetensors)", 0, 0},
+        {"-z",        'i', &sharded,        "1: each rank holds its part of the optimizer's states (ZeRO-1)", 0, 1},
         {"-tb",       's', &tensorboard,    "directory for TensorBoard's event files", 0, 0},
         {"-n",        'i', &save_every,     "write a checkpoint every N steps, and at the end; 0: never", 0, 2e9},
         {"-keep",     'i', &keep,           "keep the newest N checkpoints, 0: all", 0, 2e9},
@@ -3465,6 +3494,7 @@ int main(int argc, char** argv) {
     o->drop_all = drop_all;
     o->recompute = recompute;
     o->adamw = strcmp(optimizer, "adamw") == 0;
+    o->sharded = sharded;
     o->stats = stats > 0;
     o->chunk_bytes = DEFAULT_CHUNK_BYTES;
     o->seed = (unsigned long long)seed;
@@ -3641,7 +3671,7 @@ int main(int argc, char** argv) {
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
             snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
             ranks_agree(deit_fingerprint(model), "weights");
-            if (rank == 0) { deit_save(model, output, step + 1, keep, metadata, num_metadata); }
+            deit_save(model, output, step + 1, keep, metadata, num_metadata);
         }
         if (evaluates || save_every > 0) { start = seconds(); } // a step's time is its own
     }

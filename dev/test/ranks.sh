@@ -38,6 +38,18 @@ for ranks in 2 3; do
     verdict $? "only one of $ranks ranks prints"
 done
 
+# sharded optimizer states change no bit: of the weights, of the states, after a resume without -z
+run 3 $flags -b 4 -z 1 -o "$work/sharded"
+verdict $? "3 ranks, -z 1: $(cat "$work/stderr")"
+for kind in model_00000009 state_00000009_00000; do
+    cmp -s "$work/of_3/$kind.safetensors" "$work/sharded/$kind.safetensors"
+    verdict $? "$kind with -z 1 has other bits"
+done
+rm "$work/sharded"/*00000009*
+run 3 $flags -b 4 -y 1 -o "$work/sharded"
+cmp -s "$work/of_3/model_00000009.safetensors" "$work/sharded/model_00000009.safetensors"
+verdict $? "resumed from -z 1: $(cat "$work/stderr")"
+
 # DropIT chooses on each rank; random draws differ between ranks; the same bits again, and after a resume
 for strategy in mink random; do
     drop="$flags -b 5 -g 0.7 -s $strategy"
