@@ -1561,17 +1561,17 @@ template <int V> __global__ void column_sum_kernel(float* partial, const floatX*
             load<V>(v, x + r * OC + column);
             for (int j = 0; j < V; j++) { sum[j] += v[j]; }
         }
-        for (int j = 0; j < V; j++) { partial[slab * OC + column + j] = sum[j]; }
+        store<V>(partial + slab * OC + column, sum);
     }
 }
 
-// out[c] += sum over slabs of partial[slab, c]
-__global__ void column_sum_finish_kernel(float* out, const float* partial, size_t slabs, int OC) {
+// out[c] += sum over slabs of partial[slab, c], for the OC columns of partial; those from C on go to out2. One thread a column
+__global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c < OC) {
         float sum = 0.0f;
         for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
-        out[c] += sum;
+        if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
     }
 }
 
@@ -1586,7 +1586,7 @@ void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t
     } else {
         column_sum_kernel<1><<<CEIL_DIV(slabs * OC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
     }
-    column_sum_finish_kernel<<<CEIL_DIV(OC, (size_t)64), 64, 0, main_stream>>>(out, partial, slabs, (int)OC);
+    column_sum_finish_kernel<<<CEIL_DIV(OC, (size_t)64), 64, 0, main_stream>>>(out, NULL, partial, slabs, (int)OC, (int)OC);
     kernelCheck();
 }
 
@@ -1963,8 +1963,8 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(floatX* di
     }
 }
 
-// per slab of rows: dweight_partial[slab, c] = sum of dout * norm, dbias_partial[slab, c] = sum of dout. As column_sum_kernel
-template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial, float* dbias_partial, const floatX* dout, const floatX* inp,
+// per slab of rows: partial[slab, c] = sum of dout * norm, partial[slab, C + c] = sum of dout. As column_sum_kernel
+template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
                                                          const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
@@ -1981,10 +1981,8 @@ template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial,
                 dbias[j] += g[j];
             }
         }
-        for (int j = 0; j < V; j++) {
-            dweight_partial[slab * C + column + j] = dweight[j];
-            dbias_partial[slab * C + column + j] = dbias[j];
-        }
+        store<V>(partial + slab * 2*C + column, dweight);
+        store<V>(partial + slab * 2*C + C + column, dbias);
     }
 }
 
@@ -1992,18 +1990,16 @@ template <int V> __global__ void layernorm_weight_kernel(float* dweight_partial,
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
                         const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
-    float* partial_bias = partial + slabs * C;
     const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
     if (vector) {
-        layernorm_weight_kernel<VEC><<<CEIL_DIV(slabs * C / VEC, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean,
-                                                                                                 rstd, rows, (int)C, stride);
+        layernorm_weight_kernel<VEC><<<CEIL_DIV(slabs * C / VEC, (size_t)64), 64, 0, main_stream>>>(partial, dout, inp, mean, rstd, rows,
+                                                                                                 (int)C, stride);
     } else {
-        layernorm_weight_kernel<1><<<CEIL_DIV(slabs * C, (size_t)64), 64, 0, main_stream>>>(partial, partial_bias, dout, inp, mean, rstd,
-                                                                                           rows, (int)C, stride);
+        layernorm_weight_kernel<1><<<CEIL_DIV(slabs * C, (size_t)64), 64, 0, main_stream>>>(partial, dout, inp, mean, rstd, rows, (int)C,
+                                                                                           stride);
     }
     LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
-    column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dweight, partial, slabs, (int)C);
-    column_sum_finish_kernel<<<CEIL_DIV(C, (size_t)64), 64, 0, main_stream>>>(dbias, partial_bias, slabs, (int)C);
+    column_sum_finish_kernel<<<CEIL_DIV(2*C, (size_t)64), 64, 0, main_stream>>>(dweight, dbias, partial, slabs, (int)C, (int)(2*C));
     kernelCheck();
 }
 

@@ -1196,7 +1196,7 @@ void test_nccl_large(ncclComm_t comm, int num_ranks, int rank) {
 
 #endif
 
-int main(int argc, char** argv) {
+int main([[maybe_unused]] int argc, [[maybe_unused]] char** argv) {
 #ifdef MULTI_GPU
     MPI_Init(&argc, &argv);
     int num_ranks, rank;
