@@ -85,7 +85,7 @@ OPTIMIZE = $(or $(OPTIMIZE_$(VARIANT)),-O3 -g)
 # no contraction: a kernel gives the same bits as a vector loop and thread by thread. No strict aliasing: kernels read
 # packed data through vector types, as nvcc lets them
 CPU_FLAGS = -std=c++17 $(OPTIMIZE) -march=native $(WIDTH) -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing \
-    $(WARNINGS) -pthread -I dev/cpu $(DEFINES) $(if $(HAS_OPENBLAS),-DCPU_OPENBLAS)
+    $(WARNINGS) -Wno-unknown-pragmas -pthread -I dev/cpu $(DEFINES) $(if $(HAS_OPENBLAS),-DCPU_OPENBLAS)
 CPU_LIBS = -Wl,--as-needed $(if $(HAS_OPENBLAS),-lopenblas) $(if $(MULTI_GPU),$(MPI_FLAGS)) -lm
 NVCC_FLAGS = -O3 -std=c++17 -arch=$(ARCH) -lineinfo -Xcompiler -Wall,-Wextra $(if $(WERROR),-Werror all-warnings) $(DEFINES)
 NVCC_LIBS = -lcublas -lcublasLt $(if $(MULTI_GPU),-lnccl $(MPI_FLAGS))

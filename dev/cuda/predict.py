@@ -117,7 +117,7 @@ class Step:
     # ---- kernels of the block
     def column_sum_finish(self, slabs, OC, group):
         self.launch("column_sum_finish_kernel", group, slabs * OC * 4 + 2 * OC * 4, n=slabs * OC,
-                    chain=ceil_div(slabs, 4) * L2_LATENCY) # a thread adds up one column, four loads at once
+                    chain=ceil_div(slabs, 14) * L2_LATENCY) # a thread adds up one column, 14 loads at once in the machine code
 
     def column_sum(self, rows, OC):
         slabs = ceil_div(rows, SLAB_ROWS)
@@ -133,8 +133,7 @@ class Step:
         self.launch("layernorm_weight_kernel", "layernorm", 2 * row_bytes + 8 * rows + 2 * slabs * self.C * 4, n=rows * self.C,
                     chain=min(rows, SLAB_ROWS) / 2 * MEMORY_LATENCY) # two rows at once
         self.launch("layernorm_backward_kernel", "layernorm", 4 * row_bytes + 8 * rows, n=rows * self.C)
-        self.column_sum_finish(slabs, self.C, "layernorm")
-        self.column_sum_finish(slabs, self.C, "layernorm")
+        self.column_sum_finish(slabs, 2 * self.C, "layernorm")
 
     def gelu_forward(self, n):
         self.launch("gelu_forward_kernel", "gelu", 2 * n * self.x, n=n)

@@ -48,6 +48,8 @@ MEMORY_BOUND = [
 STACK = {
     "dropit_tile_kernel<true>": "-s random: a loop over 32 hashes of ten rounds is not unrolled, and so it indexes an array",
     "dropit_pack_kernel<true>": "the same",
+    "dropit_candidates_kernel": "eight words of masks, written and read once each: unrolling would cost 64 KB of code (dev/cuda/dropit_select.cu, 3)",
+    "dropit_pack_kernel<false>": "the same, on sm_80",
 }
 
 # shared memory of a multiprocessor in KiB; 65,536 registers, 64 warps and 32 blocks in both

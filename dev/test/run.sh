@@ -39,10 +39,13 @@ bf16=build/cpu-bf16
 asan=build/cpu-fp32-asan
 tsan=build/cpu-fp32-tsan
 dumps=dev/reference/dumps
+workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
 t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs}
-t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs}
+t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
+t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs} ${workbench//dev/$bf16/dev}
+t build_workbench_asan 900 $build PRECISION=BF16 VARIANT=asan ${workbench//dev/$bf16-asan/dev}
+t build_workbench_tsan 900 $build PRECISION=BF16 VARIANT=tsan ${workbench//dev/$bf16-tsan/dev}
 t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,cpu_device}
 t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,cpu_device}
 
@@ -54,6 +57,10 @@ t kernels_fp32 300 $fp32/dev/test/test_kernels
 t kernels_bf16 300 $bf16/dev/test/test_kernels
 t dropit_fp32 300 $fp32/dev/test/test_dropit
 t dropit_bf16 300 $bf16/dev/test/test_dropit
+t workbench_fp32 300 dev/test/workbench.sh $fp32
+t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
+t workbench_asan 600 dev/test/workbench.sh $bf16-asan
+t workbench_tsan 600 dev/test/workbench.sh $bf16-tsan
 t deit_fp32 600 ./test_deit
 t deit_bf16 600 $bf16/test_deit
 t files 300 $fp32/dev/test/test_files
@@ -101,6 +108,13 @@ if command -v "${NVCC:-nvcc}" >/dev/null; then
                 BUILD=build/nvcc-$arch-$precision build/nvcc-$arch-$precision/train_deit
         done
     done
+    t nvcc_workbench 900 $make --no-print-directory -s -j 2 DEVICE=cuda ARCH=sm_90 PRECISION=BF16 WERROR=1 NO_MPI=1 BUILD=build/nvcc-sm_90-BF16 \
+        ${workbench//dev/build/nvcc-sm_90-BF16/dev}
+    if command -v python3 >/dev/null && command -v "${NVDISASM:-nvdisasm}" >/dev/null; then
+        t gpu_resources 300 python3 dev/cuda/resources.py --check
+    else
+        echo "not run: spills and access widths of the GPU's kernels (no python3 or no nvdisasm here; NVDISASM names one)"
+    fi
 else
     echo "not run: the build for a GPU (no nvcc here)"
 fi
