@@ -100,7 +100,7 @@ class Shard:
         offset = int(header["data_offset"])
         for i, entry in enumerate(index.tolist()):
             start, height, width, label, annotation = entry[:5]
-            _require(height >= 1 and width >= 1, path, f"image {i} is {height}x{width}")
+            _require(1 <= height <= 65535 and 1 <= width <= 65535, path, f"image {i} is {height}x{width}, sides are 1 to 65535")
             _require(start == offset, path,
                      f"image {i} starts at byte {start}, expected {offset} (no gaps, no overlap)")
             offset += height * width * self.channels + annotation

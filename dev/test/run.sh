@@ -72,6 +72,16 @@ else
     echo "not run: TensorBoard's event files (no python3 here)"
 fi
 
+python=
+for candidate in python3 /usr/bin/python3; do
+    if [ -z "$python" ] && "$candidate" -c 'import numpy, PIL' 2>/dev/null; then python=$candidate; fi
+done
+if [ -n "$python" ]; then
+    t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
+else
+    echo "not run: the scripts of data/ (no python3 with numpy and Pillow here)"
+fi
+
 # the same bits under every schedule of blocks and threads
 t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
 t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
