@@ -885,8 +885,9 @@ void log_cut(FILE* log, int step) {
 // and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 bits of the key at a time.
 // For a whole tensor, not of all of its keys: a sample of 16,384 elements says between which keys the threshold lies with
 // near certainty; one read of x counts the elements above and lists the few between, and the histograms run over that
-// list, of the bits in which its keys differ. Where the sample errs, or so many keys are equal that the list overflows, they run over x: the choice is always
-// exact. Atomics add integers only, and no sum depends on the list's order: the choice is a function of the values alone.
+// list, of the bits in which its keys differ. Where the sample errs, or so many keys are equal that the list overflows,
+// they run over x: the choice is always exact. Atomics add integers only, and no sum depends on the list's order: the
+// choice is a function of the values alone.
 //
 // Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for every 256 elements the number
 // of values before them. A tensor that the backward pass recomputes stores its threshold only, and is masked by it.
@@ -3585,6 +3586,7 @@ int main(int argc, char** argv) {
         cudaCheck(cudaMemGetInfo(&free_now, &total_bytes));
         printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f bytes_planned=%zu bytes_used=%zu\n", ms[0], ms[bench / 2],
                1e3 * B / ms[bench / 2], plan_total(&model->plan), free_before - free_now);
+        ranks_close();
         return EXIT_SUCCESS;
     }
 
