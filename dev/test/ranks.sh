@@ -26,6 +26,8 @@ close_to() {
         END { exit bad || NR == 0 }' && [ "$(wc -l <"$1/main.log")" = "$(wc -l <"$2/main.log")" ]
 }
 
+children() { grep -ls "^PPid:[[:space:]]*$1\$" /proc/[0-9]*/status | cut -d / -f 3; } # of a process
+
 flags="-x 9 -flip 1 -a 2 -v 0 -clip 1 -n 4"
 run 1 $flags -b 12 -o "$work/one"
 verdict $? "one rank: $(cat "$work/stderr")"
@@ -70,7 +72,7 @@ verdict $? "another number of ranks is refused: $(head -n 2 "$work/stderr")"
 timeout 120 mpirun --oversubscribe -np 3 "$program" -b 4 >"$work/stdout" 2>"$work/stderr" </dev/null &
 mpi=$!
 sleep 3
-victim=$(pgrep -P "$(pgrep -P $mpi)" | tail -n 1) # timeout runs mpirun, mpirun the ranks
+victim=$(children "$(children $mpi)" | tail -n 1) # timeout runs mpirun, mpirun the ranks
 began=$(date +%s)
 kill -9 "$victim"
 wait $mpi
