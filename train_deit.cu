@@ -3599,11 +3599,6 @@ int main(int argc, char** argv) {
     }
     loader_open(&train, train_shard, B);
     FILE *log = NULL, *events = NULL;
-    if (tensorboard != NULL && rank == 0) {
-        events = events_open(tensorboard, first_step);
-        events_write(events, 0, NULL, 0.0);
-        events_write(events, first_step, "memory/cached_MiB", model->plan.bytes[CACHED] / MiB);
-    }
     if (output != NULL && rank == 0) {
         char path[4096];
         require(mkdir(output, 0777) == 0 || errno == EEXIST, "cannot make the output directory %s: %m", output);
@@ -3611,6 +3606,11 @@ int main(int argc, char** argv) {
         log = fopen(path, found >= 0 ? "a+" : "w");
         require(log != NULL, "cannot write %s: %m", path);
         if (found >= 0) { log_cut(log, found); }
+    }
+    if (tensorboard != NULL && rank == 0) {
+        events = events_open(tensorboard, first_step);
+        events_write(events, 0, NULL, 0.0);
+        events_write(events, first_step, "memory/cached_MiB", model->plan.bytes[CACHED] / MiB);
     }
     if (found >= 0) { printf("resuming after step %d\n", found); }
     else if (resume) { printf("no checkpoint in %s: starting at the first step\n", output); }

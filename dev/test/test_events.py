@@ -68,8 +68,8 @@ def read(path):
 
 assert crc32c(b"123456789") == 0xE3069283
 with tempfile.TemporaryDirectory() as work:
-    subprocess.run([sys.argv[1], "-b", "16", "-x", "7", "-v", "0", "-o", f"{work}/out", "-tb", f"{work}/tb"], check=True, stdout=subprocess.DEVNULL)
-    rows = {(step, tag): value for step, tag, value in read(next(Path(work, "tb").iterdir()))}
+    subprocess.run([sys.argv[1], "-b", "16", "-x", "7", "-v", "0", "-o", f"{work}/out", "-tb", f"{work}/out/tb"], check=True, stdout=subprocess.DEVNULL)
+    rows = {(step, tag): value for step, tag, value in read(next(Path(work, "out", "tb").iterdir()))}
     checks = 0
     for line in Path(work, "out", "main.log").read_text().splitlines():
         entry = {key: float(value) for key, value in (part.split(":") for part in line.split())}
