@@ -124,7 +124,7 @@ $(BUILD)/%: $(BUILD)/%.cpp $(BUILD)/command
 endif
 # a test includes its trainer
 $(foreach t,$(filter test_%,$(PROGRAMS)),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard $(t:test_%=train_%).cu)))
-$(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard train_*.cu dev/cuda/*.cuh)))
+$(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard train_*.cu dev/cuda/*.cuh dev/test/*.cuh)))
 
 # ---- tests
 asan tsan:

@@ -681,6 +681,8 @@ void write_file(const char* path, const void* const* parts, const size_t* bytes,
     }
 }
 
+#define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the headers that we write begin
+
 // writes n float32 tensors (name, shape and dims are read) with their data; metadata, and crc32 of it all
 void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata, const StTensor* tensors, const float* const* data, int n) {
     char* header = NULL;
@@ -689,8 +691,7 @@ void safetensors_write(const char* path, const StMetadata* metadata, int num_met
     const void** parts = (const void**)malloc((n + 2) * sizeof(void*));
     size_t* bytes = (size_t*)malloc((n + 2) * sizeof(size_t));
     require(f != NULL && parts != NULL && bytes != NULL, "out of host memory for the header of %s", path);
-    const char before_digits[] = "{\"__metadata__\":{\"crc32\":\"";
-    fprintf(f, "%s00000000\"", before_digits);
+    fprintf(f, ST_BEFORE_DIGITS "00000000\"");
     for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
     fprintf(f, "}");
     for (int i = 0; i < n; i++) {
@@ -713,7 +714,7 @@ void safetensors_write(const char* path, const StMetadata* metadata, int num_met
     for (int i = 0; i < n + 2; i++) { crc = crc_32(crc, parts[i], bytes[i]); }
     char digits[9];
     snprintf(digits, sizeof(digits), "%08x", crc);
-    memcpy(header + sizeof(before_digits) - 1, digits, 8);
+    memcpy(header + strlen(ST_BEFORE_DIGITS), digits, 8);
     write_file(path, parts, bytes, n + 2);
     free(header);
     free(parts);
@@ -809,10 +810,9 @@ bool checkpoint_file_whole(const char* path) {
     if (fstat(fd, &info) == 0 && info.st_size > 64) {
         file.bytes = (size_t)info.st_size;
         file.data = (const uint8_t*)mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        const char before_digits[] = "{\"__metadata__\":{\"crc32\":\"";
-        const size_t digits = 8 + sizeof(before_digits) - 1;
+        const size_t digits = 8 + strlen(ST_BEFORE_DIGITS);
         char actual[9];
-        if (file.data != MAP_FAILED && memcmp(file.data + 8, before_digits, sizeof(before_digits) - 1) == 0) {
+        if (file.data != MAP_FAILED && memcmp(file.data + 8, ST_BEFORE_DIGITS, strlen(ST_BEFORE_DIGITS)) == 0) {
             snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&file, digits));
             whole = memcmp(actual, file.data + digits, 8) == 0;
         }
@@ -2690,6 +2690,10 @@ uint32_t deit_fingerprint(const DeitModel* model) {
     return crc;
 }
 
+void deit_ranks_agree(const DeitModel* model) {
+    if (num_ranks > 1) { ranks_agree(deit_fingerprint(model), "weights"); }
+}
+
 // parameters by their timm names; a file without prefix must hold nothing else
 void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
     float* values = (float*)calloc(model->num_parameters, sizeof(float));
@@ -3546,10 +3550,11 @@ int main(int argc, char** argv) {
         model->drop_step = (unsigned)(found * accumulation);
     } else if (initial != NULL) {
         deit_load_parameters(model, initial, "");
+        safetensors_close(initial);
     } else {
         deit_init_parameters(model);
     }
-    if (found < 0) { snprintf(metadata[2].value, sizeof(metadata[2].value), "%08x", deit_fingerprint(model)); }
+    if (found < 0 && save_every > 0) { snprintf(metadata[2].value, sizeof(metadata[2].value), "%08x", deit_fingerprint(model)); }
 
     const double MiB = 1048576.0;
     printf("model: %s, image %d, patch %d, channels %d, classes %d, width %d, depth %d, heads %d, %zu parameters\n", model_name, o->config.image_size,
@@ -3671,14 +3676,14 @@ int main(int argc, char** argv) {
         }
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
             snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
-            ranks_agree(deit_fingerprint(model), "weights");
+            deit_ranks_agree(model);
             deit_save(model, output, step + 1, keep, metadata, num_metadata);
         }
         if (evaluates || save_every > 0) { start = seconds(); } // a step's time is its own
     }
     if (log != NULL) { fclose(log); }
     if (events != NULL) { fclose(events); }
-    ranks_agree(deit_fingerprint(model), "weights");
+    deit_ranks_agree(model);
     deit_free(model);
     ranks_close();
     printf("final loss=%.6f top1=%.2f top5=%.2f\n", result.loss, 100.0 * result.top1, 100.0 * result.top5);

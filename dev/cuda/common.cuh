@@ -15,18 +15,7 @@ The exit code is the verdict of the checks.
 #include <stdlib.h>
 #define TESTING
 #include "../../train_deit.cu"
-
-static int passed, failed;
-
-static void check(bool ok, const char* format, ...) {
-    char what[256];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(what, sizeof(what), format, args);
-    va_end(args);
-    if (!ok) { printf("NOT OK %s\n", what); }
-    if (ok) { passed++; } else { failed++; }
-}
+#include "../test/check.cuh"
 
 // ----------------------------------------------------------------------------
 // arrays: n values on the host and their place on the device

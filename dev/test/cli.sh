@@ -4,14 +4,7 @@
 #   dev/test/cli.sh ./train_deit
 set -u
 program=$1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-passed=0
-failed=0
-
-verdict() { # verdict 0|1 TEXT
-    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "NOT OK $2"; fi
-}
+. "$(dirname "$0")/verdict.sh"
 
 # refused PATTERN ARGUMENTS...: exit code 1, one line that begins with "error:" and holds PATTERN, no output directory
 refused() {

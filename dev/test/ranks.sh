@@ -4,15 +4,8 @@
 #   dev/test/ranks.sh ./train_deit
 set -u
 program=$1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/verdict.sh"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
-passed=0
-failed=0
-
-verdict() { # verdict 0|1 TEXT
-    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "NOT OK $2"; fi
-}
 run() { # run RANKS ARGUMENTS...
     ranks=$1
     shift

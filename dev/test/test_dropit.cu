@@ -5,21 +5,9 @@ every block size, nothing kept and all but one kept; every strategy; unpacking a
 build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
 */
 
-#include <stdarg.h>
 #define TESTING
 #include "../../train_deit.cu"
-
-static int passed, failed;
-
-static void check(bool ok, const char* format, ...) {
-    char what[160];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(what, sizeof(what), format, args);
-    va_end(args);
-    if (!ok) { printf("NOT OK %s\n", what); }
-    if (ok) { passed++; } else { failed++; }
-}
+#include "check.cuh"
 
 enum { GAUSS, EQUAL, ZERO, FEW, SIGNED_ZERO, TINY, INFINITE, NOT_A_NUMBER, RAMP, MISLEADING, NUM_INPUTS };
 static const char* const input_names[NUM_INPUTS] = {"gauss", "equal", "zero", "three values", "signed zeros", "denormals", "inf", "nan", "ramp", "misleading sample"};

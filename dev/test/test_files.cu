@@ -5,24 +5,13 @@ that lie. Each must be refused with one sentence and exit code 1, or read as wha
 build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
 */
 
-#include <stdarg.h>
 #include <string>
 #include <sys/wait.h>
 #define TESTING
 #include "../../train_deit.cu"
+#include "check.cuh"
 
-static int passed, failed;
 static char path[64];
-
-static void check(bool ok, const char* format, ...) {
-    char what[200];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(what, sizeof(what), format, args);
-    va_end(args);
-    if (!ok) { printf("NOT OK %s\n", what); }
-    if (ok) { passed++; } else { failed++; }
-}
 
 enum { SHARD, SAFETENSORS };
 
