@@ -385,7 +385,7 @@ static void test_recomputation(Dump dump, size_t chunk_bytes) {
                     free_model(model);
                 }
                 free(grads);
-                char name[64];
+                char name[96];
                 snprintf(name, sizeof(name), "-r 0 1 2 3 0, gamma %g, strategy %d, all %d", gammas[i], strategy, drop_all);
                 check(same && isfinite(first[STEPS-1]), "the same bits, loss", name, first[STEPS-1]);
             }
