@@ -245,7 +245,8 @@ template <int V> __device__ inline float total(const float* v) {
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 // A counter-based generator: the same (seed, purpose, step, i) gives the same four words everywhere,
 // in the trainer as in dev/reference/rng.py
-enum { RNG_INIT = 1, RNG_SHUFFLE = 2, RNG_DROPIT = 3, RNG_AUGMENT = 4 };
+enum { RNG_INIT = 1, RNG_SHUFFLE = 2, RNG_DROPIT = 3, RNG_AUGMENT = 4, RNG_CROP = 5, RNG_RANDAUGMENT = 6, RNG_ERASE = 7, RNG_MIX = 8,
+       RNG_DROP_PATH = 9 };
 
 __host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
