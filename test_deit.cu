@@ -182,7 +182,7 @@ static DeitModel* make_model(const Dump* dump, int recompute, size_t chunk_bytes
     model->options.chunk_bytes = chunk_bytes;
     model->options.stats = keep_exact && dump->options.gamma > 0.0;
     deit_allocate(model);
-    deit_load_parameters(model, dump->st, "param.");
+    deit_load_parameters(model, dump->st, "param.", ADAPT_NOTHING);
     return model;
 }
 

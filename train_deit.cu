@@ -653,6 +653,32 @@ const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
 
+bool safetensors_is_float(const StTensor* t) {
+    return strcmp(t->dtype, "F32") == 0 || strcmp(t->dtype, "F16") == 0 || strcmp(t->dtype, "BF16") == 0;
+}
+
+// out (st_numel) = the elements of a tensor of F32, F16 or BF16; float32 holds the values of all three
+void safetensors_floats(const Safetensors* st, const StTensor* t, float* out) {
+    const uint8_t* data = (const uint8_t*)safetensors_data(st, t);
+    if (strcmp(t->dtype, "F32") == 0) { memcpy(out, data, t->end - t->begin); return; }
+    const bool half = strcmp(t->dtype, "F16") == 0;
+    for (size_t i = 0; i < (t->end - t->begin) / 2; i++) {
+        uint16_t h;
+        memcpy(&h, data + 2 * i, sizeof(h));
+        const bool not_finite = (h & 0x7c00) == 0x7c00; // of F16
+        // BF16 is a float's upper half. Exponent and fraction of F16, moved to a float's places, are 2^112 too small
+        uint32_t bits = !half ? (uint32_t)h << 16 : not_finite ? 0x7f800000u | (uint32_t)(h & 0x3ff) << 13 : (uint32_t)(h & 0x7fff) << 13;
+        memcpy(&out[i], &bits, sizeof(bits));
+        if (half) { out[i] = copysignf(not_finite ? out[i] : out[i] * 0x1p112f, h & 0x8000 ? -1.0f : 1.0f); }
+    }
+}
+
+// prints a shape, "(64, 1, 4, 4)"
+void print_shape(FILE* out, const size_t* shape, int dims) {
+    for (int d = 0; d < dims; d++) { fprintf(out, "%s%zu", d > 0 ? ", " : "(", shape[d]); }
+    fprintf(out, dims > 0 ? ")" : "()");
+}
+
 // Writes a file so that `path` is whole or as it was before, whatever happens: to a temporary name, synced, renamed
 void write_file(const char* path, const void* const* parts, const size_t* bytes, int num_parts) {
     char temporary[4200], directory[4200];
@@ -673,7 +699,7 @@ void write_file(const char* path, const void* const* parts, const size_t* bytes,
         const int reason = errno;
         unlink(temporary);
         errno = reason;
-        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another -o", path);
+        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
     }
     const int dir = open(directory, O_RDONLY);
     if (dir >= 0) { // without it a rename may be lost when the machine loses its power
@@ -791,6 +817,84 @@ Shard shard_open(const char* path) {
     return shard;
 }
 // ---- end shared: files -----------------------------------------------------
+
+// ---- shared: pictures ------------------------------------------------------
+// Pictures to look at, written as PNG
+typedef struct {
+    int width, height, channels; // channels: 1 grey, 3 RGB
+    uint8_t* pixels;             // (height, width, channels)
+} Picture;
+
+// a picture of one level; the caller frees its pixels
+Picture picture_new(int width, int height, int channels, uint8_t level) {
+    const size_t bytes = numel(height, width, channels);
+    require(bytes <= (size_t)1 << 30, "a picture of %d x %d pixels is too large; choose fewer images or smaller ones", width, height);
+    Picture p = {width, height, channels, (uint8_t*)malloc(bytes)};
+    require(p.pixels != NULL, "out of host memory for a picture of %d x %d pixels", width, height);
+    memset(p.pixels, level, bytes);
+    return p;
+}
+
+// writes a number with its upper left corner at (x, y): digits of 3 x 5 dots, 4 apart, a dot of scale x scale pixels. Cut off at the edges
+void picture_number(Picture* p, int x, int y, unsigned number, int scale, uint8_t level) {
+    static const uint16_t font[10] = {075557, 026227, 071747, 071717, 055711, 074717, 074757, 071111, 075757, 075717}; // a row is an octal digit
+    char text[16];
+    snprintf(text, sizeof(text), "%u", number);
+    for (int i = 0; text[i] != 0; i++) {
+        for (int dy = 0; dy < 5 * scale; dy++) {
+            for (int dx = 0; dx < 3 * scale; dx++) {
+                const int px = x + 4 * scale * i + dx, py = y + dy;
+                const bool set = font[text[i] - '0'] >> (3 * (4 - dy / scale) + 2 - dx / scale) & 1;
+                if (!set || px < 0 || px >= p->width || py < 0 || py >= p->height) { continue; }
+                memset(p->pixels + ((size_t)py * p->width + px) * p->channels, level, p->channels);
+            }
+        }
+    }
+}
+
+// writes v as PNG does, the highest byte first; returns what follows
+uint8_t* png_number(uint8_t* p, uint32_t v) {
+    for (int shift = 24; shift >= 0; shift -= 8) { *p++ = (uint8_t)(v >> shift); }
+    return p;
+}
+
+// completes the chunk at p, whose n bytes of data lie at p + 8: length, type, data, CRC-32 of type and data. Returns what follows
+uint8_t* png_chunk(uint8_t* p, const char* type, size_t n) {
+    memcpy(png_number(p, (uint32_t)n), type, 4);
+    return png_number(p + 8 + n, crc_32(0, p + 4, n + 4));
+}
+
+// A PNG file whose zlib stream is not compressed: blocks of up to 65,535 bytes as they are. Whole or as it was before
+void picture_write(const char* path, const Picture* p) {
+    const size_t row = (size_t)p->width * p->channels, bytes = p->height * (row + 1);
+    uint8_t* const file = (uint8_t*)malloc(bytes + CEIL_DIV(bytes, (size_t)65535) * 5 + 128);
+    require(file != NULL, "out of host memory for %s", path);
+    memcpy(file, "\x89PNG\r\n\x1a\n", 8);
+    const uint8_t format[5] = {8, (uint8_t)(p->channels == 3 ? 2 : 0), 0, 0, 0}; // bits of a sample; RGB or grey; the only methods there are
+    memcpy(png_number(png_number(file + 16, p->width), p->height), format, 5);
+    uint8_t *chunk = png_chunk(file + 8, "IHDR", 13), *at = chunk + 8;
+    *at++ = 0x78; // zlib: deflate with a window of 32 KiB
+    *at++ = 0x01;
+    uint32_t a = 1, b = 0; // Adler-32
+    for (size_t i = 0; i < bytes; i++) {
+        if (i % 65535 == 0) {
+            const size_t left = bytes - i, n = left < 65535 ? left : 65535;
+            const uint8_t header[5] = {left == n, (uint8_t)n, (uint8_t)(n >> 8), (uint8_t)~n, (uint8_t)(~n >> 8)};
+            memcpy(at, header, 5);
+            at += 5;
+        }
+        *at = i % (row + 1) == 0 ? 0 : p->pixels[i / (row + 1) * row + i % (row + 1) - 1]; // each row begins with its filter, none
+        a = (a + *at++) % 65521;
+        b = (b + a) % 65521;
+    }
+    at = png_number(at, b << 16 | a);
+    at = png_chunk(png_chunk(chunk, "IDAT", at - chunk - 8), "IEND", 0);
+    const void* parts[] = {file};
+    const size_t sizes[] = {(size_t)(at - file)};
+    write_file(path, parts, sizes, 1);
+    free(file);
+}
+// ---- end shared: pictures --------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
 // A checkpoint in a directory is model_00000020.safetensors, state_00000020_00000.safetensors (one a rank) and, last, DONE_00000020:
@@ -2634,50 +2738,136 @@ void deit_set_parameters(DeitModel* model, const float* values) {
     free(rounded);
 }
 
-// initial values as timm chooses them, drawn by Philox(seed, RNG_INIT, tensor, element)
+// initial value of element j of parameter tensor i, as timm chooses it, drawn by Philox(seed, RNG_INIT, tensor, element)
+float deit_initial_value(const DeitModel* model, int i, size_t j) {
+    const int init = model->specs[i].init;
+    const uint4 u = philox(model->options.seed, RNG_INIT, i, j);
+    const double bound = 1.0 / sqrt((double)model->specs[PARAM_patchw].n / model->specs[PARAM_patchw].shape[0]);
+    return (float)(init == INIT_ONE ? 1.0
+                 : init == INIT_NORMAL ? 0.02 * normal(u)
+                 : init == INIT_TINY ? 1e-6 * normal(u)
+                 : init == INIT_FAN_IN ? bound * (2.0 * uniform(u.x) - 1.0) : 0.0);
+}
+
 void deit_init_parameters(DeitModel* model) {
     float* values = (float*)calloc(model->num_parameters, sizeof(float));
     require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
-    const double bound = 1.0 / sqrt((double)model->specs[PARAM_patchw].n / model->specs[PARAM_patchw].shape[0]);
     for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
         const ParameterSpec* s = &model->specs[i];
-        for (size_t j = 0; j < s->copies * s->n; j++) {
-            const uint4 u = philox(model->options.seed, RNG_INIT, i, j);
-            values[s->offset + j] = (float)(s->init == INIT_ONE ? 1.0
-                                          : s->init == INIT_NORMAL ? 0.02 * normal(u)
-                                          : s->init == INIT_TINY ? 1e-6 * normal(u)
-                                          : s->init == INIT_FAN_IN ? bound * (2.0 * uniform(u.x) - 1.0) : 0.0);
-        }
+        for (size_t j = 0; j < s->copies * s->n; j++) { values[s->offset + j] = deit_initial_value(model, i, j); }
     }
     deit_set_parameters(model, values);
     free(values);
 }
 
+// Position embeddings for a grid of side x side patches from those of another grid: out (1 + side^2, C), in (1 + old^2, C). The class
+// token's is copied, the others are interpolated along both sides with Keys' cubic (a = -0.5), widened by old / side where the grid shrinks:
+// timm's resample_abs_pos_embed(in, (side, side)), in PyTorch F.interpolate(in, (side, side), mode="bicubic", antialias=True)
+void deit_interpolate_positions(float* out, const float* in, size_t side, size_t old, size_t C) {
+    const double scale = (double)old / side, width = scale > 1.0 ? scale : 1.0;
+    double* weight = (double*)malloc(side * old * sizeof(double)); // (side, old)
+    double* rows = (double*)calloc(side * old * C, sizeof(double)); // (side, old, C): interpolated along the first side
+    double* sum = (double*)malloc(C * sizeof(double));
+    require(weight != NULL && rows != NULL && sum != NULL, "out of host memory for %zu x %zu positions", side, old);
+    for (size_t i = 0; i < side; i++) {
+        double total = 0.0;
+        for (size_t j = 0; j < old; j++) {
+            const double x = fabs(j + 0.5 - (i + 0.5) * scale) / width;
+            weight[i * old + j] = x < 1.0 ? (1.5 * x - 2.5) * x * x + 1.0 : x < 2.0 ? ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0 : 0.0;
+            total += weight[i * old + j];
+        }
+        for (size_t j = 0; j < old; j++) { weight[i * old + j] /= total; }
+        for (size_t j = 0; j < old; j++) {
+            for (size_t k = 0; k < old * C; k++) { rows[i * old * C + k] += weight[i * old + j] * in[C + j * old * C + k]; }
+        }
+    }
+    memcpy(out, in, C * sizeof(float));
+    for (size_t i = 0; i < side * side; i++) {
+        memset(sum, 0, C * sizeof(double));
+        for (size_t j = 0; j < old; j++) {
+            for (size_t c = 0; c < C; c++) { sum[c] += weight[i % side * old + j] * rows[(i / side * old + j) * C + c]; }
+        }
+        for (size_t c = 0; c < C; c++) { out[C + i * C + c] = (float)sum[c]; }
+    }
+    free(weight);
+    free(rows);
+    free(sum);
+}
+
+// what of a file may differ from the model: nothing; the grid of the position embeddings; that and the head's number of classes
+enum { ADAPT_NOTHING, ADAPT_POSITIONS, ADAPT_HEAD };
+
+// side of the grid of position embeddings (1, 1 + side^2, C) that `t` has; 0: it has another shape
+size_t deit_positions_side(const StTensor* t, size_t C) {
+    if (t == NULL || t->dims != 3 || t->shape[0] != 1 || t->shape[2] != C || t->shape[1] < 2) { return 0; }
+    const size_t side = (size_t)llround(sqrt((double)(t->shape[1] - 1)));
+    return side * side == t->shape[1] - 1 ? side : 0;
+}
+
+// classes of the head of C inputs that two tensors are; 0: they are none
+size_t deit_head_classes(const StTensor* weight, const StTensor* bias, size_t C) {
+    if (weight == NULL || bias == NULL || weight->dims != 2 || bias->dims != 1 || weight->shape[1] != C) { return 0; }
+    return weight->shape[0] == bias->shape[0] ? weight->shape[0] : 0;
+}
+
 // values (num_parameters) from a file, by timm's names with `prefix` before each: "" for weights, "param." in a dump, "exp_avg." for a
-// moment. Returns how many tensors were read
-int deit_read_tensors(const DeitModel* model, const Safetensors* st, const char* prefix, float* values) {
-    int wrong = 0, found = 0;
+// moment. Every tensor under the prefix must be of the model and fit, but for what `adapt` allows; all that do not are listed
+void deit_read_tensors(const DeitModel* model, const Safetensors* st, const char* prefix, float* values, int adapt) {
+    const size_t C = model->options.config.channels, V = model->options.config.num_classes, N = model->T - 1;
+    const StTensor* pos = safetensors_find(st, "pos_embed");
+    const size_t side = (size_t)llround(sqrt((double)N)), old_side = deit_positions_side(pos, C);
+    const size_t old_classes = deit_head_classes(safetensors_find(st, "head.weight"), safetensors_find(st, "head.bias"), C);
+    const bool new_positions = adapt >= ADAPT_POSITIONS && old_side > 0 && old_side != side && safetensors_is_float(pos);
+    const bool new_head = adapt >= ADAPT_HEAD && old_classes > 0 && old_classes != V;
+    require(safetensors_find(st, "dist_token") == NULL && safetensors_find(st, "head_dist.weight") == NULL, "%s is a distilled DeiT: it has a "
+            "distillation token (dist_token, head_dist) that this program does not train; take the DeiT without `distilled` in its name", st->file.path);
+    bool* known = (bool*)calloc(st->num_tensors + 1, sizeof(bool));
+    require(known != NULL, "out of host memory for the tensor list of %s", st->file.path);
+    int wrong = 0;
     for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
         const ParameterSpec* s = &model->specs[i];
         for (int l = 0; l < s->copies; l++) {
             char name[96];
             snprintf(name, sizeof(name), "%s%s", prefix, parameter_name(s, l));
             const StTensor* t = safetensors_find(st, name);
-            bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == s->dims;
-            for (int d = 0; fits && d < s->dims; d++) { fits = t->shape[d] == s->shape[d]; }
-            if (fits) {
-                memcpy(values + s->offset + l * s->n, safetensors_data(st, t), s->n * sizeof(float));
-                found++;
-                continue;
+            float* out = values + s->offset + l * s->n;
+            if (t != NULL) { known[t - st->tensors] = true; }
+            if (t != NULL && safetensors_is_float(t) && t->dims == s->dims && memcmp(t->shape, s->shape, s->dims * sizeof(size_t)) == 0) {
+                safetensors_floats(st, t, out);
+            } else if (new_positions && i == PARAM_pos) {
+                float* old = (float*)malloc(st_numel(t) * sizeof(float));
+                require(old != NULL, "out of host memory for %zu positions", st_numel(t));
+                safetensors_floats(st, t, old);
+                deit_interpolate_positions(out, old, side, old_side, C);
+                free(old);
+            } else if (new_head && (i == PARAM_headw || i == PARAM_headb)) {
+                for (size_t j = 0; j < s->n; j++) { out[j] = deit_initial_value(model, i, j); }
+            } else {
+                fprintf(stderr, "%s: %s: %s", st->file.path, name, t != NULL ? "found " : "missing");
+                if (t != NULL) {
+                    fprintf(stderr, "%s ", t->dtype);
+                    print_shape(stderr, t->shape, t->dims);
+                }
+                fprintf(stderr, ", expected F32 ");
+                print_shape(stderr, s->shape, s->dims);
+                fprintf(stderr, "\n");
+                wrong++;
             }
-            fprintf(stderr, "%s: %s: %s, expected F32 (", st->file.path, name, t == NULL ? "missing" : "has another type or shape");
-            for (int d = 0; d < s->dims; d++) { fprintf(stderr, "%s%zu", d ? ", " : "", s->shape[d]); }
-            fprintf(stderr, ")\n");
-            wrong++;
         }
     }
-    require(wrong == 0, "%s: %d tensors are missing or do not fit; check -m, -size, -patch, -chans and -classes", st->file.path, wrong);
-    return found;
+    for (int i = 0; i < st->num_tensors; i++) {
+        const StTensor* t = &st->tensors[i];
+        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0) { continue; }
+        fprintf(stderr, "%s: %s: found %s ", st->file.path, t->name, t->dtype);
+        print_shape(stderr, t->shape, t->dims);
+        fprintf(stderr, ", expected no such tensor\n");
+        wrong++;
+    }
+    free(known);
+    require(wrong == 0, "%s: %d tensors are missing, do not fit or are not of this model; check -m, -size, -patch, -chans and -classes",
+            st->file.path, wrong);
+    if (new_positions) { printf("weights: position embeddings of %zu x %zu patches interpolated to %zu x %zu\n", old_side, old_side, side, side); }
+    if (new_head) { printf("weights: the head of %zu classes is replaced by a freshly initialised one of %zu\n", old_classes, V); }
 }
 
 // CRC-32 of all weights
@@ -2695,13 +2885,11 @@ void deit_ranks_agree(const DeitModel* model) {
     if (num_ranks > 1) { ranks_agree(deit_fingerprint(model), "weights"); }
 }
 
-// parameters by their timm names; a file without prefix must hold nothing else
-void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix) {
+// parameters by their timm names
+void deit_load_parameters(DeitModel* model, const Safetensors* st, const char* prefix, int adapt) {
     float* values = (float*)calloc(model->num_parameters, sizeof(float));
     require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
-    const int found = deit_read_tensors(model, st, prefix, values);
-    require(prefix[0] != 0 || st->num_tensors == found, "%s: %d of its tensors are not of this model; check -m, -size, -patch, -chans and -classes",
-            st->file.path, st->num_tensors - found);
+    deit_read_tensors(model, st, prefix, values, adapt);
     deit_set_parameters(model, values);
     free(values);
 }
@@ -2776,11 +2964,11 @@ void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* 
             require(was != NULL && strcmp(was, metadata[i].value) == 0, "%s was written with %s %s, not %s; resume with the flags of the run, or "
                     "start anew with another -o", path, metadata[i].key, was != NULL ? was : "unknown", metadata[i].value);
         }
-        if (file == 0) { deit_load_parameters(model, st, ""); }
+        if (file == 0) { deit_load_parameters(model, st, "", ADAPT_NOTHING); }
         for (int set = 0; file == 1 && set < (model->v != NULL ? 2 : 1); set++) {
             float* values = (float*)calloc(model->num_parameters, sizeof(float));
             require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
-            deit_read_tensors(model, st, names[set], values);
+            deit_read_tensors(model, st, names[set], values, ADAPT_NOTHING);
             cudaCheck(cudaMemcpy(states[set], values + model->shard_begin, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
             free(values);
         }
@@ -3371,13 +3559,13 @@ PixelStats shard_stats(const Shard* shard) {
 }
 // ---- end shared: data loader -----------------------------------------------
 
-// a shard must hold what the model takes
-Shard open_shard(const char* path, DeitConfig c) {
+// a shard must hold what the model takes; labelled: and classes that it knows
+Shard open_shard(const char* path, DeitConfig c, bool labelled) {
     Shard shard = shard_open(path);
     const ShardHeader* h = shard.header;
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
     require(h->channels == (unsigned)c.image_channels, "%s has images of %u channels, the model takes %d; set -chans", path, h->channels, c.image_channels);
-    require(h->classes == (unsigned)c.num_classes, "%s has %u classes, the model %d; set -classes", path, h->classes, c.num_classes);
+    require(!labelled || h->classes == (unsigned)c.num_classes, "%s has %u classes, the model %d; set -classes", path, h->classes, c.num_classes);
     for (uint32_t i = 0; i < h->images; i++) {
         require(shard.entries[i].height == (unsigned)c.image_size && shard.entries[i].width == (unsigned)c.image_size,
                 "%s: image %u is %u x %u, the model takes %d x %d; set -size or make a shard of that size", path, i,
@@ -3423,9 +3611,85 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
     return Evaluation{r.loss / images, (double)r.top1 / images, (double)r.top5 / images};
 }
 
+// Prints for each image of a shard the (up to) five best classes with their probabilities: softmax of the logits, in double; of two classes
+// with the same logit the lower comes first. Every rank goes through all images, rank 0 is heard
+void predict(DeitModel* model, Loader* loader) {
+    const size_t images = loader->shard.header->images, B = model->options.B, V = model->options.config.num_classes;
+    const PixelStats stats = shard_stats(&loader->shard);
+    floatX* logits = (floatX*)malloc(B * V * sizeof(floatX));
+    require(logits != NULL, "out of host memory for %zu x %zu logits", B, V);
+    for (size_t first = 0; first < images; first += B) {
+        const size_t n = images - first < B ? images - first : B;
+        loader_batch(loader, model->images, model->next_labels, model->flips, first, n, false, 0, 0);
+        take_batch(model, loader, stats, n);
+        deit_forward(model, n, false);
+        cudaCheck(cudaMemcpyAsync(logits, model->acts.logits.data, n * V * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream));
+        cudaCheck(cudaStreamSynchronize(main_stream));
+        for (size_t b = 0; b < n; b++) {
+            const floatX* row = logits + b * V;
+            size_t best[6], found = 0;
+            double sum = 0.0;
+            for (size_t v = 0; v < V; v++) {
+                require(isfinite((float)row[v]), "image %zu: the logit of class %zu is not finite; the weights are damaged, or too large for "
+                        PRECISION_NAME, first + b, v);
+                size_t place = found; // among the best so far
+                for (; place > 0 && (float)row[v] > (float)row[best[place-1]]; place--) { best[place] = best[place-1]; }
+                best[place] = v;
+                found += found < 5;
+            }
+            for (size_t v = 0; v < V; v++) { sum += exp((double)(float)row[v] - (double)(float)row[best[0]]); }
+            printf("image %zu:", first + b);
+            for (size_t i = 0; i < found; i++) {
+                printf("%s %zu %.6f", i > 0 ? "," : "", best[i], exp((double)(float)row[best[i]] - (double)(float)row[best[0]]) / sum);
+            }
+            printf("\n");
+        }
+    }
+    free(logits);
+}
+
+// Writes up to 64 images of the batch that take_batch took, as the model gets them, in a grid with their labels below: level = 255 *
+// (patches * std + mean), rounded, within 0 to 255. Of 2 channels the first is shown, of 4 the first three
+void write_sheet(const char* path, const DeitModel* model, PixelStats stats) {
+    const DeitConfig c = model->options.config;
+    const int S = c.image_size, P = c.patch_size, CH = c.image_channels, channels = CH >= 3 ? 3 : 1;
+    const int gap = 2, scale = 1 + S / 128, line = 5 * scale + 1, most = (int)(((size_t)1 << 29) / numel(S + gap, S + gap + line, channels));
+    const int n = (int)(model->options.B < 64 ? model->options.B : 64), shown = n < most ? n : most > 1 ? most : 1;
+    int columns = 1;
+    while (columns * columns < shown) { columns++; }
+    const size_t per_image = model->acts.patches.per_image;
+    floatX* patches = (floatX*)malloc(shown * per_image * sizeof(floatX));
+    int labels[64];
+    require(patches != NULL, "out of host memory for %d images", shown);
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    cudaCheck(cudaMemcpy(patches, activation_at(model, &model->acts.patches, 0, 0, false), shown * per_image * sizeof(floatX), cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(labels, model->labels, shown * sizeof(int), cudaMemcpyDeviceToHost));
+    Picture sheet = picture_new(columns * (S + gap) + gap, CEIL_DIV(shown, columns) * (S + gap + line) + gap, channels, 64);
+    for (int b = 0; b < shown; b++) {
+        const int left = gap + b % columns * (S + gap), top = gap + b / columns * (S + gap + line);
+        for (int h = 0; h < S; h++) {
+            for (int w = 0; w < S; w++) {
+                const size_t t = (size_t)(h / P) * (S / P) + w / P;
+                for (int ch = 0; ch < channels; ch++) {
+                    const float x = (float)patches[b * per_image + ((t * CH + ch) * P + h % P) * P + w % P];
+                    const float level = 255.0f * (x * stats.std[ch] + stats.mean[ch]) + 0.5f;
+                    sheet.pixels[((size_t)(top + h) * sheet.width + left + w) * channels + ch] = (uint8_t)fminf(fmaxf(level, 0.0f), 255.0f);
+                }
+            }
+        }
+        picture_number(&sheet, left, top + S + 1, (unsigned)labels[b], scale, 255);
+    }
+    if (rank == 0) { picture_write(path, &sheet); }
+    printf("wrote %s: the first %d images of a training batch as the model gets them%s\n", path, shown,
+           CH == channels ? "" : CH == 2 ? ", the first of 2 channels" : ", the first 3 of 4 channels");
+    free(sheet.pixels);
+    free(patches);
+}
+
 int main(int argc, char** argv) {
     const char *model_name = "deit_nano", *train_path = "data/fashion_train.bin", *val_path = "data/fashion_val.bin";
     const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0", *tensorboard = NULL;
+    const char *predict_path = NULL, *sheet = NULL;
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
     int save_every = 0, keep = 0, resume = 0, sharded = 0;
@@ -3454,7 +3718,9 @@ int main(int argc, char** argv) {
         {"-g_all",    'i', &drop_all,       "DropIT: 1: also in patch embedding and head", 0, 1},
         {"-stats",    'i', &stats,          "DropIT: report what is kept every N steps, 0: never", 0, 2e9},
         {"-r",        'i', &recompute,      "recompute in the backward pass: 0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block", 0, 3},
-        {"-w",        's', &weights,        "initial weights (.safetensors)", 0, 0},
+        {"-w",        's', &weights,        "initial weights: timm's or a checkpoint's model_ file (.safetensors)", 0, 0},
+        {"-predict",  's', &predict_path,   "print the five best classes of each image of this shard and exit", 0, 0},
+        {"-sheet",    's', &sheet,          "write a PNG of the first training batch as the model gets it, and exit", 0, 0},
         {"-z",        'i', &sharded,        "1: each rank holds its part of the optimizer's states (ZeRO-1)", 0, 1},
         {"-tb",       's', &tensorboard,    "directory for TensorBoard's event files", 0, 0},
         {"-n",        'i', &save_every,     "write a checkpoint every N steps, and at the end; 0: never", 0, 2e9},
@@ -3493,6 +3759,9 @@ int main(int argc, char** argv) {
     o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
     require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
     require(output != NULL || (save_every == 0 && resume == 0), "-n and -y need a directory for checkpoints; give -o");
+    require((bench > 0) + evaluate_only + (predict_path != NULL) + (sheet != NULL) <= 1, "-bench, -eval, -predict and -sheet do one thing each and "
+            "exit; give one of them");
+    require(predict_path == NULL || weights != NULL, "-predict needs weights; give them with -w");
     require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     o->B = B;
     o->gamma = gamma;
@@ -3518,20 +3787,20 @@ int main(int argc, char** argv) {
     }
 
     // everything the user gave is read and checked before anything is written
+    const bool training = bench == 0 && !evaluate_only && predict_path == NULL;
     Loader train, val;
     Shard train_shard = {}, val_shard = {};
     if (bench == 0) {
-        if (!evaluate_only) { train_shard = open_shard(train_path, o->config); }
-        val_shard = open_shard(val_path, o->config);
+        if (training) { train_shard = open_shard(train_path, o->config, true); }
+        val_shard = open_shard(predict_path != NULL ? predict_path : val_path, o->config, predict_path == NULL);
     }
     const size_t images = train_shard.header != NULL ? train_shard.header->images : 0;
     device_open();
     const size_t step_images = (size_t)B * num_ranks * accumulation, epoch_steps = images / step_images;
-    require(bench > 0 || evaluate_only || epoch_steps > 0, "%s has %zu images, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
+    require(!training || epoch_steps > 0, "%s has %zu images, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
             images, step_images, B, num_ranks, accumulation);
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
-    const bool training = bench == 0 && !evaluate_only;
-    require(!training || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
+    require(!training || sheet != NULL || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
             "-y 1 or choose another -o", output);
     // What a resumed run must share with the run that wrote the checkpoint. "run" is the checksum of the weights it began with: the same
     // command twice writes the same files
@@ -3550,7 +3819,7 @@ int main(int argc, char** argv) {
         deit_resume(model, output, found, metadata, num_metadata);
         model->drop_step = (unsigned)(found * accumulation);
     } else if (initial != NULL) {
-        deit_load_parameters(model, initial, "");
+        deit_load_parameters(model, initial, "", evaluate_only || predict_path != NULL ? ADAPT_POSITIONS : ADAPT_HEAD);
         safetensors_close(initial);
     } else {
         deit_init_parameters(model);
@@ -3597,6 +3866,11 @@ int main(int argc, char** argv) {
     }
 
     loader_open(&val, val_shard, B);
+    if (predict_path != NULL) {
+        predict(model, &val);
+        ranks_close();
+        return EXIT_SUCCESS;
+    }
     if (evaluate_only) {
         const Evaluation e = evaluate(model, &val);
         printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
@@ -3604,6 +3878,14 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
     loader_open(&train, train_shard, B);
+    if (sheet != NULL) {
+        const PixelStats pixel_stats = shard_stats(&train.shard);
+        load_batch(&train, model, (size_t)first_step * accumulation, epoch_steps * accumulation, flip);
+        take_batch(model, &train, pixel_stats, B);
+        write_sheet(sheet, model, pixel_stats);
+        ranks_close();
+        return EXIT_SUCCESS;
+    }
     FILE *log = NULL, *events = NULL;
     if (output != NULL && rank == 0) {
         char path[4096];
