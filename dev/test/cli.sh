@@ -43,6 +43,8 @@ refused 'is not a regular file' -i data
 refused 'has images of 1 channels' -chans 3
 refused 'has 10 classes' -classes 7
 refused 'is 28 x 28' -size 32
+refused '-predict needs weights' -predict data/fashion_val.bin
+refused 'give one of them' -eval 1 -sheet sheet.png
 refused 'fewer than the' -b 20000
 refused 'cannot open .*nowhere' -w nowhere.safetensors
 refused '-stats reports on DropIT' -stats 1

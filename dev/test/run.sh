@@ -78,8 +78,9 @@ for candidate in python3 /usr/bin/python3; do
 done
 if [ -n "$python" ]; then
     t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
+    t weights_predict_sheet 300 "$python" dev/test/test_weights.py ./train_deit
 else
-    echo "not run: the scripts of data/ (no python3 with numpy and Pillow here)"
+    echo "not run: the scripts of data/, -w, -predict and -sheet (no python3 with numpy and Pillow here)"
 fi
 
 # the same bits under every schedule of blocks and threads

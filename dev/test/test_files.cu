@@ -13,7 +13,9 @@ build and run: make test   (or dev/cpu's recipe on this file); the exit code is 
 
 static char path[64];
 
-enum { SHARD, SAFETENSORS };
+enum { SHARD, SAFETENSORS, WEIGHTS };
+
+static DeitModel tiny; // the plan of a model of one block of 4 channels, for its tensors' names and shapes
 
 // opens `bytes` as a file in another process: 0 accepted, 1 refused with one sentence, -1 anything else
 static int open_in_child(int kind, const std::string& bytes) {
@@ -37,6 +39,11 @@ static int open_in_child(int kind, const std::string& bytes) {
             _exit(sum == 1 ? 2 : 0);
         }
         const Safetensors* st = safetensors_open(path);
+        if (kind == WEIGHTS) {
+            float* values = (float*)calloc(tiny.num_parameters, sizeof(float));
+            deit_read_tensors(&tiny, st, "", values, ADAPT_HEAD);
+            free(values);
+        }
         unsigned long sum = 0;
         for (int i = 0; i < st->num_tensors; i++) {
             const uint8_t* data = (const uint8_t*)safetensors_data(st, &st->tensors[i]);
@@ -52,8 +59,11 @@ static int open_in_child(int kind, const std::string& bytes) {
     waitpid(child, &status, 0);
     if (!WIFEXITED(status)) { return -1; }
     if (WEXITSTATUS(status) == 0) { return n == 0 ? 0 : -1; }
-    const bool one_line = strncmp(complaint, "error: ", 7) == 0 && strchr(complaint, '\n') == complaint + n - 1;
-    return WEXITSTATUS(status) == 1 && one_line ? 1 : -1;
+    // one sentence; of weights, a list of tensors before it
+    const char* last = complaint;
+    for (const char* p = complaint; p + 1 < complaint + n; p++) { if (*p == '\n') { last = p + 1; } }
+    const bool listed = last == complaint || (kind == WEIGHTS && strstr(last, "do not fit") != NULL);
+    return WEXITSTATUS(status) == 1 && listed && strncmp(last, "error: ", 7) == 0 && complaint[n-1] == '\n' ? 1 : -1;
 }
 
 template <class T> static void put(std::string& s, size_t at, T v) { s.replace(at, sizeof(T), (const char*)&v, sizeof(T)); }
@@ -199,12 +209,144 @@ static void test_checkpoints(void) {
     }
 }
 
+// every F16 and BF16 number, against the definition of the formats
+static void test_floats(void) {
+    for (int half = 0; half < 2; half++) {
+        std::string data;
+        for (unsigned h = 0; h < 65536; h++) { data += {(char)(h & 255), (char)(h >> 8)}; }
+        const std::string header = std::string("{\"x\":{\"dtype\":\"") + (half ? "F16" : "BF16") + "\",\"shape\":[256,256],\"data_offsets\":[0,131072]}}";
+        const std::string file = make_safetensors(header, 0) + data;
+        FILE* f = fopen(path, "wb");
+        require(f != NULL && fwrite(file.data(), 1, file.size(), f) == file.size() && fclose(f) == 0, "cannot write %s: %m", path);
+        Safetensors* st = safetensors_open(path);
+        float* x = (float*)malloc(65536 * sizeof(float));
+        safetensors_floats(st, safetensors_find(st, "x"), x);
+        const int fraction_bits = half ? 10 : 7, bias = half ? 15 : 127, top = half ? 31 : 255;
+        int wrong = 0;
+        for (int h = 0; h < 65536; h++) {
+            const int exponent = h >> fraction_bits & top, fraction = h & ((1 << fraction_bits) - 1);
+            const double sign = h & 0x8000 ? -1.0 : 1.0;
+            const double expected = exponent == top ? (fraction ? NAN : INFINITY)
+                                  : ldexp(fraction + (exponent > 0 ? 1 << fraction_bits : 0), (exponent > 0 ? exponent : 1) - bias - fraction_bits);
+            wrong += isnan(expected) ? !isnan(x[h]) : !((double)x[h] == sign * expected && (signbit(x[h]) != 0) == (h >= 0x8000));
+        }
+        check(wrong == 0, "%d of the 65,536 %s numbers become another float", wrong, half ? "F16" : "BF16");
+        free(x);
+        safetensors_close(st);
+    }
+}
+
+// position embeddings of other grids, against those of PyTorch in double
+static void test_positions(void) {
+    Safetensors* st = safetensors_open("dev/reference/fixtures/positions.safetensors");
+    int pairs = 0;
+    for (int i = 0; i < st->num_tensors; i++) {
+        const StTensor* out = &st->tensors[i];
+        int old, side;
+        if (sscanf(out->name, "out.%d.%d", &old, &side) != 2) { continue; }
+        char name[32];
+        snprintf(name, sizeof(name), "in.%d", old);
+        const StTensor* in = safetensors_find(st, name);
+        const size_t n = st_numel(out), C = out->shape[2];
+        check(deit_positions_side(in, C) == (size_t)old && deit_positions_side(out, C) == (size_t)side && deit_positions_side(in, C + 1) == 0,
+              "the grids of %s", out->name);
+        float* result = (float*)malloc(n * sizeof(float));
+        const float* expected = (const float*)safetensors_data(st, out);
+        deit_interpolate_positions(result, (const float*)safetensors_data(st, in), side, old, C);
+        float worst = 0.0f, largest = 0.0f;
+        bool number = true;
+        for (size_t j = 0; j < n; j++) {
+            number = number && isfinite(result[j]);
+            worst = fmaxf(worst, fabsf(result[j] - expected[j]));
+            largest = fmaxf(largest, fabsf(expected[j]));
+        }
+        check(number && worst <= 2e-7f * largest, "positions %d x %d to %d x %d differ from PyTorch's by %g of %g", old, old, side, side, worst, largest);
+        check(memcmp(result, safetensors_data(st, in), C * sizeof(float)) == 0, "the class token's position is kept, %d to %d", old, side);
+        free(result);
+        pairs++;
+    }
+    check(pairs > 10, "%d pairs of grids", pairs);
+    safetensors_close(st);
+}
+
+// weights of the tiny model, but for what `change` says: NULL, or "NAME DTYPE SHAPE" instead of the model's tensor or in addition, or
+// "NAME none". `classes`: of the head. Data are zeros
+static std::string make_weights(const char* change, size_t classes) {
+    std::string header = "{";
+    size_t offset = 0;
+    char instead[96] = "", dtype[8] = "", shape[64] = "";
+    if (change != NULL) { sscanf(change, "%95s %7s %63s", instead, dtype, shape); }
+    bool changed = false;
+    for (int i = 0; i <= NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &tiny.specs[i < NUM_PARAMETER_TENSORS ? i : 0];
+        std::string name = parameter_name(s, 0), type = "F32", dims;
+        size_t n = 1;
+        for (int d = 0; d < s->dims; d++) {
+            const size_t side = d == 0 && name.find("head.") == 0 ? classes : s->shape[d];
+            dims += (d ? "," : "") + std::to_string(side);
+            n *= side;
+        }
+        const bool last = i == NUM_PARAMETER_TENSORS; // a tensor that the model does not have
+        if (last && (changed || change == NULL)) { break; }
+        if (last || name == instead) {
+            changed = true;
+            if (strcmp(dtype, "none") == 0) { continue; }
+            name = instead;
+            type = dtype;
+            dims = shape;
+            n = 1;
+            for (const char* p = shape; *p != 0; p = strchr(p, ',') ? strchr(p, ',') + 1 : "") { n *= strtoul(p, NULL, 10); }
+        }
+        const size_t bytes = n * (type == "F64" ? 8 : type == "F32" || type == "I32" ? 4 : type == "U8" ? 1 : 2);
+        header += (header.size() > 1 ? ",\"" : "\"") + name + "\":{\"dtype\":\"" + type + "\",\"shape\":[" + dims + "],\"data_offsets\":["
+                + std::to_string(offset) + "," + std::to_string(offset + bytes) + "]}";
+        offset += bytes;
+    }
+    return make_safetensors(header + "}", 0) + std::string(offset, '\0');
+}
+
+// weights that fit, that are adapted, and that are not; then any change of their headers: read or refused, never a crash
+static void test_weights(void) {
+    tiny.options.config = {6, 3, 2, 3, 4, 1, 2};
+    tiny.options.B = 1;
+    tiny.options.chunk_bytes = DEFAULT_CHUNK_BYTES;
+    tiny.options.adamw = true;
+    deit_plan(&tiny); // image 6, patch 3, 2 channels, 3 classes, 4 channels, 1 block, 2 heads: T is 5
+    const struct { const char* change; int result; size_t classes = 3; } cases[] = {
+        {NULL, 0}, {"norm.weight F16 4", 0}, {"norm.weight BF16 4", 0}, {"norm.weight F64 4", 1}, {"norm.weight I32 4", 1}, {"norm.weight F32 5", 1},
+        {"norm.weight F32 2,2", 1}, {"norm.weight none", 1}, {"norm.scale F32 4", 1}, {"pos_embed F32 1,2,4", 0}, {"pos_embed F16 1,10,4", 0},
+        {"pos_embed U8 1,10,4", 1}, {"pos_embed F32 1,6,4", 1}, {"pos_embed F32 1,1,4", 1}, {"pos_embed F32 1,0,4", 1}, {"pos_embed F32 1,10,5", 1},
+        {"pos_embed F32 2,10,4", 1}, {"pos_embed F32 10,4", 1}, {"pos_embed F32 1,257,4", 0}, {"pos_embed F32 1,99999999999,0", 1},
+        {"head.weight F32 7,4", 1}, {"head.bias F32 7", 1}, {"head.bias none", 1}, {"dist_token F32 1,1,4", 1}, {"head_dist.weight F32 3,4", 1},
+        {NULL, 0, 7}, {"pos_embed F32 1,17,4", 0, 7}, {"head.weight BF16 7,4", 0, 7}, {"head.weight F32 7,5", 1, 7}, {"head.weight none", 1, 7},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        const int result = open_in_child(WEIGHTS, make_weights(cases[i].change, cases[i].classes));
+        check(result == cases[i].result, "weights of %zu classes with %s: %d, expected %d", cases[i].classes, cases[i].change ? cases[i].change : "no change", result, cases[i].result);
+    }
+    const std::string good = make_weights("pos_embed F16 1,10,4", 7);
+    const size_t header = good.find("}}") + 2;
+    for (unsigned i = 0; i < 1000; i++) { // digits, names and types of the header, up to three bytes
+        std::string s = good;
+        const uint4 u = philox(23, 95, 0, i);
+        const char to[] = "0123456789,:[]{}\"FBU";
+        s[8 + u.x % (header - 8)] = to[u.w % 20];
+        if (i % 3 > 0) { s[8 + u.y % (header - 8)] = to[(u.w >> 8) % 20]; }
+        if (i % 3 > 1) { s[8 + u.z % (header - 8)] ^= (char)(1 << (u.w >> 16 & 7)); }
+        const int result = open_in_child(WEIGHTS, s);
+        check(result == 0 || result == 1, "weights with changes at %zu %zu %zu", 8 + u.x % (header - 8), 8 + u.y % (header - 8), 8 + u.z % (header - 8));
+    }
+}
+
 int main(void) {
     snprintf(path, sizeof(path), "/tmp/test_files.%d", (int)getpid());
     check(open_in_child(SHARD, "") == 1 && open_in_child(SAFETENSORS, "") == 1, "empty files");
     test_shards();
     test_safetensors();
     test_checkpoints();
+    test_floats();
+    test_positions();
+    test_weights();
     unlink(path);
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
