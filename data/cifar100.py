@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Makes data shards of CIFAR-100 (fine labels) or CIFAR-10.
 
-    python3 data/cifar100.py                                     # downloads CIFAR-100, 161 MB
+    python3 data/cifar100.py --normalize imagenet                # downloads CIFAR-100, 161 MB; to fine-tune ImageNet weights
     python3 data/cifar100.py --classes 10                        # CIFAR-10
     python3 data/cifar100.py --archive cifar-100-python.tar.gz   # python or binary form, as downloaded
 
-Writes data/cifar100_train.bin and data/cifar100_val.bin, 32 x 32 pixels. Of the python form the
-pickles are read as data: no code from the archive runs.
+Writes data/cifar100_train.bin and data/cifar100_val.bin, 32 x 32 pixels. The trainer normalises by the mean
+and the standard deviation in the header: the set's, or ImageNet's. Of the python form the pickles are read as
+data: no code from the archive runs.
 """
 import argparse
 import gzip
