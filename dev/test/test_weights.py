@@ -149,7 +149,8 @@ def refused(what, tensors, listed, *flags, sentence="do not fit"):
 
 
 def test_loading():
-    good = weights(28, 4, 1, 10)
+    shard("val.bin", 28, 1, 10, 37)
+    val, good = WORK / "val.bin", weights(28, 4, 1, 10)
     w = dict(good)
     del w["norm.bias"]
     w["blocks.2.attn.qkv.weight"] = w["blocks.2.attn.qkv.weight"].T.copy()
@@ -169,14 +170,14 @@ def test_loading():
             ["head.weight: found F32 (1000, 64), expected F32 (10, 64)", "head.bias: found F32 (999), expected F32 (10)"])
     refused("positions that are no grid", dict(good, pos_embed=np.zeros((1, 51, 64), np.float32)), ["pos_embed: found F32 (1, 51, 64), expected F32 (1, 50, 64)"])
     refused("another head at -predict", two, ["head.weight: found F32 (1000, 64), expected F32 (10, 64)", "head.bias: found F32 (1000), expected F32 (10)"],
-            "-predict", "data/fashion_val.bin")
+            "-predict", val)
 
     # a new head and other positions; at learning rate 0 the checkpoint holds what was loaded
     foreign = dict(two, pos_embed=RANDOM.standard_normal((1, 197, 64)).astype(np.float32))
     save(str(WORK / "foreign.safetensors"), foreign)
     loaded = {}
     for seed in (1, 2):
-        code, out, err = run("-w", WORK / "foreign.safetensors", "-x", 1, "-l", 0, "-v", 0, "-n", 1, "-seed", seed, "-o", WORK / f"out{seed}")
+        code, out, err = run("-w", WORK / "foreign.safetensors", "-b", 8, "-j", val, "-x", 1, "-l", 0, "-v", 0, "-n", 1, "-seed", seed, "-o", WORK / f"out{seed}")
         check(code == 0 and err == "", f"foreign weights: {err}")
         check("weights: position embeddings of 14 x 14 patches interpolated to 7 x 7\n" in out, "what became of the positions is said")
         check("weights: the head of 1000 classes is replaced by a freshly initialised one of 10\n" in out, "what became of the head is said")
@@ -188,11 +189,11 @@ def test_loading():
     check(not np.array_equal(head, loaded[2]["head.weight"]), "the new head depends on the seed")
     check(np.array_equal(loaded[1]["pos_embed"][:, 0], foreign["pos_embed"][:, 0]), "the class token's position is kept")
     model = WORK / "out1" / "model_00000001.safetensors"
-    code, out, err = run("-w", model, "-eval", 1)
+    code, out, err = run("-w", model, "-j", val, "-eval", 1)
     check(code == 0 and "weights:" not in out, f"a checkpoint's weights fit: {err}")
-    code, out, _ = run("-w", model, "-predict", "data/fashion_val.bin", "-b", 33)
-    check(code == 0 and len(predictions(out)) == 2000, "a checkpoint predicts")
-    for bad in (("-predict", "data/fashion_val.bin"), ("-predict", "data/fashion_val.bin", "-eval", "1", "-w", model), ("-predict", "nowhere", "-w", model)):
+    code, out, _ = run("-w", model, "-predict", val, "-b", 33)
+    check(code == 0 and len(predictions(out)) == 37, "a checkpoint predicts")
+    for bad in (("-predict", val), ("-predict", val, "-eval", "1", "-w", model), ("-predict", "nowhere", "-w", model)):
         code, out, err = run(*bad)
         check(code == 1 and err.count("\n") == 1 and err.startswith("error: "), f"{bad}: {err}")
 
