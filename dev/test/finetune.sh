@@ -9,7 +9,7 @@ dumps=$(dirname "$0")/../reference/dumps
 gzip -dc "$dumps/timm_nano.safetensors.gz" >"$work/timm.safetensors"
 while read -r optimizer line; do
     # timm's "sgd" is Nesterov's: compared where the trainer has it
-    [ "$optimizer" = '#' ] || ! "$program" -h | grep -q -- "-opt .*$optimizer" && continue
+    [ "$optimizer" = '#' ] || ! "$program" -h | grep -q -w "$optimizer" && continue
     timeout 120 "$program" ${line#*: } -w "$work/timm.safetensors" -i "$dumps/timm_images.bin" -j "$dumps/timm_images.bin" -o "$work/$optimizer" \
         >"$work/stdout" 2>"$work/stderr" </dev/null
     verdict $? "$optimizer: $(cat "$work/stderr")"
