@@ -574,7 +574,8 @@ def parse(arguments):
     flag("-classes", type=positive)
     flag("-b", dest="batch_size", type=positive, default=64)
     flag("-a", dest="accumulation", type=positive, default=1)
-    flag("-ranks", type=positive, default=1, help="as mpirun -np N: N batches a step, each with its own selection")
+    flag("-ranks", type=positive, default=1,
+         help="as mpirun -np N: N batches a step, each with its own selection")
     flag("-e", dest="epochs", type=positive, default=6)
     flag("-x", dest="stop", type=int, default=0, help="stop after this many steps; 0: never")
     flag("-l", dest="lr", type=float, default=2e-3)
