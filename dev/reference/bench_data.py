@@ -112,6 +112,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="the trainer's reader threads; 0: one a core")
     options = parser.parse_args()
+    if not os.access(options.trainer, os.X_OK):
+        sys.exit(f"bench_data.py: no program {options.trainer}; build it with make train_deit, or name it with --trainer")
     torch.set_num_threads(1)
     here = sorted(os.sched_getaffinity(0))
     print(f"timm {timm.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}; batch {options.batch_size}")
