@@ -43,7 +43,8 @@ def keep_largest(key, k):
     """
     if k == 0:
         return torch.zeros_like(key, dtype=torch.bool)
-    threshold = key.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    place = key.shape[1] - k
+    threshold = torch.from_numpy(np.partition(key.numpy(), place, axis=1)[:, place:place + 1].copy())
     mask = key >= threshold
     if bool((mask.sum(dim=1) == k).all()):
         return mask  # no tie is cut in two, the usual case
@@ -454,11 +455,14 @@ def train(options):
     if options.gamma > 0:
         model.use_dropit(dropit, options.g_all)
     optimizer = make_optimizer(model, options)
-    B, accumulation = options.batch_size, options.accumulation
-    steps_per_epoch = data.count // (B * accumulation)
+    # the ranks of a run are parts of a step here, one after the other: each has its own images and
+    # its own selection, and the gradients add up
+    B, accumulation, ranks = options.batch_size, options.accumulation, options.ranks
+    step_images = B * accumulation * ranks
+    steps_per_epoch = data.count // step_images
     if steps_per_epoch == 0:
         sys.exit(f"deit.py: {options.data} has {data.count} images, less than one step of "
-                 f"{B * accumulation}")
+                 f"{step_images}")
     steps = options.epochs * steps_per_epoch
     log = None
     if options.output:
@@ -475,23 +479,25 @@ def train(options):
             group["lr"] = lr
         optimizer.zero_grad()
         total = 0.0
-        for micro in range(accumulation):
-            positions = (place * accumulation + micro) * B + np.arange(B)
+        for part in range(accumulation * ranks):
+            micro, rank = divmod(part, ranks)
+            positions = (place * accumulation * ranks + part) * B + np.arange(B)
             image, label = data.batch(order[positions])
             if options.flip:
                 mirrored = rng.flips(options.seed, epoch, positions)
                 image[mirrored] = image[mirrored][..., ::-1]
             dropit.step = step * accumulation + micro
+            dropit.seed = options.seed ^ (rank << 48)  # ranks draw different elements
             logits = model(torch.from_numpy(image))
             loss = F.cross_entropy(logits, torch.from_numpy(label).long(),
-                                   label_smoothing=options.smoothing) / accumulation
+                                   label_smoothing=options.smoothing) / (accumulation * ranks)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf).item()
         optimizer.step()
         ms = 1000 * (time.perf_counter() - began)
         print(f"step {step + 1:5d}/{steps} | loss {total:.6f} | norm {norm:8.4f} | lr {lr:.2e} | "
-              f"{ms:8.2f} ms | {1000 * B * accumulation / ms:7.0f} img/s", flush=True)
+              f"{ms:8.2f} ms | {1000 * step_images / ms:7.0f} img/s", flush=True)
         if log:
             log.write(f"s:{step + 1} trl:{total:.9g} lr:{lr:.9g} norm:{norm:.9g}\n")
         if not math.isfinite(total):
@@ -568,6 +574,8 @@ def parse(arguments):
     flag("-classes", type=positive)
     flag("-b", dest="batch_size", type=positive, default=64)
     flag("-a", dest="accumulation", type=positive, default=1)
+    flag("-ranks", type=positive, default=1,
+         help="as mpirun -np N: N batches a step, each with its own selection")
     flag("-e", dest="epochs", type=positive, default=6)
     flag("-x", dest="stop", type=int, default=0, help="stop after this many steps; 0: never")
     flag("-l", dest="lr", type=float, default=2e-3)

@@ -66,6 +66,7 @@ t deit_bf16 600 $bf16/test_deit
 t files 300 $fp32/dev/test/test_files
 t command_line 600 dev/test/cli.sh ./train_deit
 t checkpoints 600 dev/test/checkpoint.sh ./train_deit
+t finetune 300 dev/test/finetune.sh ./train_deit
 if command -v python3 >/dev/null; then
     t tensorboard 300 python3 dev/test/test_events.py ./train_deit
 else
