@@ -3449,7 +3449,7 @@ typedef struct {
     long long ahead;        // the batch that is being read; -1: none
     LoaderBatch batches[2]; // batch number planned / B % 2 is planned next
     const LoaderBatch* current; // was brought to the device last
-    size_t piece_bytes;
+    size_t piece_bytes, group_bytes; // images are resized in groups whose scratch fits the device's cache; the next group takes the same
     uint8_t* slots[PIECE_SLOTS];       // pinned; piece p is in slot p % PIECE_SLOTS
     cudaEvent_t emptied[PIECE_SLOTS];  // the slot has been copied to the device
     cudaStream_t stream;    // copies and resizes a batch while the step before computes
@@ -3684,7 +3684,7 @@ void loader_plan(Loader* loader, size_t number) {
     b->pieces = 0;
     b->first_piece = loader->pieces;
     b->first_job = loader->planned;
-    size_t staged = 0, scratch = 0; // bytes of the piece
+    size_t staged = 0, scratch = 0, largest = 0; // bytes of the piece, of the group, of the piece's largest group
     for (size_t i = 0; i < b->n; i++) {
         const size_t place = loader_place(o, in_epoch, i);
         LoaderJob* job = &b->jobs[i];
@@ -3694,10 +3694,12 @@ void loader_plan(Loader* loader, size_t number) {
         job->task = ResizeTask{};
         if (loader->resizes) { job->task = resize_task(&job->view, (int)o->S, (int)o->CH); }
         else { job->task.staged_bytes = pixels; }
-        if (b->pieces == 0 || b->piece_jobs[b->pieces - 1] == MAX_PIECE_IMAGES ||
-            staged + scratch + job->task.staged_bytes + job->task.scratch_bytes > loader->piece_bytes) {
+        if (scratch + job->task.scratch_bytes > loader->group_bytes) { scratch = 0; }
+        if (scratch + job->task.scratch_bytes > largest) { largest = scratch + job->task.scratch_bytes; }
+        if (b->pieces == 0 || b->piece_jobs[b->pieces - 1] == MAX_PIECE_IMAGES || staged + job->task.staged_bytes + largest > loader->piece_bytes) {
             b->piece_jobs[b->pieces++] = 0;
             staged = scratch = 0;
+            largest = job->task.scratch_bytes;
         }
         job->task.staged = staged;
         job->task.resized = scratch;
@@ -3761,6 +3763,9 @@ void loader_open(Loader* loader, ShardSet set, LoaderOptions options, LoaderTarg
     cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
     cudaCheck(cudaEventCreateWithFlags(&loader->taken, cudaEventDisableTiming));
     cudaCheck(cudaGetDevice(&loader->device));
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDeviceProperties(&properties, loader->device));
+    loader->group_bytes = (size_t)properties.l2CacheSize;
     pthread_mutex_init(&loader->lock, NULL);
     pthread_cond_init(&loader->changed, NULL);
     for (loader->num_readers = 0; loader->num_readers < readers; loader->num_readers++) {
@@ -3793,18 +3798,23 @@ void loader_close(Loader* loader) {
 
 // one piece of a batch, images first .. first+n-1 of `bytes`: from pinned memory to the device, and resized, on the loader's stream
 void loader_piece_to_device(Loader* loader, const LoaderBatch* b, size_t first, size_t n, size_t bytes) {
+    const LoaderTarget* to = &loader->target;
     const size_t pixels = numel(loader->options.S, loader->options.S, loader->options.CH), slot = b->jobs[first].piece % PIECE_SLOTS;
     if (!loader->resizes) {
-        cudaCheck(cudaMemcpyAsync(loader->target.images + first * pixels, loader->slots[slot], bytes, cudaMemcpyHostToDevice, loader->stream));
+        cudaCheck(cudaMemcpyAsync(to->images + first * pixels, loader->slots[slot], bytes, cudaMemcpyHostToDevice, loader->stream));
         cudaCheck(cudaEventRecord(loader->emptied[slot], loader->stream));
         return;
     }
-    int largest = 0;
-    for (size_t i = first; i < first + n; i++) { if (b->tasks[i].pitch > largest) { largest = b->tasks[i].pitch; } }
-    cudaCheck(cudaMemcpyAsync(loader->target.staging, loader->slots[slot], bytes, cudaMemcpyHostToDevice, loader->stream));
-    cudaCheck(cudaEventRecord(loader->emptied[slot], loader->stream));
-    resize_images(loader->target.images, loader->target.staging, loader->target.tasks + first, (int)n, largest, (int)loader->options.S, (int)loader->options.CH,
-                  loader->stream);
+    for (size_t i = first, end; i < first + n; i = end) {
+        int largest = b->tasks[i].pitch;
+        for (end = i + 1; end < first + n && b->tasks[end].resized > b->tasks[end - 1].resized; end++) {
+            if (b->tasks[end].pitch > largest) { largest = b->tasks[end].pitch; }
+        }
+        const size_t begin = b->tasks[i].staged, group = b->tasks[end - 1].staged + b->tasks[end - 1].staged_bytes - begin;
+        cudaCheck(cudaMemcpyAsync(to->staging + begin, loader->slots[slot] + begin, group, cudaMemcpyHostToDevice, loader->stream));
+        if (end == first + n) { cudaCheck(cudaEventRecord(loader->emptied[slot], loader->stream)); }
+        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), largest, (int)loader->options.S, (int)loader->options.CH, loader->stream);
+    }
 }
 
 // Brings batch `number` to the device, when the one before has been taken, and lets the readers go on with the next. Batches come in a row,

@@ -264,6 +264,7 @@ static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t fir
     int *labels = (int*)malloc(o.B * sizeof(int)), *flips = (int*)malloc(o.B * sizeof(int));
     Loader* loader = (Loader*)malloc(sizeof(Loader));
     loader_open(loader, set, o, target, staging, readers);
+    if (small_pieces) { loader->group_bytes = 20000; }
     const size_t batches = loader_batches(loader);
     Difference difference = {};
     bool right = true;
