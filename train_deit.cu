@@ -28,6 +28,7 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -772,7 +773,8 @@ typedef struct {
     const ShardEntry* entries;
 } Shard;
 
-Shard shard_open(const char* path) {
+// verify: also compare every record with its checksum
+Shard shard_open(const char* path, bool verify = true) {
     const char* hint = "run `make data` or a script in data/ to write it again";
     Shard shard;
     shard.file = map_file(path, hint);
@@ -809,7 +811,7 @@ Shard shard_open(const char* path) {
                 (unsigned long long)e->offset, (unsigned long long)record, (unsigned long long)end, bytes, hint);
         require(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes), "%s: image %u has label %d, expected 0 to %u; %s",
                 path, i, e->label, h->classes - 1, hint);
-        crc = crc_32(0, shard.file.data + e->offset, record);
+        crc = verify ? crc_32(0, shard.file.data + e->offset, record) : e->crc;
         require(crc == e->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; %s", path, i, crc, e->crc, hint);
         end += record;
     }
@@ -1894,6 +1896,221 @@ double learning_rate_at(double lr, int step, int warmup, int steps) {
 }
 // ---- end shared: optimizer -------------------------------------------------
 
+// ---- shared: image resize --------------------------------------------------
+// Crops, resizes and mirrors images as Pillow does it, to the bit: bicubic (a = -0.5) over a support that grows with the shrinking
+// (antialiasing), weights computed in double and rounded to 22 bits behind the point, columns first, a rounding to bytes between the passes.
+// (Pillow 13 begins with the rows where they shrink much more than the columns; there it differs by some levels from us and from all before it.)
+// The host computes the weights and lays each image down turned, so that one column of one channel is a run of bytes: then a thread has a
+// run of RESIZE_V neighbours in both passes, and all of them share their weights
+#define RESIZE_V 64
+#define RESIZE_BITS 22
+
+// the part of an image that is wanted: a box of it, resized to full_height x full_width, of which a window of S x S, mirrored if so
+typedef struct {
+    int top, left, height, width; // of the box
+    size_t full_height, full_width, window_top, window_left;
+    bool mirror;
+} ImageView;
+
+// One image for the device; offsets in bytes
+typedef struct {
+    size_t staged;   // in the staging buffer: int first[S], weights[S][taps] of the columns, the same of the rows, then
+    size_t pixels;   // behind staged: (columns, CH, pitch), what is needed of the box, turned
+    size_t resized;  // in the staging buffer: (S * CH, pitch), the columns resized, then
+    size_t straight; // behind resized: (pitch, row pitch), the same turned back
+    size_t staged_bytes, scratch_bytes; // of the former two, and of the latter two
+    unsigned image;  // its place in the batch
+    int pitch;       // rows, filled up to a multiple of RESIZE_V
+    int column_taps, row_taps;
+    int first_row, rows, first_column, columns; // of the box: what the window needs
+} ResizeTask;
+
+// The pixels that pixel `at` of n, resized to full, is made of: the first and how many
+inline int resize_range(int n, size_t full, size_t at, int* first) {
+    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale, center = (at + 0.5) * scale;
+    const int low = (int)(center - support + 0.5), high = (int)(center + support + 0.5);
+    *first = low > 0 ? low : 0;
+    return (high < n ? high : n) - *first;
+}
+
+// the most that resize_range returns: any further pixel would have the weight 0
+inline int resize_taps(int n, size_t full) {
+    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale;
+    return 2.0 * support < n ? (int)ceil(2.0 * support) : n;
+}
+
+// Pillow's bicubic filter
+inline double resize_filter(double x) {
+    x = fabs(x);
+    return x < 1.0 ? ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0 : x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
+}
+
+// first[S] and weights[S][taps] of the window of S that begins at `window`, backwards if mirrored; first counts from pixel `origin`
+void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin, bool mirror) {
+    const double scale = (double)n / full, filter_scale = scale < 1.0 ? 1.0 : scale, inverse = 1.0 / filter_scale;
+    for (int i = 0; i < S; i++) {
+        const int out = mirror ? S - 1 - i : i;
+        const double center = (window + i + 0.5) * scale;
+        int low, count = resize_range(n, full, window + i, &low);
+        double sum = 0.0;
+        if (count > taps) { count = taps; }
+        for (int k = 0; k < count; k++) { sum += resize_filter((k + low - center + 0.5) * inverse); }
+        first[out] = low - origin;
+        for (int k = 0; k < taps; k++) {
+            double w = k < count ? resize_filter((k + low - center + 0.5) * inverse) : 0.0;
+            if (sum != 0.0) { w /= sum; }
+            weights[(size_t)out * taps + k] = (int)(w * (1 << RESIZE_BITS) + (w < 0.0 ? -0.5 : 0.5));
+        }
+    }
+}
+
+// what a view needs; the caller says where: staged, resized and image
+ResizeTask resize_task(const ImageView* v, int S, int CH) {
+    ResizeTask t = {};
+    int first;
+    t.row_taps = resize_taps(v->height, v->full_height);
+    t.column_taps = resize_taps(v->width, v->full_width);
+    t.rows = resize_range(v->height, v->full_height, v->window_top + S - 1, &first) + first;
+    resize_range(v->height, v->full_height, v->window_top, &t.first_row);
+    t.rows -= t.first_row;
+    t.columns = resize_range(v->width, v->full_width, v->window_left + S - 1, &first) + first;
+    resize_range(v->width, v->full_width, v->window_left, &t.first_column);
+    t.columns -= t.first_column;
+    t.pitch = CEIL_DIV(t.rows, RESIZE_V) * RESIZE_V;
+    const size_t row_pitch = CEIL_DIV((size_t)S * CH, (size_t)RESIZE_V) * RESIZE_V;
+    t.pixels = align_up(numel(S, 2 + t.column_taps + t.row_taps) * sizeof(int));
+    t.staged_bytes = align_up(t.pixels + numel(t.columns + t.column_taps, CH, t.pitch)); // taps of weight 0 may lie behind the last column
+    t.straight = align_up(row_pitch * t.pitch);
+    t.scratch_bytes = align_up(t.straight + row_pitch * (t.pitch + t.row_taps)); // or row
+    return t;
+}
+
+// the bytes of a matrix of 8 x 8, r[row] >> 8 * column, change places with those beyond its diagonal
+__host__ __device__ inline void turn_8x8(uint64_t* r) {
+    for (int j = 0; j < 4; j++) {
+        const uint64_t x = (r[j] >> 32 ^ r[j+4]) & 0x00000000FFFFFFFFull;
+        r[j+4] ^= x;
+        r[j] ^= x << 32;
+    }
+    for (int q = 0; q < 4; q++) {
+        const int j = (q & 1) + (q & 2) * 2;
+        const uint64_t x = (r[j] >> 16 ^ r[j+2]) & 0x0000FFFF0000FFFFull;
+        r[j+2] ^= x;
+        r[j] ^= x << 16;
+    }
+    for (int j = 0; j < 8; j += 2) {
+        const uint64_t x = (r[j] >> 8 ^ r[j+1]) & 0x00FF00FF00FF00FFull;
+        r[j+1] ^= x;
+        r[j] ^= x << 8;
+    }
+}
+
+// out[x][y] = in[y][x]: in (rows, columns) with `stride` bytes a row, out (columns, pitch)
+void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, size_t rows, size_t columns) {
+    const size_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+    for (size_t x = 0; x < whole_columns; x += 8) {
+        for (size_t y = 0; y < whole_rows; y += 8) {
+            uint64_t r[8];
+            for (int j = 0; j < 8; j++) { memcpy(&r[j], in + (y + j) * stride + x, 8); }
+            turn_8x8(r);
+            for (int j = 0; j < 8; j++) { memcpy(out + (x + j) * pitch + y, &r[j], 8); }
+        }
+        for (size_t y = whole_rows; y < rows; y++) { for (int j = 0; j < 8; j++) { out[(x + j) * pitch + y] = in[y * stride + x + j]; } }
+    }
+    for (size_t x = whole_columns; x < columns; x++) { for (size_t y = 0; y < rows; y++) { out[x * pitch + y] = in[y * stride + x]; } }
+}
+
+// the host's part: weights and turned pixels of image (height, width, CH), as the task lays them out
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S, int CH) {
+    int* first_column = (int*)staged;
+    int* first_row = first_column + (size_t)S * (1 + t->column_taps);
+    resize_weights(first_column, first_column + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
+    resize_weights(first_row, first_row + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
+    const size_t stride = (size_t)width * CH;
+    turn_bytes(staged + t->pixels, t->pitch, image + (v->top + t->first_row) * stride + (size_t)(v->left + t->first_column) * CH, stride,
+               t->rows, (size_t)t->columns * CH);
+}
+
+// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y], rounded to a byte; a thread makes RESIZE_V rows y of one x, c
+// grid: threads of the largest task, tasks
+__global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks, int S, int CH) {
+    const ResizeTask t = tasks[blockIdx.y];
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (size_t)S * CH * (t.pitch / RESIZE_V)) {
+        const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = ((unsigned)i - xc * runs) * RESIZE_V;
+        const int* first = (const int*)(staging + t.staged);
+        const int* weights = first + S + (size_t)x * t.column_taps;
+        const uint8_t* pixels = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch + y;
+        int sum[RESIZE_V];
+        for (int j = 0; j < RESIZE_V; j++) { sum[j] = 1 << (RESIZE_BITS - 1); }
+        for (int k = 0; k < t.column_taps; k++) {
+            const Pack<RESIZE_V, uint8_t>& p = *(const Pack<RESIZE_V, uint8_t>*)pixels;
+            const int w = weights[k];
+            for (int j = 0; j < RESIZE_V; j++) { sum[j] += w * p.v[j]; }
+            pixels += (size_t)CH * t.pitch;
+        }
+        Pack<RESIZE_V, uint8_t>& out = *(Pack<RESIZE_V, uint8_t>*)(staging + t.resized + (size_t)xc * t.pitch + y);
+        for (int j = 0; j < RESIZE_V; j++) { out.v[j] = (uint8_t)min(max(sum[j] >> RESIZE_BITS, 0), 255); }
+    }
+}
+
+// straight[y][xc] = resized[xc][y], a thread turns 8 x 8 bytes; row_pitch is S * CH filled up to a multiple of RESIZE_V
+__global__ void resize_turn_kernel(uint8_t* staging, const ResizeTask* tasks, int row_pitch) {
+    const ResizeTask t = tasks[blockIdx.y];
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (size_t)(t.pitch / 8) * (row_pitch / 8)) {
+        const unsigned runs = row_pitch / 8, yb = (unsigned)i / runs, xb = (unsigned)i - yb * runs;
+        const uint8_t* in = staging + t.resized + (size_t)xb * 8 * t.pitch + yb * 8;
+        uint8_t* out = staging + t.resized + t.straight + (size_t)yb * 8 * row_pitch + xb * 8;
+        uint64_t r[8];
+        for (int j = 0; j < 8; j++) { r[j] = *(const uint64_t*)(in + (size_t)j * t.pitch); }
+        turn_8x8(r);
+        for (int j = 0; j < 8; j++) { *(uint64_t*)(out + (size_t)j * row_pitch) = r[j]; }
+    }
+}
+
+// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc], rounded to a byte; a thread makes RESIZE_V of one row
+// images (B, S, S, CH)
+__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH, int row_pitch) {
+    const ResizeTask t = tasks[blockIdx.y];
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (size_t)S * (row_pitch / RESIZE_V)) {
+        const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = ((unsigned)i - y * runs) * RESIZE_V, row = (unsigned)S * CH;
+        const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
+        const int* weights = first + S + (size_t)y * t.row_taps;
+        const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
+        int sum[RESIZE_V];
+        for (int j = 0; j < RESIZE_V; j++) { sum[j] = 1 << (RESIZE_BITS - 1); }
+        for (int k = 0; k < t.row_taps; k++) {
+            const Pack<RESIZE_V, uint8_t>& p = *(const Pack<RESIZE_V, uint8_t>*)pixels;
+            const int w = weights[k];
+            for (int j = 0; j < RESIZE_V; j++) { sum[j] += w * p.v[j]; }
+            pixels += row_pitch;
+        }
+        Pack<RESIZE_V, uint8_t> bytes;
+        for (int j = 0; j < RESIZE_V; j++) { bytes.v[j] = (uint8_t)min(max(sum[j] >> RESIZE_BITS, 0), 255); }
+        uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
+        if (row % 16 == 0) {
+            for (unsigned j = 0; j < RESIZE_V && xc + j < row; j += 16) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
+        } else {
+            for (unsigned j = 0; j < RESIZE_V && xc + j < row; j++) { out[j] = bytes.v[j]; }
+        }
+    }
+}
+
+// the device's part, for n tasks whose weights and pixels are in staging; largest_pitch is that of these tasks
+void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch, int S, int CH, cudaStream_t stream) {
+    const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
+    const size_t columns = numel(S, CH, largest_pitch / RESIZE_V), blocks = numel(row_pitch / 8, largest_pitch / 8), rows = numel(S, row_pitch / RESIZE_V);
+    resize_columns_kernel<<<dim3((unsigned)CEIL_DIV(columns, (size_t)128), n), 128, 0, stream>>>(staging, tasks, S, CH);
+    kernelCheck();
+    resize_turn_kernel<<<dim3((unsigned)CEIL_DIV(blocks, (size_t)128), n), 128, 0, stream>>>(staging, tasks, row_pitch);
+    kernelCheck();
+    resize_rows_kernel<<<dim3((unsigned)CEIL_DIV(rows, (size_t)128), n), 128, 0, stream>>>(images, staging, tasks, S, CH, row_pitch);
+    kernelCheck();
+}
+// ---- end shared: image resize ----------------------------------------------
+
 // ----------------------------------------------------------------------------
 // kernels of the vision transformer, each followed by its launcher
 
@@ -2458,6 +2675,7 @@ typedef struct {
     bool adamw;              // two moments, else one
     bool sharded;            // -z 1: each rank holds its part of the optimizer's states (ZeRO-1, Rajbhandari et al., SC 2020)
     bool stats;              // -stats: exact inputs are kept beside the dropped ones
+    size_t staging_bytes;    // for images that are resized; 0: none are
     size_t chunk_bytes;      // size of fch_gelu, the widest tensor of a block, in one chunk
     unsigned long long seed;
 } DeitOptions;
@@ -2480,6 +2698,8 @@ typedef struct {
     // scratch
     uint8_t* images;   // (B, S, S, CH) of the next batch
     int *next_labels, *flips; // (B) of the next batch
+    uint8_t* staging;  // pieces of the next batch's sources, where they are resized
+    ResizeTask* resize_tasks; // (B)
     int *labels, *ranks; // (B)
     float* losses;     // (B)
     StepResult* result;
@@ -2607,6 +2827,8 @@ void deit_plan(DeitModel* model) {
 
     plan_add(plan, SCRATCH, "images", "", "(B, S, S, CH) bytes", &model->images, B * S * S * CH, 0);
     plan_add(plan, SCRATCH, "next labels", "", "(B)", &model->next_labels, B * sizeof(int), 0);
+    plan_add(plan, SCRATCH, "image staging", "", "bytes", &model->staging, o->staging_bytes, 0);
+    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &model->resize_tasks, o->staging_bytes > 0 ? B * sizeof(ResizeTask) : 0, 0);
     plan_add(plan, SCRATCH, "labels", "", "(B)", &model->labels, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "flips", "", "(B)", &model->flips, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &model->ranks, B * sizeof(int), 0);
@@ -3349,6 +3571,481 @@ void device_open(void) {
     printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
 }
 
+// ---- shared: data loader ---------------------------------------------------
+// An image goes from the file (mapped) to pinned memory by a reader thread, from there to the device by the loader's stream, where it is
+// resized if it must be. Threads read the next batch while the device computes this one. Both go piece by piece, so that neither pinned nor
+// device memory grows with the batch or with the images. What a batch holds is a function of (seed, its number) alone
+typedef struct {
+    Shard* shards;     // (num_shards)
+    unsigned* begin;   // (num_shards + 1): the number of each shard's first image
+    int num_shards;
+    unsigned images;
+    uint32_t crc;      // of the headers: says which data these are
+    bool verified;     // all records have been compared with their checksums
+} ShardSet;
+
+typedef struct {
+    size_t B, S, CH, ranks, rank;
+    unsigned long long seed;
+    bool training;                // else every image once, in the order of the files, as evaluation wants it
+    bool crop, flip;              // training: random resized crops; mirror half of the images
+    double scale, crop_pct;       // smallest area of a random crop; evaluation: the part of the resized shorter side that is taken
+    int repeats;                  // training: how often in a row an image is shown (the ranks together)
+    size_t accumulation;          // training: an epoch ends with a step of so many batches
+} LoaderOptions;
+
+// What the loader fills; all of it in the plan of the device's memory
+typedef struct {
+    uint8_t* images;     // (B, S, S, CH)
+    int *labels, *flips; // (B); flips: images to be mirrored yet
+    uint8_t* staging;    // pieces of sources, where images are resized
+    ResizeTask* tasks;   // (B)
+} LoaderTarget;
+
+typedef struct {
+    const Shard* shard;
+    unsigned number;       // of the image in its shard
+    const ShardEntry* entry;
+    ImageView view;
+    ResizeTask task;
+    uint32_t crc;          // as found
+    size_t piece;          // where it is read to, counted from the first batch on
+} LoaderJob;
+
+typedef struct {
+    LoaderJob* jobs;       // (B)
+    size_t n, pieces, first_piece, first_job;
+    size_t *piece_jobs, *piece_bytes, *left; // (B): a piece's images, their bytes, and how many are still to be read
+    int *labels, *flips;   // (B) pinned
+    ResizeTask* tasks;     // (B) pinned
+    cudaEvent_t copied;    // the batch is on the device
+} LoaderBatch;
+
+#define PIECE_BYTES ((size_t)32 << 20)
+#define PIECE_SLOTS 4
+#define MAX_PIECE_IMAGES 16384 // a dimension of a grid has 65,535 blocks at most
+#define MAX_READERS 64
+
+typedef struct {
+    ShardSet set;
+    LoaderOptions options;
+    LoaderTarget target;
+    bool resizes;           // else all images are S x S and only copied
+    size_t epoch_images;    // of this rank
+    unsigned* order;        // (images) of the current epoch
+    long long epoch;        // whose order it is; -1: that of the files
+    long long ahead;        // the batch that is being read; -1: none
+    LoaderBatch batches[2]; // batch number planned / B % 2 is planned next
+    const LoaderBatch* current; // was brought to the device last
+    size_t piece_bytes, group_bytes; // images are resized in groups whose scratch fits the device's cache; the next group takes the same
+    uint8_t* slots[PIECE_SLOTS];       // pinned; piece p is in slot p % PIECE_SLOTS
+    cudaEvent_t emptied[PIECE_SLOTS];  // the slot has been copied to the device
+    cudaStream_t stream;    // copies and resizes a batch while the step before computes
+    cudaEvent_t taken;      // the target may be written again
+    size_t pieces;          // planned
+    // shared with the readers, under the lock
+    pthread_t readers[MAX_READERS];
+    int num_readers, device;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    size_t planned, next;   // jobs: how many there are, which is to be read next; job j is in batch j / B % 2
+    size_t issued;          // pieces whose copy to the device has been asked for
+    bool stop;
+} Loader;
+
+// path is a shard, or PREFIX of the shards PREFIX_00000.bin, PREFIX_00001.bin, ..., which must be all there and agree with one another.
+// Records of up to 1 GiB are verified here; of larger sets, each when it is read
+ShardSet shards_open(const char* path) {
+    char name[4300], folder[4200];
+    struct stat info;
+    unsigned found = 0, end = 0; // shards of this prefix; one more than the largest number
+    require(strlen(path) < 4096, "the name of the data has %zu characters, 4095 are allowed: %.80s...", strlen(path), path);
+    const char* slash = strrchr(path, '/');
+    const char* base = slash != NULL ? slash + 1 : path;
+    snprintf(folder, sizeof(folder), "%.*s", slash == NULL ? 1 : slash == path ? 1 : (int)(slash - path), slash == NULL ? "." : path);
+    const bool one = stat(path, &info) == 0 && S_ISREG(info.st_mode);
+    DIR* directory = one ? NULL : opendir(folder);
+    for (const struct dirent* e; directory != NULL && (e = readdir(directory)) != NULL; ) {
+        const size_t n = strlen(base);
+        unsigned number;
+        int used = 0;
+        if (strncmp(e->d_name, base, n) == 0 && sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) == 1 && used == 10 && e->d_name[n + 10] == 0) {
+            found++;
+            end = number >= end ? number + 1 : end;
+        }
+    }
+    if (directory != NULL) { closedir(directory); }
+    ShardSet set = {};
+    set.num_shards = found > 0 ? (int)end : 1;
+    set.shards = (Shard*)malloc(set.num_shards * sizeof(Shard));
+    set.begin = (unsigned*)malloc((set.num_shards + 1) * sizeof(unsigned));
+    require(set.shards != NULL && set.begin != NULL, "out of host memory for %d shards", set.num_shards);
+    uint64_t bytes = 0, images = 0;
+    for (int i = 0; i < set.num_shards; i++) {
+        snprintf(name, sizeof(name), found > 0 ? "%s_%05d.bin" : "%s", path, i);
+        require(found == 0 || stat(name, &info) == 0, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script that makes them again",
+                name, found, path, end - 1);
+        bytes += stat(name, &info) == 0 ? (uint64_t)info.st_size : 0;
+    }
+    snprintf(name, sizeof(name), "%s.part", path);
+    require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run data/imagenet.py again until it ends", name, path);
+    set.verified = bytes <= (uint64_t)1 << 30;
+    for (int i = 0; i < set.num_shards; i++) {
+        snprintf(name, sizeof(name), found > 0 ? "%s_%05d.bin" : "%s", path, i);
+        Shard* s = &set.shards[i];
+        *s = shard_open(strdup(name), set.verified);
+        const ShardHeader *h = s->header, *h0 = set.shards[0].header;
+        require(h->task == h0->task && h->classes == h0->classes && h->channels == h0->channels && memcmp(h->mean, h0->mean, sizeof(h->mean)) == 0
+                && memcmp(h->std, h0->std, sizeof(h->std)) == 0, "%s has task %u, %u classes, %u channels, mean %g and standard deviation %g, but %s has %u, %u, %u, "
+                "%g and %g; shards of one set must agree: make them again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
+                set.shards[0].file.path, h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
+        set.begin[i] = (unsigned)images;
+        images += h->images;
+        require(images <= UINT_MAX, "%s has more than %u images; use fewer shards", path, UINT_MAX);
+        set.crc = i == 0 ? h->crc : crc_32(set.crc, &h->crc, sizeof(h->crc));
+    }
+    set.images = set.begin[set.num_shards] = (unsigned)images;
+    return set;
+}
+
+// shard s and the image's number in it: image i of a set
+const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
+    int low = 0, high = set->num_shards;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (set->begin[middle] <= i) { low = middle; } else { high = middle; }
+    }
+    *number = i - set->begin[low];
+    return &set->shards[low];
+}
+
+// the box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the image's, a ratio of 3/4 to 4/3, ten
+// attempts, then the centre. Philox(seed, RNG_CROP, epoch, 16 * place + attempt) gives area, ratio, top and left
+ImageView random_crop(int height, int width, double scale, unsigned long long seed, unsigned epoch, size_t place) {
+    const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width;
+    ImageView v = {0, 0, height, width, 0, 0, 0, 0, false};
+    for (int attempt = 0; attempt < 10; attempt++) {
+        const uint4 u = philox(seed, RNG_CROP, epoch, 16 * (unsigned long long)place + attempt);
+        const double wanted = (scale + (1.0 - scale) * uniform(u.x)) * area;
+        const double ratio = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
+        const double w = rint(sqrt(wanted * ratio)), h = rint(sqrt(wanted / ratio));
+        if (w < 1.0 || h < 1.0 || w > width || h > height) { continue; }
+        v.height = (int)h;
+        v.width = (int)w;
+        v.top = (int)((unsigned long long)u.z * (height - v.height + 1) >> 32);
+        v.left = (int)((unsigned long long)u.w * (width - v.width + 1) >> 32);
+        return v;
+    }
+    if ((double)width / height < low) { v.height = (int)rint(width / low); }
+    else if ((double)width / height > high) { v.width = (int)rint(height * high); }
+    v.top = (height - v.height) / 2;
+    v.left = (width - v.width) / 2;
+    return v;
+}
+
+// The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes floor(S / crop_pct), the longer keeps
+// the aspect, rounded down, and S x S are cut out of the middle
+ImageView center_crop(int height, int width, size_t S, double crop_pct) {
+    const size_t shorter = (size_t)floor(S / crop_pct);
+    ImageView v = {0, 0, height, width, shorter, shorter, 0, 0, false};
+    if (width <= height) { v.full_height = (size_t)((double)(shorter * height) / width); }
+    else { v.full_width = (size_t)((double)(shorter * width) / height); }
+    v.window_top = (size_t)rint((v.full_height - S) / 2.0);
+    v.window_left = (size_t)rint((v.full_width - S) / 2.0);
+    return v;
+}
+
+// What part of an image is wanted at a place of an epoch
+ImageView loader_view(const LoaderOptions* o, const ShardEntry* e, unsigned epoch, size_t place) {
+    const bool random = o->training && o->crop, as_it_is = o->training && e->height == o->S && e->width == o->S;
+    ImageView v = random ? random_crop(e->height, e->width, o->scale, o->seed, epoch, place)
+                         : center_crop(e->height, e->width, o->S, as_it_is ? 1.0 : o->crop_pct);
+    if (random) { v.full_height = v.full_width = o->S; }
+    v.mirror = o->training && o->flip && (philox(o->seed, RNG_AUGMENT, epoch, place).x & 1);
+    return v;
+}
+
+// must images of this set be resized?
+bool loader_resizes(const ShardSet* set, const LoaderOptions* o) {
+    if (o->training ? o->crop : floor(o->S / o->crop_pct) != o->S) { return true; }
+    for (int s = 0; s < set->num_shards; s++) {
+        for (unsigned i = 0; i < set->shards[s].header->images; i++) {
+            const ShardEntry* e = &set->shards[s].entries[i];
+            if (e->height != o->S || e->width != o->S) { return true; }
+        }
+    }
+    return false;
+}
+
+// Bytes of a piece: PIECE_BYTES, or the largest image of the set. 0: nothing is resized
+size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
+    size_t largest = 0;
+    if (!loader_resizes(set, o)) { return 0; }
+    for (int s = 0; s < set->num_shards; s++) {
+        for (unsigned i = 0; i < set->shards[s].header->images; i++) {
+            const ShardEntry* e = &set->shards[s].entries[i];
+            ImageView v = {0, 0, (int)e->height, (int)e->width, o->S, o->S, 0, 0, false}; // the largest crop
+            if (!(o->training && o->crop)) { v = center_crop(e->height, e->width, o->S, o->crop_pct); }
+            const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
+            if (t.staged_bytes + t.scratch_bytes > largest) { largest = t.staged_bytes + t.scratch_bytes; }
+        }
+    }
+    return largest > PIECE_BYTES ? largest : PIECE_BYTES;
+}
+
+// Images of an epoch that this rank trains on. With repeats, as DeiT's RASampler has it: of the epoch's permutation, each image `repeats`
+// times in a row, every rank takes each num_ranks-th, and floor(N / 256) * 256 / ranks of them
+size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
+    if (repeats == 1) { return images / ranks; }
+    const size_t all = CEIL_DIV(images * repeats, ranks), chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
+    return chosen < all ? chosen : all;
+}
+
+// The place in the epoch of image i of batch `batch` of that epoch, for this rank: random choices depend on it, and one image
+// stands at `repeats` places in a row
+size_t loader_place(const LoaderOptions* o, size_t batch, size_t i) {
+    return o->repeats > 1 ? (batch * o->B + i) * o->ranks + o->rank : (batch * o->ranks + o->rank) * o->B + i;
+}
+
+// which image that is, of so many in this order
+unsigned loader_image(const LoaderOptions* o, const unsigned* order, unsigned images, size_t place) {
+    return order[o->training ? place % ((size_t)images * o->repeats) / o->repeats : place];
+}
+
+// Batches of a rank's epoch, or of its part of an evaluation
+size_t loader_batches(const Loader* loader) {
+    const LoaderOptions* o = &loader->options;
+    if (o->training) { return loader->epoch_images / (o->B * o->accumulation) * o->accumulation; }
+    const size_t all = CEIL_DIV(loader->set.images, o->B);
+    return all > o->rank ? CEIL_DIV(all - o->rank, o->ranks) : 0;
+}
+
+// one image from the file into its slot of pinned memory: what readers do
+void loader_read(Loader* loader, LoaderJob* job) {
+    const uint8_t* record = job->shard->file.data + job->entry->offset;
+    const size_t bytes = numel(job->entry->height, job->entry->width, loader->options.CH) + job->entry->annotation_bytes;
+    job->crc = loader->set.verified ? job->entry->crc : crc_32(0, record, bytes);
+    if (job->piece >= PIECE_SLOTS) { cudaCheck(cudaEventSynchronize(loader->emptied[job->piece % PIECE_SLOTS])); }
+    uint8_t* slot = loader->slots[job->piece % PIECE_SLOTS];
+    if (loader->resizes) { resize_stage(slot + job->task.staged, &job->task, &job->view, record, job->entry->width, (int)loader->options.S, (int)loader->options.CH); }
+    else { memcpy(slot + job->task.staged, record, bytes); }
+}
+
+// Takes the next job if its piece is `last` at most and its slot is free, and does it. Called and left with the lock held
+bool loader_work(Loader* loader, size_t last) {
+    if (loader->next == loader->planned) { return false; }
+    const size_t B = loader->options.B;
+    LoaderBatch* batch = &loader->batches[loader->next / B % 2];
+    LoaderJob* job = &batch->jobs[loader->next % B];
+    if (job->piece > last || job->piece >= loader->issued + PIECE_SLOTS) { return false; }
+    loader->next++;
+    if (loader->next - batch->first_job == batch->n) { loader->next = batch->first_job + B; } // a last batch may be shorter
+    pthread_mutex_unlock(&loader->lock);
+    loader_read(loader, job);
+    pthread_mutex_lock(&loader->lock);
+    if (--batch->left[job->piece - batch->first_piece] == 0) { pthread_cond_broadcast(&loader->changed); }
+    return true;
+}
+
+void* loader_reader(void* argument) {
+    Loader* loader = (Loader*)argument;
+    cudaCheck(cudaSetDevice(loader->device));
+    pthread_mutex_lock(&loader->lock);
+    while (!loader->stop) { if (!loader_work(loader, SIZE_MAX)) { pthread_cond_wait(&loader->changed, &loader->lock); } }
+    pthread_mutex_unlock(&loader->lock);
+    return NULL;
+}
+
+// chooses the images of a batch, counted from 0 over the run (of this rank), and gives them to the readers
+void loader_plan(Loader* loader, size_t number) {
+    const LoaderOptions* o = &loader->options;
+    const size_t batches = loader_batches(loader), in_epoch = number % batches, pixels = numel(o->S, o->S, o->CH);
+    const unsigned epoch = (unsigned)(number / batches);
+    if (o->training && loader->epoch != (long long)epoch) {
+        shuffle(loader->order, loader->set.images, o->seed, epoch);
+        loader->epoch = epoch;
+    }
+    LoaderBatch* b = &loader->batches[loader->planned / o->B % 2];
+    cudaCheck(cudaEventSynchronize(b->copied)); // its pinned memory may still be read
+    const size_t first = loader_place(o, in_epoch, 0), rest = loader->set.images - first;
+    b->n = !o->training && rest < o->B ? rest : o->B;
+    b->pieces = 0;
+    b->first_piece = loader->pieces;
+    b->first_job = loader->planned;
+    size_t staged = 0, scratch = 0, largest = 0; // bytes of the piece, of the group, of the piece's largest group
+    for (size_t i = 0; i < b->n; i++) {
+        const size_t place = loader_place(o, in_epoch, i);
+        LoaderJob* job = &b->jobs[i];
+        job->shard = set_image(&loader->set, loader_image(o, loader->order, loader->set.images, place), &job->number);
+        job->entry = &job->shard->entries[job->number];
+        job->view = loader_view(o, job->entry, epoch, place);
+        job->task = ResizeTask{};
+        if (loader->resizes) { job->task = resize_task(&job->view, (int)o->S, (int)o->CH); }
+        else { job->task.staged_bytes = pixels; }
+        if (scratch + job->task.scratch_bytes > loader->group_bytes) { scratch = 0; }
+        if (scratch + job->task.scratch_bytes > largest) { largest = scratch + job->task.scratch_bytes; }
+        if (b->pieces == 0 || b->piece_jobs[b->pieces - 1] == MAX_PIECE_IMAGES || staged + job->task.staged_bytes + largest > loader->piece_bytes) {
+            b->piece_jobs[b->pieces++] = 0;
+            staged = scratch = 0;
+            largest = job->task.scratch_bytes;
+        }
+        job->task.staged = staged;
+        job->task.resized = scratch;
+        job->task.image = (unsigned)i;
+        staged += job->task.staged_bytes;
+        scratch += job->task.scratch_bytes;
+        b->piece_jobs[b->pieces - 1]++;
+        b->piece_bytes[b->pieces - 1] = staged;
+        job->piece = b->first_piece + b->pieces - 1;
+        b->labels[i] = job->entry->label;
+        b->flips[i] = !loader->resizes && job->view.mirror;
+        if (!loader->set.verified) { // the disk begins with all of them
+            const uintptr_t from = (uintptr_t)(job->shard->file.data + job->entry->offset) & ~(uintptr_t)4095;
+            const uintptr_t to = (uintptr_t)(job->shard->file.data + job->entry->offset) + numel(job->entry->height, job->entry->width, o->CH);
+            madvise((void*)from, to - from, MADV_WILLNEED);
+        }
+    }
+    for (size_t i = 0; i < b->n; i++) { // what the device makes of a piece lies behind all of what is staged
+        b->tasks[i] = b->jobs[i].task;
+        b->tasks[i].resized += b->piece_bytes[b->jobs[i].piece - b->first_piece];
+    }
+    memcpy(b->left, b->piece_jobs, b->pieces * sizeof(size_t));
+    loader->pieces += b->pieces;
+    loader->ahead = (long long)number;
+    pthread_mutex_lock(&loader->lock);
+    loader->planned += o->B;
+    pthread_cond_broadcast(&loader->changed);
+    pthread_mutex_unlock(&loader->lock);
+}
+
+// staging: as loader_staging_bytes of the set and options says, and the plan has it
+void loader_open(Loader* loader, ShardSet set, LoaderOptions options, LoaderTarget target, size_t staging, int readers) {
+    memset(loader, 0, sizeof(*loader));
+    const size_t B = options.B, direct = align_up(numel(B, options.S, options.S, options.CH)), image = align_up(numel(options.S, options.S, options.CH));
+    loader->set = set;
+    loader->options = options;
+    loader->target = target;
+    loader->resizes = staging > 0;
+    loader->piece_bytes = staging > 0 ? staging : direct < PIECE_BYTES ? direct : image < PIECE_BYTES ? PIECE_BYTES : image;
+    loader->epoch_images = loader_epoch_images(set.images, options.repeats, options.ranks);
+    loader->epoch = loader->ahead = -1;
+    loader->order = (unsigned*)malloc(set.images * sizeof(unsigned));
+    require(loader->order != NULL, "out of host memory for the order of %u images", set.images);
+    for (unsigned i = 0; i < set.images; i++) { loader->order[i] = i; }
+    for (int i = 0; i < 2; i++) {
+        LoaderBatch* b = &loader->batches[i];
+        b->jobs = (LoaderJob*)calloc(B, sizeof(LoaderJob));
+        b->piece_jobs = (size_t*)malloc(B * sizeof(size_t));
+        b->piece_bytes = (size_t*)malloc(B * sizeof(size_t));
+        b->left = (size_t*)malloc(B * sizeof(size_t));
+        require(b->jobs != NULL && b->piece_jobs != NULL && b->piece_bytes != NULL && b->left != NULL, "out of host memory for a batch of %zu images", B);
+        cudaCheck(cudaMallocHost((void**)&b->labels, B * sizeof(int)));
+        cudaCheck(cudaMallocHost((void**)&b->flips, B * sizeof(int)));
+        cudaCheck(cudaMallocHost((void**)&b->tasks, B * sizeof(ResizeTask)));
+        cudaCheck(cudaEventCreateWithFlags(&b->copied, cudaEventDisableTiming | cudaEventBlockingSync));
+    }
+    for (int i = 0; i < PIECE_SLOTS; i++) {
+        cudaCheck(cudaMallocHost((void**)&loader->slots[i], loader->piece_bytes));
+        cudaCheck(cudaEventCreateWithFlags(&loader->emptied[i], cudaEventDisableTiming | cudaEventBlockingSync));
+    }
+    cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&loader->taken, cudaEventDisableTiming));
+    cudaCheck(cudaGetDevice(&loader->device));
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDeviceProperties(&properties, loader->device));
+    loader->group_bytes = (size_t)properties.l2CacheSize;
+    pthread_mutex_init(&loader->lock, NULL);
+    pthread_cond_init(&loader->changed, NULL);
+    for (loader->num_readers = 0; loader->num_readers < readers; loader->num_readers++) {
+        require(pthread_create(&loader->readers[loader->num_readers], NULL, loader_reader, loader) == 0, "cannot start reader thread %d: %m; lower -threads",
+                loader->num_readers + 1);
+    }
+}
+
+// ends the readers and gives back the loader's memory
+void loader_close(Loader* loader) {
+    pthread_mutex_lock(&loader->lock);
+    loader->stop = true;
+    pthread_cond_broadcast(&loader->changed);
+    pthread_mutex_unlock(&loader->lock);
+    for (int i = 0; i < loader->num_readers; i++) { pthread_join(loader->readers[i], NULL); }
+    cudaCheck(cudaStreamSynchronize(loader->stream));
+    for (int i = 0; i < 2; i++) {
+        LoaderBatch* b = &loader->batches[i];
+        cudaCheck(cudaFreeHost(b->labels));
+        cudaCheck(cudaFreeHost(b->flips));
+        cudaCheck(cudaFreeHost(b->tasks));
+        free(b->jobs);
+        free(b->piece_jobs);
+        free(b->piece_bytes);
+        free(b->left);
+    }
+    for (int i = 0; i < PIECE_SLOTS; i++) { cudaCheck(cudaFreeHost(loader->slots[i])); }
+    free(loader->order);
+}
+
+// one piece of a batch, images first .. first+n-1 of `bytes`: from pinned memory to the device, and resized, on the loader's stream
+void loader_piece_to_device(Loader* loader, const LoaderBatch* b, size_t first, size_t n, size_t bytes) {
+    const LoaderTarget* to = &loader->target;
+    const size_t pixels = numel(loader->options.S, loader->options.S, loader->options.CH), slot = b->jobs[first].piece % PIECE_SLOTS;
+    if (!loader->resizes) {
+        cudaCheck(cudaMemcpyAsync(to->images + first * pixels, loader->slots[slot], bytes, cudaMemcpyHostToDevice, loader->stream));
+        cudaCheck(cudaEventRecord(loader->emptied[slot], loader->stream));
+        return;
+    }
+    for (size_t i = first, end; i < first + n; i = end) {
+        int largest = b->tasks[i].pitch;
+        for (end = i + 1; end < first + n && b->tasks[end].resized > b->tasks[end - 1].resized; end++) {
+            if (b->tasks[end].pitch > largest) { largest = b->tasks[end].pitch; }
+        }
+        const size_t begin = b->tasks[i].staged, group = b->tasks[end - 1].staged + b->tasks[end - 1].staged_bytes - begin;
+        cudaCheck(cudaMemcpyAsync(to->staging + begin, loader->slots[slot] + begin, group, cudaMemcpyHostToDevice, loader->stream));
+        if (end == first + n) { cudaCheck(cudaEventRecord(loader->emptied[slot], loader->stream)); }
+        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), largest, (int)loader->options.S, (int)loader->options.CH, loader->stream);
+    }
+}
+
+// Brings batch `number` to the device, when the one before has been taken, and lets the readers go on with the next. Batches come in a row,
+// from any first one on; evaluations count on. Returns how many images it has
+size_t loader_batch(Loader* loader, size_t number) {
+    const LoaderTarget* to = &loader->target;
+    if (loader->ahead < 0) { loader_plan(loader, number); }
+    assert(loader->ahead == (long long)number);
+    LoaderBatch* b = &loader->batches[(loader->planned / loader->options.B - 1) % 2];
+    loader_plan(loader, number + 1);
+    cudaCheck(cudaStreamWaitEvent(loader->stream, loader->taken, 0));
+    cudaCheck(cudaMemcpyAsync(to->labels, b->labels, b->n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
+    cudaCheck(cudaMemcpyAsync(to->flips, b->flips, b->n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
+    if (loader->resizes) { cudaCheck(cudaMemcpyAsync(to->tasks, b->tasks, b->n * sizeof(ResizeTask), cudaMemcpyHostToDevice, loader->stream)); }
+    for (size_t p = 0, first = 0; p < b->pieces; first += b->piece_jobs[p++]) {
+        pthread_mutex_lock(&loader->lock);
+        while (b->left[p] > 0) { if (!loader_work(loader, b->first_piece + p)) { pthread_cond_wait(&loader->changed, &loader->lock); } }
+        pthread_mutex_unlock(&loader->lock);
+        for (size_t i = first; i < first + b->piece_jobs[p]; i++) {
+            const LoaderJob* job = &b->jobs[i];
+            require(job->crc == job->entry->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; write the shard again",
+                    job->shard->file.path, job->number, job->crc, job->entry->crc);
+        }
+        loader_piece_to_device(loader, b, first, b->piece_jobs[p], b->piece_bytes[p]);
+        pthread_mutex_lock(&loader->lock);
+        loader->issued++;
+        pthread_cond_broadcast(&loader->changed);
+        pthread_mutex_unlock(&loader->lock);
+    }
+    // the batch is complete on the loader's stream: what changes whole images in place goes here
+    cudaCheck(cudaEventRecord(b->copied, loader->stream));
+    loader->current = b;
+    return b->n;
+}
+
+PixelStats set_stats(const ShardSet* set) {
+    PixelStats stats;
+    memcpy(stats.mean, set->shards[0].header->mean, sizeof(stats.mean));
+    memcpy(stats.std, set->shards[0].header->std, sizeof(stats.std));
+    return stats;
+}
+// ---- end shared: data loader -----------------------------------------------
+
 #ifndef TESTING
 // everything below is skipped when test_deit.cu includes this file
 
@@ -3504,105 +4201,34 @@ void events_write(FILE* f, int step, const char* tag, double value) {
 }
 // ---- end shared: TensorBoard -----------------------------------------------
 
-// ---- shared: data loader ---------------------------------------------------
-// Batches are consecutive slices of the epoch's permutation; what does not fill a batch at its end is dropped.
-typedef struct {
-    Shard shard;
-    unsigned* order;      // (images) of the current epoch
-    int epoch;            // whose order it is; -1: that of the file
-    uint8_t* pixels;      // pinned, one batch
-    int *labels, *flips;  // pinned, one batch
-    cudaStream_t stream;  // copies a batch while the step before computes
-    cudaEvent_t copied;   // the batch is on the device
-    cudaEvent_t taken;    // the buffers on the device may be written again
-} Loader;
-
-void loader_open(Loader* loader, Shard shard, size_t B) {
-    const ShardHeader* h = shard.header;
-    loader->shard = shard;
-    loader->epoch = -1;
-    loader->order = (unsigned*)malloc(h->images * sizeof(unsigned));
-    require(loader->order != NULL, "out of host memory for the order of %u images", h->images);
-    for (unsigned i = 0; i < h->images; i++) { loader->order[i] = i; }
-    cudaCheck(cudaMallocHost((void**)&loader->pixels, B * shard.entries[0].height * shard.entries[0].width * h->channels));
-    cudaCheck(cudaMallocHost((void**)&loader->labels, B * sizeof(int)));
-    cudaCheck(cudaMallocHost((void**)&loader->flips, B * sizeof(int)));
-    cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
-    cudaCheck(cudaEventCreateWithFlags(&loader->copied, cudaEventDisableTiming));
-    cudaCheck(cudaEventCreateWithFlags(&loader->taken, cudaEventDisableTiming));
-}
-
-// images first .. first+n-1 of the order, to the device; flip: mirror half of them, chosen by Philox(seed, RNG_AUGMENT, epoch, place)
-void loader_batch(Loader* loader, uint8_t* images, int* labels, int* flips, size_t first, size_t n, bool flip,
-                  unsigned long long seed, unsigned epoch) {
-    const ShardEntry* entries = loader->shard.entries;
-    const size_t bytes = (size_t)entries[0].height * entries[0].width * loader->shard.header->channels;
-    cudaCheck(cudaEventSynchronize(loader->copied)); // the pinned buffers may still be read
-    for (size_t i = 0; i < n; i++) {
-        const ShardEntry* e = &entries[loader->order[first + i]];
-        memcpy(loader->pixels + i * bytes, loader->shard.file.data + e->offset, bytes);
-        loader->labels[i] = e->label;
-        loader->flips[i] = flip && (philox(seed, RNG_AUGMENT, epoch, first + i).x & 1);
-    }
-    cudaCheck(cudaStreamWaitEvent(loader->stream, loader->taken, 0));
-    cudaCheck(cudaMemcpyAsync(images, loader->pixels, n * bytes, cudaMemcpyHostToDevice, loader->stream));
-    cudaCheck(cudaMemcpyAsync(labels, loader->labels, n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
-    cudaCheck(cudaMemcpyAsync(flips, loader->flips, n * sizeof(int), cudaMemcpyHostToDevice, loader->stream));
-    cudaCheck(cudaEventRecord(loader->copied, loader->stream));
-}
-
-PixelStats shard_stats(const Shard* shard) {
-    PixelStats stats;
-    memcpy(stats.mean, shard->header->mean, sizeof(stats.mean));
-    memcpy(stats.std, shard->header->std, sizeof(stats.std));
-    return stats;
-}
-// ---- end shared: data loader -----------------------------------------------
-
-// a shard must hold what the model takes; labelled: and classes that it knows
-Shard open_shard(const char* path, DeitConfig c, bool labelled) {
-    Shard shard = shard_open(path);
-    const ShardHeader* h = shard.header;
+// shards must hold what the model takes; labelled: and classes that it knows
+ShardSet open_shards(const char* path, DeitConfig c, bool labelled) {
+    ShardSet set = shards_open(path);
+    const ShardHeader* h = set.shards[0].header;
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
     require(h->channels == (unsigned)c.image_channels, "%s has images of %u channels, the model takes %d; set -chans", path, h->channels, c.image_channels);
     require(!labelled || h->classes == (unsigned)c.num_classes, "%s has %u classes, the model %d; set -classes", path, h->classes, c.num_classes);
-    for (uint32_t i = 0; i < h->images; i++) {
-        require(shard.entries[i].height == (unsigned)c.image_size && shard.entries[i].width == (unsigned)c.image_size,
-                "%s: image %u is %u x %u, the model takes %d x %d; set -size or make a shard of that size", path, i,
-                shard.entries[i].height, shard.entries[i].width, c.image_size, c.image_size);
-    }
-    return shard;
+    return set;
 }
 
-// the batch that the loader copied last becomes patches and labels
+// the batch that the loader brought last becomes patches and labels
 void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, size_t n) {
-    cudaCheck(cudaStreamWaitEvent(main_stream, loader->copied, 0));
+    cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
     deit_patchify(model, stats, n);
     cudaCheck(cudaEventRecord(loader->taken, main_stream));
-}
-
-// copies this rank's part of batch i of the run, counted from 0; each epoch has an order of its own
-void load_batch(Loader* loader, const DeitModel* model, size_t i, size_t epoch_batches, bool flip) {
-    const int epoch = (int)(i / epoch_batches);
-    const unsigned long long seed = model->options.seed;
-    const size_t B = model->options.B;
-    if (loader->epoch != epoch) { shuffle(loader->order, loader->shard.header->images, seed, epoch); }
-    loader->epoch = epoch;
-    loader_batch(loader, model->images, model->next_labels, model->flips, (i % epoch_batches * num_ranks + rank) * B, B, flip, seed, epoch);
 }
 
 typedef struct {
     double loss, top1, top5;
 } Evaluation;
 
-// mean loss and accuracies over a whole shard; ranks take turns with its batches
+// mean loss and accuracies over a whole set; ranks take turns with its batches
 Evaluation evaluate(DeitModel* model, Loader* loader) {
-    const size_t images = loader->shard.header->images, B = model->options.B;
-    const PixelStats stats = shard_stats(&loader->shard);
+    const size_t images = loader->set.images, batches = loader_batches(loader), first = loader->ahead < 0 ? 0 : (size_t)loader->ahead;
+    const PixelStats stats = set_stats(&loader->set);
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
-    for (size_t first = rank * B; first < images; first += num_ranks * B) {
-        const size_t n = images - first < B ? images - first : B;
-        loader_batch(loader, model->images, model->next_labels, model->flips, first, n, false, 0, 0);
+    for (size_t batch = first; batch < first + batches; batch++) {
+        const size_t n = loader_batch(loader, batch);
         take_batch(model, loader, stats, n);
         deit_forward(model, n, false);
         deit_loss(model, n, 0.0f, 1.0f);
@@ -3614,13 +4240,12 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
 // Prints for each image of a shard the (up to) five best classes with their probabilities: softmax of the logits, in double; of two classes
 // with the same logit the lower comes first. Every rank goes through all images, rank 0 is heard
 void predict(DeitModel* model, Loader* loader) {
-    const size_t images = loader->shard.header->images, B = model->options.B, V = model->options.config.num_classes;
-    const PixelStats stats = shard_stats(&loader->shard);
+    const size_t batches = loader_batches(loader), B = model->options.B, V = model->options.config.num_classes;
+    const PixelStats stats = set_stats(&loader->set);
     floatX* logits = (floatX*)malloc(B * V * sizeof(floatX));
     require(logits != NULL, "out of host memory for %zu x %zu logits", B, V);
-    for (size_t first = 0; first < images; first += B) {
-        const size_t n = images - first < B ? images - first : B;
-        loader_batch(loader, model->images, model->next_labels, model->flips, first, n, false, 0, 0);
+    for (size_t batch = 0, first = 0; batch < batches; batch++, first += B) {
+        const size_t n = loader_batch(loader, batch);
         take_batch(model, loader, stats, n);
         deit_forward(model, n, false);
         cudaCheck(cudaMemcpyAsync(logits, model->acts.logits.data, n * V * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream));
@@ -3692,12 +4317,13 @@ int main(int argc, char** argv) {
     const char *predict_path = NULL, *sheet = NULL;
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
-    int save_every = 0, keep = 0, resume = 0, sharded = 0;
+    int save_every = 0, keep = 0, resume = 0, sharded = 0, crop = 0, repeats = 1, threads = 2, bench_data = 0;
+    double crop_scale = 0.08, crop_pct = 1.0;
     double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
     const Option options[] = {
         {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
-        {"-i",        's', &train_path,     "training shard", 0, 0},
-        {"-j",        's', &val_path,       "validation shard", 0, 0},
+        {"-i",        's', &train_path,     "training images: a shard, or PREFIX of PREFIX_00000.bin, PREFIX_00001.bin, ...", 0, 0},
+        {"-j",        's', &val_path,       "validation images: a shard or a prefix", 0, 0},
         {"-o",        's', &output,         "output directory, for main.log and checkpoints", 0, 0},
         {"-b",        'i', &B,              "batch size", 1, 1 << 20},
         {"-a",        'i', &accumulation,   "gradient accumulation: batches a step", 1, 1 << 20},
@@ -3713,6 +4339,12 @@ int main(int argc, char** argv) {
         {"-clip",     'f', &clip,           "largest norm of the gradient, 0: no clipping", 0, 1e30},
         {"-smoothing", 'f', &smoothing,     "label smoothing", 0, 0.999999},
         {"-flip",     'i', &flip,           "1: mirror half of the training images", 0, 1},
+        {"-crop",     'i', &crop,           "1: random resized crops of the training images", 0, 1},
+        {"-scale",    'f', &crop_scale,     "smallest area of a random crop", 0.0001, 1},
+        {"-crop_pct", 'f', &crop_pct,       "evaluation: the shorter side is resized to size / crop_pct, and the centre taken", 0.25, 1},
+        {"-repeats",  'i', &repeats,        "repeated augmentation: how often an image is shown in a row", 1, 1024},
+        {"-threads",  'i', &threads,        "threads that read images ahead", 0, MAX_READERS},
+        {"-bench_data", 'i', &bench_data,   "time this many batches of loading and augmentation and exit", 0, 1 << 20},
         {"-g",        'f', &gamma,          "DropIT: fraction of each cached input to drop, 0: off", 0, 0.99999999},
         {"-s",        's', &strategy,       "DropIT: mink, fastmink, random", 0, 0},
         {"-g_all",    'i', &drop_all,       "DropIT: 1: also in patch embedding and head", 0, 1},
@@ -3776,6 +4408,7 @@ int main(int argc, char** argv) {
 
     if (strcmp(plan, "0") != 0) {
         const size_t limit = strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan);
+        o->staging_bytes = crop || floor(o->config.image_size / crop_pct) != o->config.image_size ? PIECE_BYTES : 0;
         deit_plan(model);
         require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)", model->too_large);
         plan_print(&model->plan);
@@ -3789,16 +4422,26 @@ int main(int argc, char** argv) {
     // everything the user gave is read and checked before anything is written
     const bool training = bench == 0 && !evaluate_only && predict_path == NULL;
     Loader train, val;
-    Shard train_shard = {}, val_shard = {};
+    ShardSet train_set = {}, val_set = {};
     if (bench == 0) {
-        if (training) { train_shard = open_shard(train_path, o->config, true); }
-        val_shard = open_shard(predict_path != NULL ? predict_path : val_path, o->config, predict_path == NULL);
+        if (training) { train_set = open_shards(train_path, o->config, true); }
+        val_set = open_shards(predict_path != NULL ? predict_path : val_path, o->config, predict_path == NULL);
     }
-    const size_t images = train_shard.header != NULL ? train_shard.header->images : 0;
     device_open();
+    const size_t images = num_ranks * loader_epoch_images(train_set.images, repeats, num_ranks); // of an epoch
     const size_t step_images = (size_t)B * num_ranks * accumulation, epoch_steps = images / step_images;
-    require(!training || epoch_steps > 0, "%s has %zu images, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
+    require(!training || epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
             images, step_images, B, num_ranks, accumulation);
+    const bool split = predict_path == NULL; // every rank predicts all images
+    const LoaderOptions val_data = {(size_t)B, (size_t)o->config.image_size, (size_t)o->config.image_channels, split ? (size_t)num_ranks : 1,
+                                    split ? (size_t)rank : 0, o->seed, false, false, false, crop_scale, crop_pct, 1, (size_t)accumulation};
+    LoaderOptions train_data = val_data;
+    train_data.training = true;
+    train_data.crop = crop == 1;
+    train_data.flip = flip == 1;
+    train_data.repeats = repeats;
+    const size_t train_staging = loader_staging_bytes(&train_set, &train_data), val_staging = loader_staging_bytes(&val_set, &val_data);
+    o->staging_bytes = train_staging > val_staging ? train_staging : val_staging;
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
     require(!training || sheet != NULL || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
             "-y 1 or choose another -o", output);
@@ -3807,10 +4450,10 @@ int main(int argc, char** argv) {
     const int found = training && resume ? checkpoint_find(output) : -1, first_step = found < 0 ? 0 : found;
     ranks_agree((uint32_t)found, "newest checkpoints");
     StMetadata metadata[40] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}, {"ranks", ""}};
-    snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_shard.header->crc : 0);
+    snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_set.crc : 0);
     snprintf(metadata[5].value, sizeof(metadata[5].value), "%d", num_ranks);
     const int num_metadata = options_metadata(metadata, 6, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
-        "-smoothing -flip -g -s -g_all -seed -size -patch -chans -classes ");
+        "-smoothing -flip -crop -scale -crop_pct -repeats -g -s -g_all -seed -size -patch -chans -classes ");
     size_t free_before, free_now, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
@@ -3865,24 +4508,47 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
 
-    loader_open(&val, val_shard, B);
+    const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks};
+    if (bench_data > 0) {
+        const PixelStats train_stats = set_stats(&train_set);
+        double start = 0.0;
+        loader_open(&train, train_set, train_data, target, train_staging, threads);
+        for (int batch = -2; batch < bench_data; batch++) { // two batches warm up
+            if (batch == 0) {
+                cudaCheck(cudaStreamSynchronize(main_stream));
+                start = seconds();
+            }
+            loader_batch(&train, batch + 2);
+            take_batch(model, &train, train_stats, B);
+        }
+        cudaCheck(cudaStreamSynchronize(main_stream));
+        const double rate = (double)bench_data * B / (seconds() - start);
+        loader_close(&train);
+        printf("data images_per_s=%.1f batches=%d batch=%d threads=%d\n", rate, bench_data, B, threads);
+        ranks_close();
+        return EXIT_SUCCESS;
+    }
+    loader_open(&val, val_set, val_data, target, val_staging, threads);
     if (predict_path != NULL) {
         predict(model, &val);
+        loader_close(&val);
         ranks_close();
         return EXIT_SUCCESS;
     }
     if (evaluate_only) {
         const Evaluation e = evaluate(model, &val);
         printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
+        loader_close(&val);
         ranks_close();
         return EXIT_SUCCESS;
     }
-    loader_open(&train, train_shard, B);
+    loader_open(&train, train_set, train_data, target, train_staging, threads);
     if (sheet != NULL) {
-        const PixelStats pixel_stats = shard_stats(&train.shard);
-        load_batch(&train, model, (size_t)first_step * accumulation, epoch_steps * accumulation, flip);
-        take_batch(model, &train, pixel_stats, B);
-        write_sheet(sheet, model, pixel_stats);
+        loader_batch(&train, (size_t)first_step * accumulation);
+        take_batch(model, &train, set_stats(&train_set), B);
+        write_sheet(sheet, model, set_stats(&train_set));
+        loader_close(&train);
+        loader_close(&val);
         ranks_close();
         return EXIT_SUCCESS;
     }
@@ -3902,7 +4568,7 @@ int main(int argc, char** argv) {
     }
     if (found >= 0) { printf("resuming after step %d\n", found); }
     else if (resume) { printf("no checkpoint in %s: starting at the first step\n", output); }
-    const PixelStats pixel_stats = shard_stats(&train.shard);
+    const PixelStats pixel_stats = set_stats(&train.set);
     const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
     Evaluation result = {};
     size_t loaded = (size_t)first_step * accumulation; // batches copied to the device
@@ -3914,7 +4580,7 @@ int main(int argc, char** argv) {
         deit_zero_gradients(model);
         for (int micro = 0; micro < accumulation; micro++) {
             const size_t batch = (size_t)step * accumulation + micro;
-            if (loaded == batch) { load_batch(&train, model, loaded++, epoch_steps * accumulation, flip); }
+            if (loaded == batch) { loader_batch(&train, loaded++); }
             model->add_ranks = num_ranks > 1 && micro + 1 == accumulation;
             take_batch(model, &train, pixel_stats, B);
             deit_forward(model, B, true);
@@ -3922,7 +4588,7 @@ int main(int argc, char** argv) {
             deit_backward(model);
             model->drop_step++;
             // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device
-            if (micro + 1 < accumulation || !evaluates) { load_batch(&train, model, loaded++, epoch_steps * accumulation, flip); }
+            if (micro + 1 < accumulation || !evaluates) { loader_batch(&train, loaded++); }
         }
         const double rate = learning_rate_at(lr, step, warmup, scheduled);
         deit_update(model, optimizer_config, rate, step + 1);
@@ -3966,6 +4632,8 @@ int main(int argc, char** argv) {
     }
     if (log != NULL) { fclose(log); }
     if (events != NULL) { fclose(events); }
+    loader_close(&train);
+    loader_close(&val);
     deit_ranks_agree(model);
     deit_free(model);
     ranks_close();

@@ -51,6 +51,17 @@ verdict $? "main.log after $kills kills"
 [ $kills -ge 10 ]
 verdict $? "only $kills kills before the run was over"
 
+# random crops and repeats: resumed in the middle of an epoch, with another number of reader threads; not with other crops
+crops="-b 8 -a 2 -size 32 -crop 1 -flip 1 -repeats 3 -x 10 -e 1 -v 0 -n 5"
+run $crops -o "$work/crops"
+verdict $? "a run with crops: $(cat "$work/stderr")"
+cp -r "$work/crops" "$work/crops_again"
+rm "$work/crops_again"/*00000010*
+refused '-scale' $crops -scale 0.5 -y 1 -o "$work/crops_again"
+run $crops -threads 0 -y 1 -o "$work/crops_again"
+cmp -s "$work/crops/model_00000010.safetensors" "$work/crops_again/model_00000010.safetensors"
+verdict $? "crops resumed: other bits: $(cat "$work/stderr")"
+
 # damage: the newest checkpoint is passed over with a warning, and what follows has the same bits
 cp -r "$work/alone" "$work/damaged"
 damage "$work/damaged/model_00000150.safetensors" 5000

@@ -42,9 +42,15 @@ refused 'cannot open .*nowhere' -i nowhere.bin
 refused 'is not a regular file' -i data
 refused 'has images of 1 channels' -chans 3
 refused 'has 10 classes' -classes 7
-refused 'is 28 x 28' -size 32
 refused '-predict needs weights' -predict data/fashion_val.bin
 refused 'give one of them' -eval 1 -sheet sheet.png
+refused '-crop must be between' -crop 2
+refused '-scale must be between' -crop 1 -scale 0
+refused '-crop_pct must be between' -crop_pct 1.1
+refused '-repeats must be between' -repeats 0
+refused '-threads must be between' -threads 1000
+refused 'has 9984 images in an epoch, fewer than the 9999' -b 9999 -repeats 3
+refused 'the shards of .*fashion_train.* are not all made yet' -i "$(mkdir -p "$work/fashion_train.part"; cp $train "$work/fashion_train_00000.bin"; echo "$work/fashion_train")"
 refused 'fewer than the' -b 20000
 refused 'cannot open .*nowhere' -w nowhere.safetensors
 refused '-stats reports on DropIT' -stats 1
@@ -105,6 +111,20 @@ timeout 120 "$program" -g 0.7 -x 4 -b 16 -a 2 -v 0 -o "$work/c" >"$work/stdout" 
 verdict $? "gradient accumulation"
 timeout 60 "$program" -eval 1 >"$work/stdout" 2>&1 && tail -n 1 "$work/stdout" | grep -q '^final loss='
 verdict $? "-eval 1"
+
+# crops, other sizes; the number of reader threads changes nothing; a shard under its name and as a set of one
+cp $train "$work/set_00000.bin"
+for threads in 0 1 5; do
+    timeout 120 "$program" -i "$([ $threads = 1 ] && echo "$work/set" || echo $train)" -size 32 -crop 1 -flip 1 -repeats 3 -crop_pct 0.875 -x 4 -b 16 -v 0 \
+        -threads $threads -o "$work/threads$threads" >"$work/stdout" 2>&1
+    sed 's/ ms:.*//' "$work/threads$threads/main.log" >"$work/log.$threads"
+done
+[ "$(grep -c tr "$work/log.0")" = 4 ] && cmp -s "$work/log.0" "$work/log.1" && cmp -s "$work/log.0" "$work/log.5"
+verdict $? "random crops of 32 pixels, with 0, 1 and 5 reader threads: $(tail -n 1 "$work/stdout")"
+for flags in "" "-crop 1" "-size 40 -crop 1 -threads 0"; do
+    timeout 120 "$program" $flags -bench_data 3 >"$work/stdout" 2>&1 && tail -n 1 "$work/stdout" | grep -q '^data images_per_s=[0-9.]* batches=3 '
+    verdict $? "-bench_data 3 $flags: $(tail -n 1 "$work/stdout")"
+done
 
 # bytes of what the forward pass caches for DeiT-Ti at 224 pixels, batch 64, in fp32: at most what was promised, in MiB
 plan() { # plan LEVEL GAMMA CACHED

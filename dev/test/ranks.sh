@@ -33,6 +33,15 @@ for ranks in 2 3; do
     verdict $? "only one of $ranks ranks prints"
 done
 
+# random crops and repeats depend on the place in the epoch, not on the rank
+crops="-size 32 -crop 1 -repeats 3 -x 5 -v 0"
+run 1 $crops -b 12 -o "$work/crops_one"
+verdict $? "one rank with crops: $(cat "$work/stderr")"
+run 3 $crops -b 4 -o "$work/crops_three"
+verdict $? "3 ranks with crops: $(cat "$work/stderr")"
+close_to "$work/crops_one" "$work/crops_three"
+verdict $? "3 ranks with crops have other losses: $(tail -n 1 "$work/crops_one/main.log"), $(tail -n 1 "$work/crops_three/main.log")"
+
 # sharded optimizer states change no bit: of the weights, of the states, after a resume without -z
 run 3 $flags -b 4 -z 1 -o "$work/sharded"
 verdict $? "3 ranks, -z 1: $(cat "$work/stderr")"
