@@ -1942,7 +1942,17 @@ double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned 
     return 1.0 / (1.0 + exp(b - a));
 }
 
-// how this rank's n images of side S of a batch are mixed: timm's Mixup, mode batch. batch counts the run's batches
+// cutmix's box: a square of 1 - lam of the area about pixel (y, x), what lies in the image of it; lam becomes the rest of the image
+void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
+    const int side = (int)(S * sqrt(1.0 - lam));
+    a->top = y - side / 2 > 0 ? y - side / 2 : 0;
+    a->left = x - side / 2 > 0 ? x - side / 2 : 0;
+    a->bottom = y + (side + 1) / 2 < S ? y + (side + 1) / 2 : S;
+    a->right = x + (side + 1) / 2 < S ? x + (side + 1) / 2 : S;
+    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
+}
+
+// how this rank's images of side S of a batch are mixed: timm's Mixup, mode batch. batch counts the run's batches
 void draw_mix(BatchAugment* a, const AugmentOptions* o, unsigned long long seed, unsigned batch, int S) {
     unsigned long long i = (unsigned long long)rank << 32;
     const uint4 u = philox(seed, RNG_MIX, batch, i++);
@@ -1951,14 +1961,7 @@ void draw_mix(BatchAugment* a, const AugmentOptions* o, unsigned long long seed,
     if ((o->mixup == 0.0 && o->cutmix == 0.0) || uniform(u.x) >= o->mix) { return; }
     const double lam = draw_beta(a->cut ? o->cutmix : o->mixup, seed, batch, &i);
     a->lam = (float)lam;
-    if (a->cut) { // a square of 1 - lam of the area about any pixel; lam becomes what of it lies outside of the image too
-        const int side = (int)(S * sqrt(1.0 - lam)), y = (int)((unsigned long long)u.z * S >> 32), x = (int)((unsigned long long)u.w * S >> 32);
-        a->top = y - side / 2 > 0 ? y - side / 2 : 0;
-        a->left = x - side / 2 > 0 ? x - side / 2 : 0;
-        a->bottom = y + (side + 1) / 2 < S ? y + (side + 1) / 2 : S;
-        a->right = x + (side + 1) / 2 < S ? x + (side + 1) / 2 : S;
-        a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
-    }
+    if (a->cut) { cutmix_box(a, lam, (int)((unsigned long long)u.z * S >> 32), (int)((unsigned long long)u.w * S >> 32), S); }
 }
 
 // Normal noise of a pixel and channel that random erasing puts in place of the image's (Box and Muller; one Philox has the four channels' words)
