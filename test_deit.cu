@@ -202,7 +202,7 @@ static void forward(DeitModel* model, const Dump* dump) {
 }
 
 static void loss_and_backward(DeitModel* model) {
-    deit_loss(model, model->options.B, 0.0f, 1.0f / model->options.B);
+    deit_loss(model, model->options.B, 0.0f, 1.0f, 1.0f / model->options.B);
     deit_backward(model);
 }
 
@@ -418,7 +418,7 @@ static void take_steps(const Dump* dump) {
         const double loss = deit_result(model).loss / dump->options.B;
         deit_zero_gradients(model);
         deit_forward(model, dump->options.B, false);
-        deit_loss(model, dump->options.B, 0.1f, 1.0f);
+        deit_loss(model, dump->options.B, 0.1f, 1.0f, 1.0f);
         const double after = deit_result(model).loss / dump->options.B;
         check(isfinite(loss) && isfinite(after), "loss after a step", "step and evaluation", after);
         free_model(model);

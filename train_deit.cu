@@ -1711,16 +1711,18 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
 // Softmax cross-entropy with label smoothing and its gradient, in place:
 //     loss = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits)
 //     dlogits = (p - (1 - smoothing) * onehot - smoothing / V) * scale
-// in PyTorch: F.cross_entropy(logits, label, label_smoothing=smoothing)
-// ranks[b] = how many classes come before the label's, by logit, then by index; a NaN counts as coming before.
+// in PyTorch: F.cross_entropy(logits, label, label_smoothing=smoothing). Of images that mixup or cutmix mixed, lam < 1, -log p[label] and onehot
+// are lam times those of b's label plus 1 - lam times those of image B-1-b's: timm's SoftTargetCrossEntropy with the targets of its Mixup.
+// ranks[b] = how many classes come before the label's (the one of larger weight), by logit, then by index; a NaN counts as coming before.
 // logits (B, V), losses (B), ranks (B), labels (B). LOSS_LANES lanes a row
-__global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V, float smoothing, float scale) {
+__global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V, float smoothing, float lam, float scale) {
     auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
     const int b = blockIdx.x * (blockDim.x / LOSS_LANES) + threadIdx.x / LOSS_LANES;
     if (b >= B) { return; }
-    const int lane = (int)lanes.thread_rank(), label = labels[b];
+    const int lane = (int)lanes.thread_rank(), first = labels[b], second = lam < 1.0f ? labels[B - 1 - b] : first, label = lam < 0.5f ? second : first;
     floatX* row = logits + (size_t)b * V;
-    const float correct = (float)row[label];
+    const float correct = (float)row[label], mixed = lam * (float)row[first] + (1.0f - lam) * (float)row[second];
+    const float weight = (1.0f - smoothing) * lam, second_weight = (1.0f - smoothing) * (1.0f - lam);
     float largest = -INFINITY, sum = 0.0f, logit_sum = 0.0f;
     int before = 0;
     for (int v = lane; v < V; v += LOSS_LANES) {
@@ -1735,13 +1737,13 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     logit_sum = cg::reduce(lanes, logit_sum, cg::plus<float>());
     before = cg::reduce(lanes, before, cg::plus<int>());
     const float lse = largest + logf(sum);
-    lanes.sync(); // every lane has read row[label], which one of them overwrites; a reduction does not order memory
+    lanes.sync(); // every lane has read the labels' logits, which one of them overwrites; a reduction does not order memory
     for (int v = lane; v < V; v += LOSS_LANES) {
         const float p = expf((float)row[v] - lse);
-        row[v] = (floatX)((p - (v == label ? 1.0f - smoothing : 0.0f) - smoothing / V) * scale);
+        row[v] = (floatX)((p - (v == first ? weight : 0.0f) - (v == second ? second_weight : 0.0f) - smoothing / V) * scale);
     }
     if (lane == 0) {
-        losses[b] = (1.0f - smoothing) * (lse - correct) + smoothing * (lse - logit_sum / V);
+        losses[b] = (1.0f - smoothing) * (lse - mixed) + smoothing * (lse - logit_sum / V);
         ranks[b] = before;
     }
 }
@@ -1778,9 +1780,9 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
 }
 
 void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
-                   float smoothing, float scale) {
+                   float smoothing, float lam, float scale) {
     const int rows_per_block = 64 / LOSS_LANES;
-    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, scale);
+    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, lam, scale);
     loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
     kernelCheck();
 }
@@ -2111,6 +2113,421 @@ void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, i
 }
 // ---- end shared: image resize ----------------------------------------------
 
+// ---- shared: augmentation --------------------------------------------------
+// What timm does to a training image after crop and flip: RandAugment (Cubuk et al., arXiv 1909.13719; on bytes, as Pillow computes), random erasing (Zhong
+// et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et al., arXiv 1905.04899). The host draws what happens to each
+// image, by Philox from its place in the epoch; the device computes it.
+enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y,
+       TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS }; // in the order of timm's _RAND_INCREASING_TRANSFORMS
+
+typedef struct {
+    int layers;              // RandAugment: operations an image, each applied with probability 1/2; 0: none
+    int magnitude;           // 0 to 10
+    double magnitude_std;
+    double erase;            // probability
+    double mixup, cutmix;    // alpha of their beta distributions, 0: off
+    double mix, mix_cutmix;  // probabilities of mixing a batch, and of cutmix where both are on
+} AugmentOptions;
+
+typedef struct {
+    int op, value;           // value: bits that stay, threshold or summand
+    float factor;            // 0: the degenerate image (grey, black, blurred), 1: the image
+    double matrix[6];        // input's (x, y) = matrix (2, 3) * (x, y, 1) of the output, both of pixel centres
+} ImageAugment;
+
+typedef struct {
+    int top, left, height, width; // height 0: nothing is erased
+} EraseBox;
+
+typedef struct {
+    uint8_t v[4];
+} Pixel;
+
+// what happens to a normalised batch: erasing, then mixing image b with image n-1-b
+typedef struct {
+    const EraseBox* erased;  // (n), NULL: none
+    unsigned long long seed, place, place_step; // place in the epoch of the batch's first image, and from one to the next
+    unsigned epoch;
+    int n;
+    float lam;               // weight of image b and of its label; 1: no mixing
+    bool cut;                // cutmix: the pixels of a box are the other image's; else mixup: all are a weighted mean
+    int top, bottom, left, right;
+} BatchAugment;
+
+// reads timm's name of a RandAugment, "rand-m9-mstd0.5-inc1"; "none"
+void parse_augment(AugmentOptions* o, const char* text) {
+    bool magnitude = false, increasing = false, known = strncmp(text, "rand", 4) == 0;
+    o->layers = 0;
+    if (strcmp(text, "none") == 0) { return; }
+    o->layers = 2;
+    o->magnitude_std = 0.0;
+    const char* at = text + 4;
+    while (known && *at == '-') {
+        char* end = NULL;
+        if (strncmp(++at, "mstd", 4) == 0) {
+            o->magnitude_std = strtod(at + 4, &end);
+            known = end > at + 4 && o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
+        } else if (strncmp(at, "inc1", 4) == 0) {
+            increasing = true;
+            end = (char*)at + 4;
+        } else {
+            const long v = *at == 'm' || *at == 'n' ? strtol(at + 1, &end, 10) : -1;
+            known = end > at + 1 && (*at == 'm' ? v >= 0 && v <= 10 : v >= 1 && v <= 8);
+            if (*at == 'm') {
+                o->magnitude = (int)v;
+                magnitude = true;
+            } else {
+                o->layers = (int)v;
+            }
+        }
+        at = end;
+    }
+    require(known && *at == 0 && magnitude && increasing, "-aa %s is not a RandAugment that is known here; choose none or rand-mM[-nN][-mstdX]-inc1 with M up to 10, "
+            "N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
+}
+
+// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit: black, as in Pillow before 10
+void augment_argument(ImageAugment* a, int op, double level, bool negate, int S) {
+    const double sign = negate ? -1.0 : 1.0, half = S / 2.0;
+    double *m = a->matrix, angle = 0.0;
+    memset(a, 0, sizeof(*a));
+    a->op = op;
+    m[0] = m[4] = 1.0;
+    switch (op) {
+    case ROTATE: // about the centre; the terms rounded to 15 decimals, as Pillow's
+        angle = -sign * level / 10.0 * 30.0 * M_PI / 180.0;
+        m[0] = m[4] = rint(cos(angle) * 1e15) / 1e15;
+        m[1] = rint(sin(angle) * 1e15) / 1e15;
+        m[3] = -m[1];
+        m[2] = -half * m[0] - half * m[1] + half;
+        m[5] = -half * m[3] - half * m[4] + half;
+        break;
+    case POSTERIZE: a->value = 4 - (int)(level / 10.0 * 4); break;
+    case SOLARIZE: a->value = 256 - (int)(level / 10.0 * 256); break;
+    case SOLARIZE_ADD: a->value = (int)(level / 10.0 * 110); break;
+    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS: a->factor = (float)fmax(0.1, 1.0 + sign * (level / 10.0) * 0.9); break;
+    case SHEAR_X: m[1] = sign * (level / 10.0) * 0.3; break;
+    case SHEAR_Y: m[3] = sign * (level / 10.0) * 0.3; break;
+    case TRANSLATE_X: m[2] = sign * (level / 10.0) * 0.45 * S; break;
+    case TRANSLATE_Y: m[5] = sign * (level / 10.0) * 0.45 * S; break;
+    default: break;
+    }
+}
+
+// the operation that an image of side S meets in a layer
+void draw_augment(ImageAugment* a, const AugmentOptions* o, unsigned long long seed, unsigned epoch, unsigned long long place, int layer, int S) {
+    const uint4 u = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | 2 * layer), v = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | (2 * layer + 1));
+    const int op = 1 + (int)((unsigned long long)u.x * (NUM_AUGMENTS - 1) >> 32);
+    const double level = fmin(10.0, fmax(0.0, o->magnitude + o->magnitude_std * normal(v)));
+    augment_argument(a, u.y >> 31 ? NO_AUGMENT : op, level, u.z >> 31, S);
+}
+
+#define ERASE_ATTEMPTS 10
+// the last 16 numbers of an image are its box's, the ones before its pixels'
+unsigned long long erase_draw(unsigned long long place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
+
+// timm's RandomErasing with one rectangle: 0.02 to 1/3 of the area, its sides' ratio log-uniform in 0.3 to 1/0.3
+EraseBox draw_erase(double probability, unsigned long long seed, unsigned epoch, unsigned long long place, int S) {
+    EraseBox box = {0, 0, 0, 0};
+    if (uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) > probability) { return box; }
+    for (int attempt = 0; attempt < ERASE_ATTEMPTS; attempt++) {
+        const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
+        const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S, ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
+        const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
+        if (h < S && w < S) {
+            box.top = (int)((unsigned long long)u.z * (S - h + 1) >> 32);
+            box.left = (int)((unsigned long long)u.w * (S - w + 1) >> 32);
+            box.height = w > 0 ? h : 0;
+            box.width = w;
+            return box;
+        }
+    }
+    return box;
+}
+
+// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000), in which a small alpha does not underflow
+double draw_log_gamma(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
+    const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
+    for (;;) {
+        const uint4 u = philox(seed, RNG_MIX, step, (*i)++);
+        const double x = normal(u), root = 1.0 + c * x, v = root * root * root;
+        if (v > 0.0 && log(uniform(u.z)) < 0.5 * x * x + d - d * v + d * log(v)) {
+            return log(d * v) + (alpha < 1.0 ? log(uniform(u.w)) / alpha : 0.0);
+        }
+    }
+}
+
+// a draw of Beta(alpha, alpha)
+double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
+    const double a = draw_log_gamma(alpha, seed, step, i), b = draw_log_gamma(alpha, seed, step, i);
+    return 1.0 / (1.0 + exp(b - a));
+}
+
+// cutmix's box: a square of 1 - lam of the area about pixel (y, x), what lies in the image of it; lam becomes the rest of the image
+void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
+    const int side = (int)(S * sqrt(1.0 - lam));
+    a->top = y - side / 2 > 0 ? y - side / 2 : 0;
+    a->left = x - side / 2 > 0 ? x - side / 2 : 0;
+    a->bottom = y + (side + 1) / 2 < S ? y + (side + 1) / 2 : S;
+    a->right = x + (side + 1) / 2 < S ? x + (side + 1) / 2 : S;
+    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
+}
+
+// how this rank's images of side S of a batch are mixed: timm's Mixup, mode batch. batch counts the run's batches
+void draw_mix(BatchAugment* a, const AugmentOptions* o, unsigned long long seed, unsigned batch, int S) {
+    unsigned long long i = (unsigned long long)rank << 32;
+    const uint4 u = philox(seed, RNG_MIX, batch, i++);
+    a->lam = 1.0f;
+    a->cut = o->cutmix > 0.0 && (o->mixup == 0.0 || uniform(u.y) < o->mix_cutmix);
+    if ((o->mixup == 0.0 && o->cutmix == 0.0) || uniform(u.x) >= o->mix) { return; }
+    const double lam = draw_beta(a->cut ? o->cutmix : o->mixup, seed, batch, &i);
+    a->lam = (float)lam;
+    if (a->cut) { cutmix_box(a, lam, (int)((unsigned long long)u.z * S >> 32), (int)((unsigned long long)u.w * S >> 32), S); }
+}
+
+// Normal noise of a pixel and channel that random erasing puts in place of the image's (Box and Muller; one Philox has the four channels' words)
+__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel, unsigned c) {
+    const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
+    const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f, turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f; // 2^-32, 2 pi 2^-32
+    return sqrtf(-2.0f * logf(length)) * (c & 1 ? sinf(turn) : cosf(turn));
+}
+
+// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. i, S*S and the address divide by V
+template <int CH, int V> __device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i, unsigned S, bool mirrored) {
+    if (mirrored) {
+        for (int q = 0; q < V; q++) {
+            const unsigned row = (i + q) / S, from = row * S + S - 1 - (i + q - row * S);
+            for (int c = 0; c < CH; c++) { x[q * CH + c] = image[(size_t)from * CH + c]; }
+        }
+    } else {
+        for (int k = 0; k < CH; k++) { *(Pack<V, uint8_t>*)(x + k * V) = *(const Pack<V, uint8_t>*)(image + (size_t)i * CH + k * V); }
+    }
+}
+
+// Pillow's Image.blend of two values: truncated, never rounded; no fused operation, whose last bit would be another
+__device__ inline uint8_t blend(int from, int to, float factor) {
+    const float v = __fadd_rn((float)from, __fmul_rn(factor, (float)(to - from)));
+    return v <= 0.0f ? 0 : v >= 255.0f ? 255 : (uint8_t)v;
+}
+
+// Pillow's conversion of R, G, B to grey
+__device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16; }
+
+// Pillow's cubic through four values (a = -1), between v[1] and v[2]. As a polynomial: where all are equal it gives their very value, which is then truncated
+__device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
+    return v1 + d * (v2 - v0 + d * (2.0f * (v0 - v1) + v2 - v3 + d * (v1 - v0 + v3 - v2)));
+}
+
+__device__ inline int clamp_index(int i, int n) { return i < 0 ? 0 : i >= n ? n - 1 : i; }
+
+// Operations that map each value by itself become tables: tables[b, c, v] = what value v becomes in channel c of image b.
+//     AutoContrast: (v - min) * 255 / (max - min)      Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
+//     Contrast: blend(mean grey, v)     Brightness: blend(0, v)     Posterize, Solarize, SolarizeAdd, Invert
+// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. Histograms are sums of integers: their order is no matter.
+// pixels and images divide by V
+template <int CH, int V> __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, const ImageAugment* augments, unsigned pixels) {
+    __shared__ unsigned counts[CH][256];
+    __shared__ int low[CH], high[CH]; // smallest and largest value; Equalize: low is the step; Contrast: low[0] is the mean
+    const size_t b = blockIdx.x;
+    const unsigned t = threadIdx.x;
+    const int op = augments[b].op, value = augments[b].value;
+    const float factor = augments[b].factor;
+    const bool grey = op == CONTRAST && CH == 3;
+    if (op == NO_AUGMENT || op == ROTATE || op == COLOR || op >= SHARPNESS) { return; }
+    if (op == AUTO_CONTRAST || op == EQUALIZE || op == CONTRAST) {
+        for (int c = 0; c < CH; c++) { counts[c][t] = 0; }
+        __syncthreads();
+        for (unsigned i = t * V; i < pixels; i += 256 * V) {
+            alignas(4) uint8_t x[V * CH];
+            load_pixels<CH, V>(x, images + b * pixels * CH, i, 1, false);
+            for (int q = 0; q < V; q++) {
+                if (grey) { atomicAdd_block(&counts[0][luma(x + q * CH)], 1u); }
+                else { for (int c = 0; c < CH; c++) { atomicAdd_block(&counts[c][x[q * CH + c]], 1u); } }
+            }
+        }
+        __syncthreads();
+        if (op == CONTRAST ? t == 0 : t < CH) {
+            unsigned long long sum = 0;
+            unsigned below = 0, last = 0;
+            low[t] = high[t] = -1;
+            for (int v = 0; v < 256; v++) {
+                const unsigned count = counts[t][v];
+                if (count > 0) {
+                    if (low[t] < 0) { low[t] = v; }
+                    high[t] = v;
+                    last = count;
+                }
+                if (op == EQUALIZE) { counts[t][v] = below; }
+                below += count;
+                for (int c = 0; op == CONTRAST && c < (grey ? 1 : CH); c++) { sum += (unsigned long long)counts[c][v] * v; }
+            }
+            if (op == EQUALIZE) { low[t] = (int)((below - last) / 255); }
+            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * (grey ? 1 : CH)) + 0.5); }
+        }
+        __syncthreads();
+    }
+    for (int c = 0; c < CH; c++) {
+        int v = (int)t;
+        if (op == AUTO_CONTRAST && high[c] > low[c]) {
+            const double scale = 255.0 / (high[c] - low[c]);
+            v = (int)__dadd_rn(__dmul_rn((double)v, scale), -low[c] * scale);
+            v = v < 0 ? 0 : v > 255 ? 255 : v;
+        } else if (op == EQUALIZE && low[c] > 0) {
+            v = (int)((low[c] / 2 + counts[c][t]) / low[c]);
+            v = v > 255 ? 255 : v;
+        } else if (op == INVERT) { v = 255 - v;
+        } else if (op == POSTERIZE) { v &= 0xFF00 >> value;
+        } else if (op == SOLARIZE) { v = v < value ? v : 255 - v;
+        } else if (op == SOLARIZE_ADD) { v = v >= 128 ? v : v + value < 255 ? v + value : 255;
+        } else if (op == CONTRAST) { v = blend(low[0], v, factor);
+        } else if (op == BRIGHTNESS) { v = blend(0, v, factor); }
+        tables[(b * CH + c) * 256 + t] = (uint8_t)v;
+    }
+}
+
+// out = one operation an image, as Pillow computes it. The operation is one of a block's, so that a thread meets one case only
+//     Sharpness: blend(SMOOTH, image), SMOOTH = (sum of 3 x 3 + 4 * centre) / 13 rounded, the border as it is
+//     Color: blend(grey, image) of three channels, else the image      Rotate, Shear, Translate: bicubic at the matrix's place, fill outside of the image
+// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first; NULL: none. A block of 256 threads takes 256 * V
+// pixels of an image, a thread V; S*S, out and inp divide by V
+template <int CH, int V> __global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
+                                                        const int* flips, Pixel fill, int S, unsigned image_blocks) {
+    const size_t b = blockIdx.x / image_blocks;
+    const unsigned pixels = (unsigned)S * S, i = ((unsigned)(blockIdx.x - b * image_blocks) * 256 + threadIdx.x) * V;
+    if (i >= pixels) { return; }
+    const ImageAugment* a = &augments[b];
+    const uint8_t* image = inp + b * pixels * CH;
+    const bool mirrored = flips != NULL && flips[b];
+    alignas(4) uint8_t x[V * CH];
+    switch (a->op) {
+    case NO_AUGMENT: load_pixels<CH, V>(x, image, i, S, mirrored); break;
+    case COLOR:
+        load_pixels<CH, V>(x, image, i, S, mirrored);
+        for (int q = 0; CH == 3 && q < V; q++) {
+            const int grey = luma(x + q * CH);
+            for (int c = 0; c < CH; c++) { x[q * CH + c] = blend(grey, x[q * CH + c], a->factor); }
+        }
+        break;
+    case SHARPNESS:
+        for (int q = 0; q < V; q++) {
+            const int row = (int)(i + q) / S, column = (int)(i + q) - row * S, from = mirrored ? S - 1 - column : column;
+            const bool border = row == 0 || row == S - 1 || column == 0 || column == S - 1;
+            for (int c = 0; c < CH; c++) {
+                const uint8_t* p = image + ((size_t)row * S + from) * CH + c;
+                const int next = CH, down = S * CH; // of pixels, of rows
+                x[q * CH + c] = border ? p[0] : blend((2 * (p[-down - next] + p[-down] + p[-down + next] + p[-next] + 5 * p[0] + p[next]
+                    + p[down - next] + p[down] + p[down + next]) + 13) / 26, p[0], a->factor);
+            }
+        }
+        break;
+    case ROTATE: case SHEAR_X: case SHEAR_Y: case TRANSLATE_X: case TRANSLATE_Y:
+        for (int q = 0; q < V; q++) {
+            const int row = (int)(i + q) / S, column = (int)(i + q) - row * S;
+            const double h = row + 0.5, w = column + 0.5; // a place in fp32 would be off by 1e-5 pixels
+            const double u = a->matrix[0] * w + a->matrix[1] * h + a->matrix[2], v = a->matrix[3] * w + a->matrix[4] * h + a->matrix[5];
+            if (!(u >= 0.0 && u < S && v >= 0.0 && v < S)) {
+                for (int c = 0; c < CH; c++) { x[q * CH + c] = fill.v[c]; }
+                continue;
+            }
+            const int left = (int)floor(u - 0.5), top = (int)floor(v - 0.5);
+            const float du = (float)(u - 0.5 - left), dv = (float)(v - 0.5 - top);
+            unsigned columns[4];
+            const uint8_t* rows[4];
+            for (int k = 0; k < 4; k++) {
+                const int from = clamp_index(left - 1 + k, S);
+                columns[k] = (unsigned)(mirrored ? S - 1 - from : from) * CH;
+                rows[k] = image + (size_t)clamp_index(top - 1 + k, S) * S * CH;
+            }
+            for (int c = 0; c < CH; c++) {
+                float r[4];
+                for (int k = 0; k < 4; k++) {
+                    const uint8_t* p = rows[k] + c;
+                    r[k] = cubic(p[columns[0]], p[columns[1]], p[columns[2]], p[columns[3]], du);
+                }
+                const float value = cubic(r[0], r[1], r[2], r[3], dv);
+                x[q * CH + c] = value <= 0.0f ? 0 : value >= 255.0f ? 255 : (uint8_t)value;
+            }
+        }
+        break;
+    default:
+        load_pixels<CH, V>(x, image, i, S, mirrored);
+        for (int k = 0; k < V * CH; k++) { x[k] = tables[b * CH * 256 + k % CH * 256 + x[k]]; }
+    }
+    for (int k = 0; k < CH; k++) { *(Pack<V, uint8_t>*)(out + b * pixels * CH + (size_t)i * CH + k * V) = *(const Pack<V, uint8_t>*)(x + k * V); }
+}
+
+template <int CH, int V> void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* augments, const int* flips, size_t n,
+                                            int S, Pixel fill, cudaStream_t stream) {
+    const unsigned pixels = (unsigned)S * S, blocks = CEIL_DIV(pixels, 256 * V);
+    augment_table_kernel<CH, V><<<(unsigned)n, 256, 0, stream>>>(tables, inp, augments, pixels);
+    augment_kernel<CH, V><<<(unsigned)(n * blocks), 256, 0, stream>>>(out, inp, tables, augments, flips, fill, S, blocks);
+    kernelCheck();
+}
+
+// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n) say so: those become 0. scratch is as large as
+// images, tables (n, CH, 256). fill: what rotation, shear and translation leave empty
+void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments, int layers, size_t n, int S, int CH,
+                    Pixel fill, cudaStream_t stream) {
+    uint8_t *inp = images, *out = scratch;
+    for (int layer = 0; layer < layers; layer++) {
+        const int* mirror = layer == 0 ? flips : NULL;
+#define LAYER(channels) \
+        if (CH == channels && S % 2 == 0) { augment_layer<channels, 4>(out, inp, tables, augments + layer * n, mirror, n, S, fill, stream); } \
+        else if (CH == channels) { augment_layer<channels, 1>(out, inp, tables, augments + layer * n, mirror, n, S, fill, stream); }
+        LAYER(1) LAYER(2) LAYER(3) LAYER(4)
+#undef LAYER
+        uint8_t* swap = inp;
+        inp = out;
+        out = swap;
+    }
+    if (inp != images) { cudaCheck(cudaMemcpyAsync(images, inp, n * S * S * CH, cudaMemcpyDeviceToDevice, stream)); }
+    cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
+}
+
+// the buffers; those on the device are in the plan
+typedef struct {
+    ImageAugment *augments, *host_augments; // (layers, B)
+    EraseBox *erased, *host_erased;         // (B)
+    uint8_t *images, *tables;               // (B, S, S, CH), (B, CH, 256)
+} Augmenter;
+
+void augment_plan(Plan* plan, Augmenter* a, const AugmentOptions* o, size_t B, size_t S, size_t CH) {
+    if (o->layers > 0) {
+        plan_add(plan, SCRATCH, "augments", "", "(layers, B)", &a->augments, o->layers * B * sizeof(ImageAugment), 0);
+        plan_add(plan, SCRATCH, "augmented images", "", "(B, S, S, CH) bytes", &a->images, B * S * S * CH, 0);
+        plan_add(plan, SCRATCH, "augment tables", "", "(B, CH, 256) bytes", &a->tables, B * CH * 256, 0);
+    }
+    if (o->erase > 0.0) { plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &a->erased, B * sizeof(EraseBox), 0); }
+}
+
+void augment_open(Augmenter* a, const AugmentOptions* o, size_t B) {
+    if (o->layers > 0) { cudaCheck(cudaMallocHost((void**)&a->host_augments, o->layers * B * sizeof(ImageAugment))); }
+    if (o->erase > 0.0) { cudaCheck(cudaMallocHost((void**)&a->host_erased, B * sizeof(EraseBox))); }
+}
+
+void augment_close(Augmenter* a) {
+    if (a->host_augments != NULL) { cudaCheck(cudaFreeHost(a->host_augments)); }
+    if (a->host_erased != NULL) { cudaCheck(cudaFreeHost(a->host_erased)); }
+}
+
+// after the images place, place + place_step, ... of an epoch were copied on the stream: RandAugment, and where they are to be erased. The last call's
+// copies must be done
+void augment_batch(Augmenter* a, const AugmentOptions* o, uint8_t* images, int* flips, unsigned long long seed, unsigned epoch, size_t place,
+                   size_t place_step, size_t n, int S, int CH, const float* mean, cudaStream_t stream) {
+    if (o->layers > 0) {
+        Pixel fill = {};
+        for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * mean[c]))); }
+        for (size_t i = 0; i < o->layers * n; i++) { draw_augment(&a->host_augments[i], o, seed, epoch, place + i % n * place_step, (int)(i / n), S); }
+        cudaCheck(cudaMemcpyAsync(a->augments, a->host_augments, o->layers * n * sizeof(ImageAugment), cudaMemcpyHostToDevice, stream));
+        augment_images(images, a->images, a->tables, flips, a->augments, o->layers, n, S, CH, fill, stream);
+    }
+    if (o->erase > 0.0) {
+        for (size_t i = 0; i < n; i++) { a->host_erased[i] = draw_erase(o->erase, seed, epoch, place + i * place_step, S); }
+        cudaCheck(cudaMemcpyAsync(a->erased, a->host_erased, n * sizeof(EraseBox), cudaMemcpyHostToDevice, stream));
+    }
+}
+// ---- end shared: augmentation ----------------------------------------------
+
 // ----------------------------------------------------------------------------
 // kernels of the vision transformer, each followed by its launcher
 
@@ -2118,11 +2535,27 @@ typedef struct {
     float mean[4], std[4];
 } PixelStats;
 
-// cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
-// with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right
+// x[q] = the normalised pixel (h, w+q), channel c, of image b, or what random erasing puts there
+template <int V, bool AUGMENT> __device__ inline void normalised_pixels(float* x, const uint8_t* images, const int* flips, const PixelStats& stats,
+                                                                        const BatchAugment& a, size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
+    const uint8_t* row = images + (b * S + h) * S * CH + c;
+    for (int q = 0; q < V; q++) {
+        x[q] = ((float)row[(size_t)(flips[b] ? S - 1 - (w + q) : w + q) * CH] / 255.0f - stats.mean[c]) / stats.std[c];
+    }
+    if (AUGMENT && a.erased != NULL && h - a.erased[b].top < (unsigned)a.erased[b].height) { // as unsigned numbers: not above it either
+        for (int q = 0; q < V; q++) {
+            if (w + q - a.erased[b].left < (unsigned)a.erased[b].width) { x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c); }
+        }
+    }
+}
+
+// cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
+// with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right. AUGMENT: random erasing replaces some, and then
+//     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in the box
 // patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH) of less than 2^32 bytes each. A thread makes V elements; V divides P
-template <int V> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips,
-                                                 const __grid_constant__ PixelStats stats, size_t n, int S, int P, int CH) {
+template <int V, bool AUGMENT> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips,
+                                                               const __grid_constant__ PixelStats stats, const __grid_constant__ BatchAugment a,
+                                                               size_t n, int S, int P, int CH) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const unsigned per_image = (unsigned)S * S * CH;
@@ -2132,14 +2565,33 @@ template <int V> __global__ void patchify_kernel(floatX* patches, const uint8_t*
         const unsigned kh = j % P; j /= P;
         const unsigned c = j % CH; j /= CH;
         const unsigned pw = j % (S / P), ph = j / (S / P);
-        const unsigned w = pw * P + kw;
-        const uint8_t* row = images + (b * S + ph * P + kh) * S * CH + c;
+        const unsigned w = pw * P + kw, h = ph * P + kh;
         float x[V];
-        for (int q = 0; q < V; q++) {
-            x[q] = ((float)row[(size_t)(flips[b] ? S - 1 - (w + q) : w + q) * CH] / 255.0f - stats.mean[c]) / stats.std[c];
+        normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
+        if (AUGMENT && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
+            float other[V];
+            normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
+            for (int q = 0; q < V; q++) {
+                if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
+                else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
+            }
         }
         store<V>(patches + i, x);
     }
+}
+
+// n images; augment NULL: as they are
+void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment, size_t n, int S, int P, int CH) {
+    const size_t elements = n * S * S * CH;
+    const BatchAugment a = augment != NULL ? *augment : BatchAugment{};
+    const bool augments = augment != NULL && (a.erased != NULL || a.lam < 1.0f);
+#define PATCHIFY(V, AUGMENT) patchify_kernel<V, AUGMENT><<<CEIL_DIV(elements, (size_t)256 * V), 256, 0, main_stream>>>(patches, images, flips, stats, a, elements, S, P, CH)
+    if (P % VEC == 0 && augments) { PATCHIFY(VEC, true); }
+    else if (P % VEC == 0) { PATCHIFY(VEC, false); }
+    else if (augments) { PATCHIFY(1, true); }
+    else { PATCHIFY(1, false); }
+#undef PATCHIFY
+    kernelCheck();
 }
 
 // out[b, 0] = cls + pos[0]; out[b, t] = tokens[b, t-1] + pos[t]
@@ -2677,6 +3129,7 @@ typedef struct {
     bool stats;              // -stats: exact inputs are kept beside the dropped ones
     size_t staging_bytes;    // for images that are resized; 0: none are
     size_t chunk_bytes;      // size of fch_gelu, the widest tensor of a block, in one chunk
+    AugmentOptions augment;
     unsigned long long seed;
 } DeitOptions;
 
@@ -2700,6 +3153,7 @@ typedef struct {
     int *next_labels, *flips; // (B) of the next batch
     uint8_t* staging;  // pieces of the next batch's sources, where they are resized
     ResizeTask* resize_tasks; // (B)
+    Augmenter augmenter;
     int *labels, *ranks; // (B)
     float* losses;     // (B)
     StepResult* result;
@@ -2831,6 +3285,7 @@ void deit_plan(DeitModel* model) {
     plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &model->resize_tasks, o->staging_bytes > 0 ? B * sizeof(ResizeTask) : 0, 0);
     plan_add(plan, SCRATCH, "labels", "", "(B)", &model->labels, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "flips", "", "(B)", &model->flips, B * sizeof(int), 0);
+    augment_plan(plan, &model->augmenter, &o->augment, B, S, CH);
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &model->ranks, B * sizeof(int), 0);
     plan_add(plan, SCRATCH, "losses", "", "(B)", &model->losses, B * sizeof(float), 0);
     plan_add(plan, SCRATCH, "result", "", "(1)", &model->result, sizeof(StepResult), 0);
@@ -3448,25 +3903,18 @@ void deit_backward(DeitModel* model) {
 // ----------------------------------------------------------------------------
 // one step
 
-// normalised patches of the n images in model->images, and their labels: those three buffers may then be filled again
-void deit_patchify(DeitModel* model, PixelStats stats, size_t n) {
+// normalised patches of the n images in model->images, erased and mixed (augment NULL: not), and their labels: those buffers may then be filled again
+void deit_patchify(DeitModel* model, PixelStats stats, const BatchAugment* augment, size_t n) {
     const DeitConfig c = model->options.config;
-    const int S = c.image_size, P = c.patch_size, CH = c.image_channels;
-    const size_t elements = n * model->acts.patches.per_image;
     floatX* patches = (floatX*)activation_at(model, &model->acts.patches, 0, 0, false);
-    if (P % VEC == 0) {
-        patchify_kernel<VEC><<<CEIL_DIV(elements, (size_t)256 * VEC), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements, S, P, CH);
-    } else {
-        patchify_kernel<1><<<CEIL_DIV(elements, (size_t)256), 256, 0, main_stream>>>(patches, model->images, model->flips, stats, elements, S, P, CH);
-    }
-    kernelCheck();
+    patchify(patches, model->images, model->flips, stats, augment, n, c.image_size, c.patch_size, c.image_channels);
     cudaCheck(cudaMemcpyAsync(model->labels, model->next_labels, n * sizeof(int), cudaMemcpyDeviceToDevice, main_stream));
 }
 
-// adds the loss of n images to model->result, and turns the logits into their gradient, scaled
-void deit_loss(DeitModel* model, size_t n, float smoothing, float scale) {
+// adds the loss of n images to model->result, and turns the logits into their gradient, scaled; lam 1: the images are not mixed
+void deit_loss(DeitModel* model, size_t n, float smoothing, float lam, float scale) {
     cross_entropy(model->result, model->losses, model->ranks, (floatX*)model->acts.logits.data, model->labels, (int)n,
-                  model->options.config.num_classes, smoothing, scale);
+                  model->options.config.num_classes, smoothing, lam, scale);
 }
 
 void deit_zero_gradients(DeitModel* model) {
@@ -3592,6 +4040,7 @@ typedef struct {
     double scale, crop_pct;       // smallest area of a random crop; evaluation: the part of the resized shorter side that is taken
     int repeats;                  // training: how often in a row an image is shown (the ranks together)
     size_t accumulation;          // training: an epoch ends with a step of so many batches
+    AugmentOptions augment;       // training
 } LoaderOptions;
 
 // What the loader fills; all of it in the plan of the device's memory
@@ -3600,6 +4049,7 @@ typedef struct {
     int *labels, *flips; // (B); flips: images to be mirrored yet
     uint8_t* staging;    // pieces of sources, where images are resized
     ResizeTask* tasks;   // (B)
+    Augmenter* augmenter;
 } LoaderTarget;
 
 typedef struct {
@@ -3921,6 +4371,7 @@ void loader_plan(Loader* loader, size_t number) {
 // staging: as loader_staging_bytes of the set and options says, and the plan has it
 void loader_open(Loader* loader, ShardSet set, LoaderOptions options, LoaderTarget target, size_t staging, int readers) {
     memset(loader, 0, sizeof(*loader));
+    if (options.training) { augment_open(target.augmenter, &options.augment, options.B); }
     const size_t B = options.B, direct = align_up(numel(B, options.S, options.S, options.CH)), image = align_up(numel(options.S, options.S, options.CH));
     loader->set = set;
     loader->options = options;
@@ -3981,6 +4432,7 @@ void loader_close(Loader* loader) {
         free(b->left);
     }
     for (int i = 0; i < PIECE_SLOTS; i++) { cudaCheck(cudaFreeHost(loader->slots[i])); }
+    if (loader->options.training) { augment_close(loader->target.augmenter); }
     free(loader->order);
 }
 
@@ -4032,7 +4484,12 @@ size_t loader_batch(Loader* loader, size_t number) {
         pthread_cond_broadcast(&loader->changed);
         pthread_mutex_unlock(&loader->lock);
     }
-    // the batch is complete on the loader's stream: what changes whole images in place goes here
+    if (loader->options.training) {
+        const LoaderOptions* o = &loader->options;
+        const size_t batches = loader_batches(loader);
+        augment_batch(to->augmenter, &o->augment, to->images, to->flips, o->seed, (unsigned)(number / batches), loader_place(o, number % batches, 0),
+                      loader_place(o, 0, 1) - loader_place(o, 0, 0), b->n, (int)o->S, (int)o->CH, loader->set.shards[0].header->mean, loader->stream);
+    }
     cudaCheck(cudaEventRecord(b->copied, loader->stream));
     loader->current = b;
     return b->n;
@@ -4211,11 +4668,26 @@ ShardSet open_shards(const char* path, DeitConfig c, bool labelled) {
     return set;
 }
 
-// the batch that the loader brought last becomes patches and labels
-void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, size_t n) {
+// the batch that the loader brought last becomes patches and labels; augment NULL: as it is
+void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, const BatchAugment* augment, size_t n) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
-    deit_patchify(model, stats, n);
+    deit_patchify(model, stats, augment, n);
     cudaCheck(cudaEventRecord(loader->taken, main_stream));
+}
+
+// what patchify and the loss do to batch `number` of the run
+BatchAugment batch_augment(const DeitModel* model, const Loader* loader, size_t number) {
+    BatchAugment a = {};
+    const LoaderOptions* o = &loader->options;
+    const size_t batches = loader_batches(loader);
+    a.erased = o->augment.erase > 0.0 ? model->augmenter.erased : NULL;
+    a.seed = o->seed;
+    a.place = loader_place(o, number % batches, 0);
+    a.place_step = loader_place(o, 0, 1) - loader_place(o, 0, 0);
+    a.epoch = (unsigned)(number / batches);
+    a.n = (int)o->B;
+    draw_mix(&a, &o->augment, a.seed, (unsigned)number, (int)o->S);
+    return a;
 }
 
 typedef struct {
@@ -4229,9 +4701,9 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     for (size_t batch = first; batch < first + batches; batch++) {
         const size_t n = loader_batch(loader, batch);
-        take_batch(model, loader, stats, n);
+        take_batch(model, loader, stats, NULL, n);
         deit_forward(model, n, false);
-        deit_loss(model, n, 0.0f, 1.0f);
+        deit_loss(model, n, 0.0f, 1.0f, 1.0f);
     }
     const StepResult r = deit_result(model);
     return Evaluation{r.loss / images, (double)r.top1 / images, (double)r.top5 / images};
@@ -4246,7 +4718,7 @@ void predict(DeitModel* model, Loader* loader) {
     require(logits != NULL, "out of host memory for %zu x %zu logits", B, V);
     for (size_t batch = 0, first = 0; batch < batches; batch++, first += B) {
         const size_t n = loader_batch(loader, batch);
-        take_batch(model, loader, stats, n);
+        take_batch(model, loader, stats, NULL, n);
         deit_forward(model, n, false);
         cudaCheck(cudaMemcpyAsync(logits, model->acts.logits.data, n * V * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream));
         cudaCheck(cudaStreamSynchronize(main_stream));
@@ -4315,11 +4787,13 @@ int main(int argc, char** argv) {
     const char *model_name = "deit_nano", *train_path = "data/fashion_train.bin", *val_path = "data/fashion_val.bin";
     const char *output = NULL, *optimizer = "adamw", *strategy = "mink", *weights = NULL, *plan = "0", *tensorboard = NULL;
     const char *predict_path = NULL, *sheet = NULL;
+    const char* augment = "none";
     int B = 64, accumulation = 1, epochs = 6, max_steps = 0, drop_all = 0, recompute = 1, evaluate_every = 1, evaluate_only = 0, seed = 1;
     int size = 0, patch = 0, image_channels = 0, classes = 0, warmup = 50, flip = 0, stats = 0, bench = 0;
     int save_every = 0, keep = 0, resume = 0, sharded = 0, crop = 0, repeats = 1, threads = 2, bench_data = 0;
     double crop_scale = 0.08, crop_pct = 1.0;
     double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
+    double erase = 0.0, mixup = 0.0, cutmix = 0.0, mix = 1.0, mix_switch = 0.5;
     const Option options[] = {
         {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
         {"-i",        's', &train_path,     "training images: a shard, or PREFIX of PREFIX_00000.bin, PREFIX_00001.bin, ...", 0, 0},
@@ -4345,6 +4819,12 @@ int main(int argc, char** argv) {
         {"-repeats",  'i', &repeats,        "repeated augmentation: how often an image is shown in a row", 1, 1024},
         {"-threads",  'i', &threads,        "threads that read images ahead", 0, MAX_READERS},
         {"-bench_data", 'i', &bench_data,   "time this many batches of loading and augmentation and exit", 0, 1 << 20},
+        {"-aa",       's', &augment,        "RandAugment as timm names it: none, rand-m9-mstd0.5-inc1", 0, 0},
+        {"-reprob",   'f', &erase,          "random erasing: probability", 0, 1},
+        {"-mixup",    'f', &mixup,          "mixup: alpha of the beta distribution, 0: off", 0, 1000},
+        {"-cutmix",   'f', &cutmix,         "cutmix: alpha of the beta distribution, 0: off", 0, 1000},
+        {"-mixup_prob", 'f', &mix,          "probability that a batch is mixed", 0, 1},
+        {"-mixup_switch", 'f', &mix_switch, "probability of cutmix where mixup is on too", 0, 1},
         {"-g",        'f', &gamma,          "DropIT: fraction of each cached input to drop, 0: off", 0, 0.99999999},
         {"-s",        's', &strategy,       "DropIT: mink, fastmink, random", 0, 0},
         {"-g_all",    'i', &drop_all,       "DropIT: 1: also in patch embedding and head", 0, 1},
@@ -4404,6 +4884,12 @@ int main(int argc, char** argv) {
     o->stats = stats > 0;
     o->chunk_bytes = DEFAULT_CHUNK_BYTES;
     o->seed = (unsigned long long)seed;
+    parse_augment(&o->augment, augment);
+    o->augment.erase = erase;
+    o->augment.mixup = mixup;
+    o->augment.cutmix = cutmix;
+    o->augment.mix = mix;
+    o->augment.mix_cutmix = mix_switch;
     const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip};
 
     if (strcmp(plan, "0") != 0) {
@@ -4434,7 +4920,7 @@ int main(int argc, char** argv) {
             images, step_images, B, num_ranks, accumulation);
     const bool split = predict_path == NULL; // every rank predicts all images
     const LoaderOptions val_data = {(size_t)B, (size_t)o->config.image_size, (size_t)o->config.image_channels, split ? (size_t)num_ranks : 1,
-                                    split ? (size_t)rank : 0, o->seed, false, false, false, crop_scale, crop_pct, 1, (size_t)accumulation};
+                                    split ? (size_t)rank : 0, o->seed, false, false, false, crop_scale, crop_pct, 1, (size_t)accumulation, o->augment};
     LoaderOptions train_data = val_data;
     train_data.training = true;
     train_data.crop = crop == 1;
@@ -4453,7 +4939,8 @@ int main(int argc, char** argv) {
     snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_set.crc : 0);
     snprintf(metadata[5].value, sizeof(metadata[5].value), "%d", num_ranks);
     const int num_metadata = options_metadata(metadata, 6, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
-        "-smoothing -flip -crop -scale -crop_pct -repeats -g -s -g_all -seed -size -patch -chans -classes ");
+        "-smoothing -flip -crop -scale -crop_pct -repeats -aa -reprob -mixup -cutmix -mixup_prob -mixup_switch -g -s -g_all -seed -size -patch -chans "
+        "-classes ");
     size_t free_before, free_now, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
@@ -4492,9 +4979,9 @@ int main(int argc, char** argv) {
         for (int step = -2; step < bench; step++) { // two steps warm up
             const double start = seconds();
             deit_zero_gradients(model);
-            deit_patchify(model, no_stats, B);
+            deit_patchify(model, no_stats, NULL, B);
             deit_forward(model, B, true);
-            deit_loss(model, B, 0.0f, 1.0f / B);
+            deit_loss(model, B, 0.0f, 1.0f, 1.0f / B);
             deit_backward(model);
             deit_update(model, optimizer_config, 0.0, step + 3);
             deit_result(model);
@@ -4508,7 +4995,7 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
 
-    const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks};
+    const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks, &model->augmenter};
     if (bench_data > 0) {
         const PixelStats train_stats = set_stats(&train_set);
         double start = 0.0;
@@ -4519,7 +5006,8 @@ int main(int argc, char** argv) {
                 start = seconds();
             }
             loader_batch(&train, batch + 2);
-            take_batch(model, &train, train_stats, B);
+            const BatchAugment batch_mix = batch_augment(model, &train, batch + 2);
+            take_batch(model, &train, train_stats, &batch_mix, B);
         }
         cudaCheck(cudaStreamSynchronize(main_stream));
         const double rate = (double)bench_data * B / (seconds() - start);
@@ -4545,7 +5033,8 @@ int main(int argc, char** argv) {
     loader_open(&train, train_set, train_data, target, train_staging, threads);
     if (sheet != NULL) {
         loader_batch(&train, (size_t)first_step * accumulation);
-        take_batch(model, &train, set_stats(&train_set), B);
+        const BatchAugment batch_mix = batch_augment(model, &train, (size_t)first_step * accumulation);
+        take_batch(model, &train, set_stats(&train_set), &batch_mix, B);
         write_sheet(sheet, model, set_stats(&train_set));
         loader_close(&train);
         loader_close(&val);
@@ -4582,9 +5071,10 @@ int main(int argc, char** argv) {
             const size_t batch = (size_t)step * accumulation + micro;
             if (loaded == batch) { loader_batch(&train, loaded++); }
             model->add_ranks = num_ranks > 1 && micro + 1 == accumulation;
-            take_batch(model, &train, pixel_stats, B);
+            const BatchAugment batch_mix = batch_augment(model, &train, batch);
+            take_batch(model, &train, pixel_stats, &batch_mix, B);
             deit_forward(model, B, true);
-            deit_loss(model, B, (float)smoothing, 1.0f / (float)step_images);
+            deit_loss(model, B, (float)smoothing, batch_mix.lam, 1.0f / (float)step_images);
             deit_backward(model);
             model->drop_step++;
             // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device

@@ -380,6 +380,8 @@ static inline long long __double_as_longlong(double x) { long long y; memcpy(&y,
 static inline double __longlong_as_double(long long x) { double y; memcpy(&y, &x, 8); return y; }
 
 // float arithmetic that is never contracted, as it is spelled in CUDA
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }

@@ -42,12 +42,12 @@ dumps=dev/reference/dumps
 workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
 t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,resize,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
-t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs} ${workbench//dev/$bf16/dev}
+t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,augment,files,resize,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
+t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,augment,cpu_libs} ${workbench//dev/$bf16/dev}
 t build_workbench_asan 900 $build PRECISION=BF16 VARIANT=asan ${workbench//dev/$bf16-asan/dev}
 t build_workbench_tsan 900 $build PRECISION=BF16 VARIANT=tsan ${workbench//dev/$bf16-tsan/dev}
-t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,files,resize,cpu_device}
-t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,resize,cpu_device}
+t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,augment,files,resize,cpu_device}
+t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,augment,resize,cpu_device}
 
 t cu2cpp 120 dev/test/cu2cpp.sh
 t cpu_device_schedules 600 dev/test/schedules.sh 'all results' $fp32/dev/test/test_cpu_device
@@ -57,6 +57,8 @@ t kernels_fp32 300 $fp32/dev/test/test_kernels
 t kernels_bf16 300 $bf16/dev/test/test_kernels
 t dropit_fp32 300 $fp32/dev/test/test_dropit
 t dropit_bf16 300 $bf16/dev/test/test_dropit
+t augment_fp32 300 $fp32/dev/test/test_augment
+t augment_bf16 300 $bf16/dev/test/test_augment
 t workbench_fp32 300 dev/test/workbench.sh $fp32
 t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
 t workbench_asan 600 dev/test/workbench.sh $bf16-asan
@@ -92,6 +94,7 @@ t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_de
 t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
 t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
 t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
+t augment_schedules 600 dev/test/schedules.sh '^op|^mix| failed$' $fp32/dev/test/test_augment
 
 # no report from the sanitizers, and every planted bug found
 for s in asan tsan; do
@@ -99,6 +102,7 @@ for s in asan tsan; do
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
     t resize_$s 600 build/cpu-fp32-$s/dev/test/test_resize -quick
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
+    t augment_$s 600 build/cpu-fp32-$s/dev/test/test_augment
     t cpu_device_$s 600 build/cpu-fp32-$s/dev/test/test_cpu_device
 done
 t files_asan 600 $asan/dev/test/test_files

@@ -259,7 +259,7 @@ static void test_cross_entropy(int B, int V, double smoothing, bool hostile) {
     cudaCheck(cudaMemcpy(logits.device, logits.host, logits.n * sizeof(floatX), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemcpy(labels.device, labels.host, B * sizeof(int), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemset(result.device, 0, sizeof(StepResult)));
-    cross_entropy(result.device, losses.device, ranks.device, logits.device, labels.device, B, V, (float)smoothing, 1.0f / B);
+    cross_entropy(result.device, losses.device, ranks.device, logits.device, labels.device, B, V, (float)smoothing, 1.0f, 1.0f / B);
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(result.host, result.device, sizeof(StepResult), cudaMemcpyDeviceToHost));
     check(result.host->top1 == top1 && result.host->top5 == top5, "ranks of %d x %d%s: top-1 %u top-5 %u, expected %u %u", B, V, hostile ? " hostile" : "",
@@ -296,12 +296,7 @@ static void test_patchify(int B, int S, int P, int CH) {
     }
     cudaCheck(cudaMemcpy(images.device, images.host, n, cudaMemcpyHostToDevice));
     cudaCheck(cudaMemcpy(flips.device, flips.host, B * sizeof(int), cudaMemcpyHostToDevice));
-    if (P % VEC == 0) {
-        patchify_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(patches.device, images.device, flips.device, stats, n, S, P, CH);
-    } else {
-        patchify_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(patches.device, images.device, flips.device, stats, n, S, P, CH);
-    }
-    kernelCheck();
+    patchify(patches.device, images.device, flips.device, stats, NULL, B, S, P, CH);
     const double e = error(patches, p);
     check(e <= TOLERANCE, "patchify %d x %d / %d x %d: %.2g", B, S, P, CH, e);
     drop(&images); drop(&flips); drop(&patches);
