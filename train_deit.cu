@@ -2212,9 +2212,9 @@ typedef struct {
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(float* x, const uint8_t* images, const int* flips, const PixelStats& stats,
                                                                         const BatchAugment& a, size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
     const uint8_t* row = images + (b * S + h) * S * CH + c;
-    for (int q = 0; q < V; q++) {
-        x[q] = ((float)row[(size_t)(flips[b] ? S - 1 - (w + q) : w + q) * CH] / 255.0f - stats.mean[c]) / stats.std[c];
-    }
+    const float mean = stats.mean[c], std = stats.std[c];
+    const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
+    for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
     if (AUGMENT && a.erased != NULL && h - a.erased[b].top < (unsigned)a.erased[b].height) { // as unsigned numbers: not above it either
         for (int q = 0; q < V; q++) {
             if (w + q - a.erased[b].left < (unsigned)a.erased[b].width) { x[q] = erase_noise(a.seed, a.epoch, a.place + b, h * S + w + q, c); }
