@@ -2864,7 +2864,7 @@ void deit_read_tensors(const DeitModel* model, const Safetensors* st, const char
         wrong++;
     }
     free(known);
-    require(wrong == 0, "%s: %d tensors are missing, do not fit or are not of this model; check -m, -size, -patch, -chans and -classes",
+    require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, -patch, -chans and -classes",
             st->file.path, wrong);
     if (new_positions) { printf("weights: position embeddings of %zu x %zu patches interpolated to %zu x %zu\n", old_side, old_side, side, side); }
     if (new_head) { printf("weights: the head of %zu classes is replaced by a freshly initialised one of %zu\n", old_classes, V); }
