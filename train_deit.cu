@@ -2539,9 +2539,9 @@ typedef struct {
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(float* x, const uint8_t* images, const int* flips, const PixelStats& stats,
                                                                         const BatchAugment& a, size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
     const uint8_t* row = images + (b * S + h) * S * CH + c;
-    for (int q = 0; q < V; q++) {
-        x[q] = ((float)row[(size_t)(flips[b] ? S - 1 - (w + q) : w + q) * CH] / 255.0f - stats.mean[c]) / stats.std[c];
-    }
+    const float mean = stats.mean[c], std = stats.std[c];
+    const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
+    for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
     if (AUGMENT && a.erased != NULL && h - a.erased[b].top < (unsigned)a.erased[b].height) { // as unsigned numbers: not above it either
         for (int q = 0; q < V; q++) {
             if (w + q - a.erased[b].left < (unsigned)a.erased[b].width) { x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c); }
@@ -3541,7 +3541,7 @@ void deit_read_tensors(const DeitModel* model, const Safetensors* st, const char
         wrong++;
     }
     free(known);
-    require(wrong == 0, "%s: %d tensors are missing, do not fit or are not of this model; check -m, -size, -patch, -chans and -classes",
+    require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, -patch, -chans and -classes",
             st->file.path, wrong);
     if (new_positions) { printf("weights: position embeddings of %zu x %zu patches interpolated to %zu x %zu\n", old_side, old_side, side, side); }
     if (new_head) { printf("weights: the head of %zu classes is replaced by a freshly initialised one of %zu\n", old_classes, V); }

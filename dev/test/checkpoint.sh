@@ -19,8 +19,8 @@ losses() { sed 's/ ms:.*//' "$1/main.log"; }
 # flips a bit of byte $2 of file $1
 damage() { printf "\\$(printf %o $(($(od -An -tu1 -j "$2" -N 1 "$1") ^ 4)))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }
 
-# everything that depends on the step: the order of the data, flips, the random strategy, accumulation, the moments
-flags="-b 8 -a 2 -flip 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3"
+# everything that depends on the step: the order of the data, flips, augmentation and mixing, the random strategy, accumulation, the moments
+flags="-b 8 -a 2 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3"
 run $flags -o "$work/alone"
 verdict $? "a run left alone: $(cat "$work/stderr")"
 run $flags -o "$work/twice"
@@ -81,6 +81,7 @@ refused 'has the checksum' -eval 1 -w "$work/damaged/state_00000149_00000.safete
 refused 'holds checkpoints of another run' $flags -o "$work/alone"
 refused 'was written with -l 0.002.*, not 0.003' $flags -l 0.003 -y 1 -o "$work/alone"
 refused 'was written with -s random, not mink' $flags -s mink -y 1 -o "$work/alone"
+refused 'was written with -aa rand-m9-mstd0.5-inc1, not none' $flags -aa none -y 1 -o "$work/alone"
 refused 'need a directory' -n 5
 refused 'need a directory' -y 1
 run $flags -y 1 -r 3 -o "$work/alone"

@@ -55,6 +55,11 @@ refused 'fewer than the' -b 20000
 refused 'cannot open .*nowhere' -w nowhere.safetensors
 refused '-stats reports on DropIT' -stats 1
 refused '-plan wants' -plan lots
+for aa in rand rand-m9 rand-m9-inc0 rand-m11-inc1 rand-inc1 rand-m9-inc1- rand-m9-n0-inc1 rand-m9-p0.5-inc1 rand-mx-inc1 augmix-m3 autoaugment ''; do
+    refused 'is not a RandAugment' -aa "$aa"
+done
+refused '-reprob must be between' -reprob 1.5
+refused '-mixup must be between' -mixup -1
 # the last flag lacks its value
 timeout 60 "$program" -b >"$work/stdout" 2>"$work/stderr"
 [ $? = 1 ] && grep -q 'error: flag -b lacks its value' "$work/stderr"

@@ -159,7 +159,7 @@ def test_loading():
     refused("several wrong tensors", w, ["blocks.2.attn.qkv.weight: found F32 (64, 192), expected F32 (192, 64)",
                                          "blocks.3.mlp.fc1.bias: found F64 (256), expected F32 (256)", "norm.bias: missing, expected F32 (64)",
                                          "blocks.4.norm1.weight: found F32 (64), expected no such tensor",
-                                         "fc_norm.weight: found F32 (64), expected no such tensor"], sentence="5 tensors")
+                                         "fc_norm.weight: found F32 (64), expected no such tensor"], sentence="do not fit or are not of this model: 5;")
     distilled = {**good, "dist_token": w["cls_token"], "head_dist.weight": w["head.weight"], "head_dist.bias": w["head.bias"],
                  "pos_embed": np.zeros((1, 51, 64), np.float32)}
     refused("a distilled DeiT", distilled, [], sentence="is a distilled DeiT")
