@@ -42,7 +42,7 @@ dumps=dev/reference/dumps
 workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
 t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
+t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,files,recipes,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
 t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,cpu_libs} ${workbench//dev/$bf16/dev}
 t build_workbench_asan 900 $build PRECISION=BF16 VARIANT=asan ${workbench//dev/$bf16-asan/dev}
 t build_workbench_tsan 900 $build PRECISION=BF16 VARIANT=tsan ${workbench//dev/$bf16-tsan/dev}
@@ -57,6 +57,7 @@ t kernels_fp32 300 $fp32/dev/test/test_kernels
 t kernels_bf16 300 $bf16/dev/test/test_kernels
 t dropit_fp32 300 $fp32/dev/test/test_dropit
 t dropit_bf16 300 $bf16/dev/test/test_dropit
+t recipes 300 $fp32/dev/test/test_recipes
 t workbench_fp32 300 dev/test/workbench.sh $fp32
 t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
 t workbench_asan 600 dev/test/workbench.sh $bf16-asan
