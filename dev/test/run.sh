@@ -87,12 +87,13 @@ fi
 t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
 t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
 t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
+t deit_schedules_path 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_path_g70.safetensors
 t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
 t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
 
 # no report from the sanitizers, and every planted bug found
 for s in asan tsan; do
-    t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_odd_g70.safetensors $dumps/deit_aligned_g90.safetensors
+    t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_{odd_g70,aligned_g90,path_g00,path_g70}.safetensors
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
     t cpu_device_$s 600 build/cpu-fp32-$s/dev/test/test_cpu_device
