@@ -91,8 +91,8 @@ typedef struct {
 
 static const GpuPeak gpu_peaks[] = {
     {"B200", 2250, 80}, {"GH200", 989, 67}, {"H200 NVL", 835, 60}, {"H200", 989, 67}, {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60},
-    {"H100", 989, 67}, {"A100", 312, 19.5}, {"A40", 149.7, 37.4}, {"A30", 165, 10.3}, {"A10", 125, 31.2}, {"L40S", 362, 91.6}, {"L40", 181, 90.5}, {"L4", 121, 30.3},
-    {"RTX 4090", 165, 82.6}, {"RTX 3090", 71, 35.6},
+    {"H100", 989, 67}, {"A100", 312, 19.5}, {"A40", 149.7, 37.4}, {"A30", 165, 10.3}, {"A10", 125, 31.2}, {"L40S", 362, 91.6},
+    {"L40", 181, 90.5}, {"L4", 121, 30.3}, {"RTX 4090", 165, 82.6}, {"RTX 3090", 71, 35.6},
 };
 
 // peak of a device by its name in operations a second; 0: not known, as of a part of a GPU (MIG) and of a laptop's
@@ -2168,7 +2168,8 @@ void drop_path_scales(float* scales, int L, int B, double last, unsigned long lo
 
 // out = scales[b] * x + residual for each image b, without residual where that is NULL; in PyTorch: x * scales[:, None] + residual
 // out, x, residual (images, per_image), n elements in all, scales (images); out may be x. V divides per_image. A thread makes V elements
-template <int V> __global__ void drop_path_kernel(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t per_image) {
+template <int V> __global__ void drop_path_kernel(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n,
+                                                  size_t per_image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const float scale = scales[i / per_image];
@@ -2374,10 +2375,10 @@ static const DeitPreset deit_presets[] = {
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
 
-// -recipe: what the published commands of DropIT for DeiT amount to (benchmarks/deit of its code, which is DeiT's), as flags. The batch is that of each of
-// their two GPUs, -l is for 512 images where -unscale_lr is 0. timm's "sgd" is Nesterov's. That code asks timm for ten epochs of
-// cool-down and then ends without them, so -cooldown is 0. Gamma is the user's choice (-g), as there. No command for ViT-B is published: its two
-// recipes are DeiT's with that model
+// -recipe: what the published commands of DropIT for DeiT amount to (benchmarks/deit of its code, which is DeiT's), as flags. The
+// batch is that of each of their two GPUs, -l is for 512 images where -unscale_lr is 0. timm's "sgd" is Nesterov's. That code asks
+// timm for ten epochs of cool-down and then ends without them, so -cooldown is 0. Gamma is the user's choice (-g), as there. No
+// command for ViT-B is published: its two recipes are DeiT's with that model
 #define RECIPE_DATA " -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -smoothing 0.1"
 #define RECIPE_TRAINING " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5 -cooldown 0"
 #define RECIPE_IMAGENET " -b 512 -e 300 -opt adamw -l 5e-4 -unscale_lr 0 -wd 0.05 -classes 1000" RECIPE_TRAINING RECIPE_DATA
@@ -2906,8 +2907,8 @@ void deit_write_tensors(const DeitModel* model, const char* path, const StMetada
     free(data);
 }
 
-// the states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the moving average of the weights;
-// returns how many there are
+// the states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the moving average of
+// the weights; returns how many there are
 int deit_states(const DeitModel* model, const char* names[3], float* states[3]) {
     int n = 0;
     names[n] = model->options.adamw ? "exp_avg." : "momentum_buffer.";
@@ -2937,7 +2938,8 @@ void deit_save(const DeitModel* model, const char* directory, int step, int keep
     if (rank == 0) { checkpoint_done(directory, step, keep); }
 }
 
-// writes the weights of this step as best.safetensors, if they are better than those there. metadata: as of a checkpoint. All ranks call, rank 0 writes
+// writes the weights of this step as best.safetensors, if they are better than those there. metadata: as of a checkpoint. All ranks
+// call, rank 0 writes
 void deit_save_best(const DeitModel* model, const char* directory, const StMetadata* metadata, int num_metadata, double top1) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/best.safetensors", directory);
@@ -3294,17 +3296,20 @@ void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
     }
 }
 
-// The moving average takes the place of the weights, for an evaluation, until deit_ema_leave. The gradients have been used: their memory keeps the weights
+// The moving average takes the place of the weights, for an evaluation, until deit_ema_leave. The gradients have been used: their memory
+// keeps the weights
 void deit_ema_enter(DeitModel* model) {
     const size_t first = model->shard_begin, n = model->shard_n;
-    cudaCheck(cudaMemcpyAsync(model->grads_memory, model->params_memory, model->num_parameters * sizeof(floatX), cudaMemcpyDeviceToDevice, main_stream));
+    const size_t bytes = model->num_parameters * sizeof(floatX);
+    cudaCheck(cudaMemcpyAsync(model->grads_memory, model->params_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
     round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(model->params_memory + first, model->ema, n);
     kernelCheck();
     if (model->options.sharded && num_ranks > 1) { ranks_gather(model->params_memory, model->params_memory + first, n * sizeof(floatX)); }
 }
 
 void deit_ema_leave(DeitModel* model) {
-    cudaCheck(cudaMemcpyAsync(model->params_memory, model->grads_memory, model->num_parameters * sizeof(floatX), cudaMemcpyDeviceToDevice, main_stream));
+    const size_t bytes = model->num_parameters * sizeof(floatX);
+    cudaCheck(cudaMemcpyAsync(model->params_memory, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
 }
 
 // Operations of the matrix products of a training step on n images: those of the forward pass three times. What -r computes again is not counted,
@@ -3708,7 +3713,7 @@ int main(int argc, char** argv) {
         {"-momentum", 'f', &momentum,       "SGD: momentum", 0, 0.999999},
         {"-nesterov", 'i', &nesterov,       "SGD: 1: Nesterov's momentum", 0, 1},
         {"-unscale_lr", 'i', &unscale_lr,   "1: -l is the learning rate; 0: it is that of 512 images, and grows with the images of a step", 0, 1},
-        {"-schedule", 's', &schedule_name,  "the learning rate changes with every step; epoch: with every epoch, as DeiT's code steps timm's cosine", 0, 0},
+        {"-schedule", 's', &schedule_name,  "learning rate by step, or by epoch, as DeiT's code steps timm's cosine", 0, 0},
         {"-warmup",   'i', &warmup,         "steps of linear warm-up before the cosine (-schedule step)", 0, 2e9},
         {"-warmup_epochs", 'i', &warmup_epochs, "epochs of linear warm-up; above 0 they take the place of -warmup", 0, 1 << 20},
         {"-warmup_lr", 'f', &warmup_lr,     "learning rate at which the warm-up begins", 0, 1e6},
@@ -3743,7 +3748,8 @@ int main(int argc, char** argv) {
     const int num_options = sizeof(options) / sizeof(options[0]);
     parse_options(argc, argv, options, num_options, deit_recipes, sizeof(deit_recipes) / sizeof(deit_recipes[0]));
     require(bench > 0 || strcmp(plan, "0") != 0 || (crop == 0 && repeats == 1 && crop_pct == 1.0 && erase == 0.0 && mixup == 0.0 && cutmix == 0.0 &&
-            strcmp(augmentation, "none") == 0), "-crop, -crop_pct, -repeats, -aa, -reprob, -mixup and -cutmix are not there yet; leave them at 0, 1, 1, none, 0, 0, 0"); // TEMPORARY
+            strcmp(augmentation, "none") == 0), // TEMPORARY
+            "-crop, -crop_pct, -repeats, -aa, -reprob, -mixup and -cutmix are not there yet; leave them at 0, 1, 1, none, 0, 0, 0");
 
     DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
     DeitOptions* o = &model->options;
@@ -3765,7 +3771,8 @@ int main(int argc, char** argv) {
     o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
     require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
     require(output != NULL || (save_every == 0 && resume == 0), "-n and -y need a directory for checkpoints; give -o");
-    require(strcmp(schedule_name, "step") == 0 || strcmp(schedule_name, "epoch") == 0, "-schedule %s is not a schedule; choose step or epoch", schedule_name);
+    require(strcmp(schedule_name, "step") == 0 || strcmp(schedule_name, "epoch") == 0, "-schedule %s is not a schedule; choose step or epoch",
+            schedule_name);
     require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     o->B = B;
     o->gamma = gamma;

@@ -59,7 +59,8 @@ INSTRUCTIONS = {
     "gelu_forward_kernel": 31, "gelu_backward_kernel": 45, "softmax_forward_kernel": 31, "softmax_backward_kernel": 31,
     "dropit_candidates_kernel": 19, "dropit_unpack_kernel": 23, "dropit_mask_kernel": 13, "adamw_kernel": 70, "sum_squares_kernel": 3,
     "patchify_kernel": 60, "embed_kernel": 25, "embed_backward_tokens_kernel": 12, "embed_backward_positions_kernel": 5,
-    "drop_path_kernel": 8, "ema_kernel": 6, "column_sum_finish_kernel": 6, "bias_add_kernel": 15, "cross_entropy_kernel": 15, "dropit_histogram_kernel": 15, "dropit_count_kernel": 17,
+    "drop_path_kernel": 8, "ema_kernel": 6, # estimated
+    "column_sum_finish_kernel": 6, "bias_add_kernel": 15, "cross_entropy_kernel": 15, "dropit_histogram_kernel": 15, "dropit_count_kernel": 17,
 }
 
 CHUNK_BYTES, TILE, BINS, SLAB_ROWS = 32 << 20, 16384, 2048, 64 # of the trainer
