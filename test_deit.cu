@@ -139,13 +139,15 @@ static Dump open_dump(const char* path) {
     dump.options.gamma = number(st, "gamma", 0.0);
     require(dump.options.gamma >= 0.0 && dump.options.gamma < 1.0, "%s: gamma is %g", path, dump.options.gamma);
     dump.options.strategy = MINK;
+    dump.options.drop_path = number(st, "drop_path", 0.0); // drawn with this seed, at step 0 for the gradients, then 1, 2, ... for the losses
+    dump.options.seed = (unsigned long long)number(st, "drop_path_seed", 0.0);
     dump.options.chunk_bytes = DEFAULT_CHUNK_BYTES;
     const char* optimizer = safetensors_metadata(st, "optimizer");
     dump.options.adamw = optimizer == NULL || strcmp(optimizer, "adamw") == 0;
     require(dump.options.adamw || strcmp(optimizer, "sgd") == 0, "%s: unknown optimizer %s", path, optimizer);
     dump.lr = number(st, "lr", NAN);
     dump.optimizer = OptimizerConfig{dump.options.adamw, dump.lr, number(st, "beta1", 0.9), number(st, "beta2", 0.999), number(st, "eps", 1e-8),
-                                     number(st, "weight_decay", 0.0), number(st, "momentum", 0.9), 0.0};
+                                     number(st, "weight_decay", 0.0), number(st, "momentum", 0.9), 0.0, false};
     // patches by plain loops: this is also what the trainer's kernel is held against in dev/test
     const size_t S = c->image_size, P = c->patch_size, CH = c->image_channels, G = S / P, n = B * CH * S * S;
     float* image = tensor(st, "image", "F32", n);
@@ -321,6 +323,7 @@ static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     double worst = 0.0;
     for (size_t step = 0; step < steps; step++) {
         if (step > 0) {
+            model->drop_step++;
             forward(model, dump);
             loss_and_backward(model);
         }
@@ -439,9 +442,9 @@ int main(int argc, char** argv) {
     for (int i = 0; i < n; i++) {
         Dump dump = open_dump(paths[i]);
         const DeitConfig c = dump.options.config;
-        printf("%s: image %d, patch %d, channels %d, width %d, depth %d, heads %d, classes %d, batch %zu, gamma %g, %s\n", paths[i], c.image_size,
-               c.patch_size, c.image_channels, c.channels, c.depth, c.heads, c.num_classes, dump.options.B, dump.options.gamma,
-               dump.options.adamw ? "adamw" : "sgd");
+        printf("%s: image %d, patch %d, channels %d, width %d, depth %d, heads %d, classes %d, batch %zu, gamma %g, %s, drop-path %g\n", paths[i],
+               c.image_size, c.patch_size, c.image_channels, c.channels, c.depth, c.heads, c.num_classes, dump.options.B, dump.options.gamma,
+               dump.options.adamw ? "adamw" : "sgd", dump.options.drop_path);
         if (only_losses) {
             double losses[STEPS];
             DeitModel* model = make_model(&dump, 1, 1, false);

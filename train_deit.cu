@@ -81,6 +81,33 @@ namespace cg = cooperative_groups;
 static cudaStream_t main_stream;
 static int num_multiprocessors;
 static int rank = 0, num_ranks = 1; // of the processes that train together, one a GPU
+static double peak_flops; // of this GPU in this precision, floating-point operations a second; 0: not known
+
+// Dense products a second in TFLOP/s, by NVIDIA's data sheets: bf16 on tensor cores, and fp32 without them, as cuBLAS is asked for.
+// The first name that stands in the device's as whole words counts
+typedef struct {
+    const char* name;
+    double bf16, fp32;
+} GpuPeak;
+
+static const GpuPeak gpu_peaks[] = {
+    {"B200", 2250, 80}, {"GH200", 989, 67}, {"H200 NVL", 835, 60}, {"H200", 989, 67}, {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60},
+    {"H100", 989, 67}, {"A100", 312, 19.5}, {"A40", 149.7, 37.4}, {"A30", 165, 10.3}, {"A10", 125, 31.2}, {"L40S", 362, 91.6},
+    {"L40", 181, 90.5}, {"L4", 121, 30.3}, {"RTX 4090", 165, 82.6}, {"RTX 3090", 71, 35.6},
+};
+
+// peak of a device by its name in operations a second; 0: not known, as of a part of a GPU (MIG) and of a laptop's
+double gpu_peak_flops(const char* device, bool bf16) {
+    if (strstr(device, " MIG ") != NULL || strstr(device, "Laptop") != NULL) { return 0.0; }
+    for (size_t i = 0; i < sizeof(gpu_peaks) / sizeof(gpu_peaks[0]); i++) {
+        const char *name = gpu_peaks[i].name, *found = strstr(device, name);
+        const char after = found != NULL ? found[strlen(name)] : 'x';
+        if ((after == 0 || after == ' ' || after == '-') && (found == device || found[-1] == ' ')) {
+            return 1e12 * (bf16 ? gpu_peaks[i].bf16 : gpu_peaks[i].fp32);
+        }
+    }
+    return 0.0;
+}
 // ---- end shared: device ----------------------------------------------------
 
 // ---- shared: several GPUs --------------------------------------------------
@@ -970,6 +997,22 @@ void checkpoint_done(const char* directory, int step, int keep) {
     }
 }
 
+// whether the file of best weights at `path` is whole, of the run that `metadata` describes (but for the step, and what was best by then)
+// and at least as good: a run that was killed and resumed goes through steps again, and keeps what it found later
+bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, double top1) {
+    if (!checkpoint_file_whole(path)) { return false; }
+    Safetensors* st = safetensors_open(path);
+    const char* its = safetensors_metadata(st, "best_top1");
+    bool stands = its != NULL && strtod(its, NULL) >= top1;
+    for (int i = 0; stands && i < num_metadata; i++) {
+        const char* was = safetensors_metadata(st, metadata[i].key);
+        const bool of_step = strcmp(metadata[i].key, "step") == 0 || strncmp(metadata[i].key, "best_", 5) == 0;
+        stands = of_step || (was != NULL && strcmp(was, metadata[i].value) == 0);
+    }
+    safetensors_close(st);
+    return stands;
+}
+
 // cuts main.log behind its last line of a step up to `step`: what follows happened after the checkpoint, or was cut short
 void log_cut(FILE* log, int step) {
     char line[512];
@@ -1793,6 +1836,7 @@ typedef struct {
     bool adamw; // else SGD with momentum
     double learning_rate, beta1, beta2, eps, weight_decay, momentum;
     double clip; // largest norm of all gradients together; 0: no clipping
+    bool nesterov; // SGD
 } OptimizerConfig;
 
 // partial[block] = sum over its elements of x^2; fixed order. x (n), partial (NORM_BLOCKS)
@@ -1856,9 +1900,10 @@ __global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, 
     }
 }
 
-// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m. n is a multiple of VEC
+// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m, or, by Nesterov, lr * (g + momentum * m).
+// n is a multiple of VEC
 __global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
-                           float clip, float lr, float momentum, float weight_decay) {
+                           float clip, float lr, float momentum, float weight_decay, bool nesterov) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
         float g[VEC], mi[VEC], w[VEC];
@@ -1867,8 +1912,9 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
         load<VEC>(mi, m + i);
         load<VEC>(w, master + i);
         for (int j = 0; j < VEC; j++) {
-            mi[j] = momentum * mi[j] + (g[j] * factor + weight_decay * w[j]);
-            w[j] -= lr * mi[j];
+            const float gj = g[j] * factor + weight_decay * w[j];
+            mi[j] = momentum * mi[j] + gj;
+            w[j] -= lr * (nesterov ? gj + momentum * mi[j] : mi[j]);
         }
         store<VEC>(m + i, mi);
         store<VEC>(master + i, w);
@@ -1886,15 +1932,57 @@ void optimizer_update(floatX* params, float* master, float* m, float* v, const f
             (float)o.beta2, (float)(1.0 - pow(o.beta1, step)), (float)(1.0 - pow(o.beta2, step)), (float)o.eps, (float)o.weight_decay);
     } else {
         sgd_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, grads, n, result, (float)o.clip, (float)lr, (float)o.momentum,
-            (float)o.weight_decay);
+            (float)o.weight_decay, o.nesterov);
     }
     kernelCheck();
 }
 
-// linear warm-up, then a half cosine to zero
-double learning_rate_at(double lr, int step, int warmup, int steps) {
-    if (step < warmup) { return lr * (step + 1) / warmup; }
-    return 0.5 * lr * (1.0 + cos(M_PI * (step - warmup) / (steps > warmup ? steps - warmup : 1)));
+// ema = decay * ema + rest * w with rest = 1 - decay, in that order of roundings, as timm's ModelEma. ema, w (n), n a multiple of VEC.
+// A thread updates VEC elements
+__global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, float rest) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i < n) {
+        float e[VEC], v[VEC];
+        load<VEC>(e, ema + i);
+        load<VEC>(v, w + i);
+        for (int j = 0; j < VEC; j++) { e[j] = e[j] * decay + rest * v[j]; }
+        store<VEC>(ema + i, e);
+    }
+}
+
+void ema_update(float* ema, const float* w, size_t n, double decay) {
+    ema_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(ema, w, n, (float)decay, (float)(1.0 - decay));
+    kernelCheck();
+}
+
+// out = in, rounded to floatX. out, in (n), n a multiple of VEC. A thread rounds VEC elements
+__global__ void round_kernel(floatX* out, const float* in, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i < n) {
+        float v[VEC];
+        load<VEC>(v, in + i);
+        store<VEC>(out + i, v);
+    }
+}
+
+// Learning rate over a run: linear warm-up from warmup_lr to lr, a half cosine to min_lr, and min_lr from then on (cool-down).
+// By steps: step t of the warm-up has the share (t + 1) / warmup of the way, and the cosine begins where the warm-up ends.
+// By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr, lr_min=min_lr) under DeiT's main.py, which
+// calls lr_scheduler.step(epoch) after each epoch: epoch e runs at what timm has for e - 1, so the first two at warmup_lr, and the cosine
+// counts from the first epoch: what the warm-up takes of it is not seen
+typedef struct {
+    bool by_epochs;
+    double lr, min_lr, warmup_lr;
+    int warmup, length; // in steps, or in epochs; length is that of warm-up and cosine
+    int epoch_steps;
+} Schedule;
+
+double learning_rate_at(const Schedule* s, int step) {
+    const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
+    const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
+    if (t < s->warmup) { return s->warmup_lr + (s->lr - s->warmup_lr) * done / s->warmup; }
+    if (t >= s->length) { return s->min_lr; }
+    return s->min_lr + 0.5 * (s->lr - s->min_lr) * (1.0 + cos(M_PI * (t - begin) / (s->length > begin ? s->length - begin : 1)));
 }
 // ---- end shared: optimizer -------------------------------------------------
 
@@ -2824,6 +2912,58 @@ void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     kernelCheck();
 }
 
+// Drop-path (stochastic depth, Huang et al., ECCV 2016), as timm's DropPath: a branch of a block is left out for an image with the block's
+// rate, and else divided by what is kept on average
+
+// rate of block l of `depth`, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
+__host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
+    if (depth == 1) { return 0.0f; }
+    const float step = last / (float)(depth - 1);
+    return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
+}
+
+// scales[l, branch, b] = 0 with the probability rate(l), else 1 / (1 - rate(l)); drawn by Philox(seed, RNG_DROP_PATH, step, (2l + branch, image)),
+// with image counted over all ranks. scales (L, 2, B). A thread makes one
+__global__ void drop_path_scales_kernel(float* scales, int L, int B, float last, unsigned long long seed, unsigned step, unsigned first_image) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < L * 2 * B) {
+        const int row = i / B;
+        const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
+        const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | (first_image + (unsigned)(i % B)));
+        scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
+    }
+}
+
+void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first_image) {
+    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(scales, L, B, (float)last, seed, step, first_image);
+    kernelCheck();
+}
+
+// out = scales[b] * x + residual for each image b, without residual where that is NULL; in PyTorch: x * scales[:, None] + residual
+// out, x, residual (images, per_image), n elements in all, scales (images); out may be x. V divides per_image. A thread makes V elements
+template <int V> __global__ void drop_path_kernel(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n,
+                                                  size_t per_image) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (i < n) {
+        const float scale = scales[i / per_image];
+        float v[V], r[V] = {0};
+        load<V>(v, x + i);
+        if (residual != NULL) { load<V>(r, residual + i); }
+        for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
+        store<V>(out + i, v);
+    }
+}
+
+void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images, size_t per_image) {
+    const size_t n = images * per_image;
+    if (vectorizable(per_image, out, x, residual)) {
+        drop_path_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(out, x, residual, scales, n, per_image);
+    } else {
+        drop_path_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, x, residual, scales, n, per_image);
+    }
+    kernelCheck();
+}
+
 // Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them.
 // No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the backward
 // pass rebuilds the probabilities from it. Rows of T x T matrices are `ld` elements apart, T rounded up to 8, so that they
@@ -3008,6 +3148,22 @@ static const DeitPreset deit_presets[] = {
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
 
+// -recipe: what the published commands of DropIT for DeiT amount to (benchmarks/deit of its code, which is DeiT's), as flags. The
+// batch is that of each of their two GPUs, -l is for 512 images where -unscale_lr is 0. timm's "sgd" is Nesterov's. That code asks
+// timm for ten epochs of cool-down and then ends without them, so -cooldown is 0. Gamma is the user's choice (-g), as there. No
+// command for ViT-B is published: its two recipes are DeiT's with that model
+#define RECIPE_DATA " -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -smoothing 0.1"
+#define RECIPE_TRAINING " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5 -cooldown 0"
+#define RECIPE_IMAGENET " -b 512 -e 300 -opt adamw -l 5e-4 -unscale_lr 0 -wd 0.05 -classes 1000" RECIPE_TRAINING RECIPE_DATA
+#define RECIPE_CIFAR100 " -b 384 -e 1000 -opt sgd -momentum 0.9 -nesterov 1 -l 0.01 -unscale_lr 1 -wd 1e-4 -classes 100" RECIPE_TRAINING RECIPE_DATA
+static const char* const deit_recipes[][2] = {
+    {"deit_ti_imagenet", "-m deit_tiny" RECIPE_IMAGENET},
+    {"deit_s_cifar100",  "-m deit_small" RECIPE_CIFAR100},
+    {"deit_b_cifar100",  "-m deit_base" RECIPE_CIFAR100},
+    {"vit_b_imagenet",   "-m vit_base" RECIPE_IMAGENET},
+    {"vit_b_cifar100",   "-m vit_base" RECIPE_CIFAR100},
+};
+
 enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_TINY, INIT_FAN_IN };
 
 // X(name, name in timm, copies, shape of one copy, weight decay, initial value). timm initialises linear layers and positions
@@ -3128,6 +3284,8 @@ typedef struct {
     bool sharded;            // -z 1: each rank holds its part of the optimizer's states (ZeRO-1, Rajbhandari et al., SC 2020)
     bool stats;              // -stats: exact inputs are kept beside the dropped ones
     size_t staging_bytes;    // for images that are resized; 0: none are
+    double drop_path;        // rate of the last block; 0: off
+    double ema;              // decay of the moving average of the weights; 0: none
     size_t chunk_bytes;      // size of fch_gelu, the widest tensor of a block, in one chunk
     AugmentOptions augment;
     unsigned long long seed;
@@ -3148,6 +3306,8 @@ typedef struct {
     floatX* params_memory;
     float* grads_memory;
     float *master, *m, *v; // (shard_n); in fp32 master is the shard in params_memory; v is NULL for SGD
+    float* ema;            // (shard_n) moving average of master; NULL: none
+    float* drop_path_scales; // (L, 2, B) of attention and mlp, under drop-path: written in the forward pass
     // scratch
     uint8_t* images;   // (B, S, S, CH) of the next batch
     int *next_labels, *flips; // (B) of the next batch
@@ -3167,7 +3327,7 @@ typedef struct {
     Plan plan;
     const char* too_large; // a dropped tensor of 2^32 elements or more: indices have 32 bits
     char* blocks[NUM_CATEGORIES];
-    unsigned drop_step; // counts forward passes of training, for the random strategy
+    unsigned drop_step; // counts forward passes of training, for the random strategy and drop-path
     bool stats_now;     // this step reports
     bool add_ranks;     // the gradients are complete after this backward pass: add them up over the ranks
 } DeitModel;
@@ -3270,6 +3430,10 @@ void deit_plan(DeitModel* model) {
     if (o->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, shard, n * sizeof(float)); }
     if (sizeof(floatX) != sizeof(float)) {
         plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, shard, n * sizeof(float));
+    }
+    if (o->ema > 0.0) { plan_add(plan, OPTIMIZER, "moving average", "", "fp32", &model->ema, shard, n * sizeof(float)); }
+    if (o->drop_path > 0.0) {
+        plan_add(plan, CACHED, "drop-path scales", "", "(L, 2, B)", &model->drop_path_scales, L * 2 * B * sizeof(float), L * 2 * B * sizeof(float));
     }
 
     // ids for the random strategy: 4 * block + (0 qkv, 1 proj, 2 fc1, 3 fc2), then the patch embedding, then the head
@@ -3402,7 +3566,7 @@ const char* parameter_name(const ParameterSpec* s, int l) {
     return name;
 }
 
-// copies host values (num_parameters) to the device, as masters and rounded
+// copies host values (num_parameters) to the device, as masters, rounded, and as their moving average
 void deit_set_parameters(DeitModel* model, const float* values) {
     const size_t n = model->num_parameters;
     floatX* rounded = (floatX*)malloc(n * sizeof(floatX));
@@ -3411,6 +3575,9 @@ void deit_set_parameters(DeitModel* model, const float* values) {
     cudaCheck(cudaMemcpy(model->params_memory, rounded, n * sizeof(floatX), cudaMemcpyHostToDevice));
     if (sizeof(floatX) != sizeof(float)) {
         cudaCheck(cudaMemcpy(model->master, values + model->shard_begin, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    if (model->ema != NULL) { // begins at the weights
+        cudaCheck(cudaMemcpy(model->ema, values + model->shard_begin, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
     }
     free(rounded);
 }
@@ -3605,33 +3772,53 @@ void deit_write_tensors(const DeitModel* model, const char* path, const StMetada
     free(data);
 }
 
-// names of the optimizer's states in a checkpoint, as torch.optim has them; the second is AdamW's alone
-void deit_state_names(const DeitModel* model, const char* names[2]) {
-    names[0] = model->options.adamw ? "exp_avg." : "momentum_buffer.";
-    names[1] = "exp_avg_sq.";
+// the states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the moving average of
+// the weights; returns how many there are
+int deit_states(const DeitModel* model, const char* names[3], float* states[3]) {
+    int n = 0;
+    names[n] = model->options.adamw ? "exp_avg." : "momentum_buffer.";
+    states[n++] = model->m;
+    if (model->v != NULL) { names[n] = "exp_avg_sq."; states[n++] = model->v; }
+    if (model->ema != NULL) { names[n] = "ema."; states[n++] = model->ema; }
+    return n;
+}
+
+// the weights in a file of their own. All ranks call, rank 0 writes
+void deit_write_weights(const DeitModel* model, const char* path, const StMetadata* metadata, int num_metadata) {
+    const char* const no_prefix[] = {""};
+    const float* const master[] = {model->master};
+    deit_write_tensors(model, path, metadata, num_metadata, no_prefix, master, 1);
 }
 
 // writes the checkpoint of a step; metadata: what a resume compares. All ranks call, rank 0 writes
 void deit_save(const DeitModel* model, const char* directory, int step, int keep, const StMetadata* metadata, int num_metadata) {
     char path[4200];
-    const char* const no_prefix[] = {""};
-    const char* names[2];
-    const float* const master[] = {model->master};
-    const float* const states[] = {model->m, model->v};
-    deit_state_names(model, names);
+    const char* names[3];
+    float* states[3];
+    const int num_states = deit_states(model, names, states);
     checkpoint_path(path, sizeof(path), directory, "model", step);
-    deit_write_tensors(model, path, metadata, num_metadata, no_prefix, master, 1);
+    deit_write_weights(model, path, metadata, num_metadata);
     checkpoint_path(path, sizeof(path), directory, "state", step);
-    deit_write_tensors(model, path, metadata, num_metadata, names, states, model->v != NULL ? 2 : 1);
+    deit_write_tensors(model, path, metadata, num_metadata, names, states, num_states);
     if (rank == 0) { checkpoint_done(directory, step, keep); }
+}
+
+// writes the weights of this step as best.safetensors, if they are better than those there. metadata: as of a checkpoint. All ranks
+// call, rank 0 writes
+void deit_save_best(const DeitModel* model, const char* directory, const StMetadata* metadata, int num_metadata, double top1) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/best.safetensors", directory);
+    double stands = rank == 0 && checkpoint_best_stands(path, metadata, num_metadata, top1);
+    ranks_sum(&stands, 1); // only rank 0 may see the file
+    if (stands == 0.0) { deit_write_weights(model, path, metadata, num_metadata); }
 }
 
 // reads the checkpoint of a step back; every entry of metadata must be as it is in the files, an empty one becomes what it is in the first
 void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* metadata, int num_metadata) {
     char path[4200];
-    const char* names[2];
-    float* const states[] = {model->m, model->v};
-    deit_state_names(model, names);
+    const char* names[3];
+    float* states[3];
+    const int num_states = deit_states(model, names, states);
     for (int file = 0; file < 2; file++) {
         checkpoint_path(path, sizeof(path), directory, file == 0 ? "model" : "state", step);
         Safetensors* st = safetensors_open(path);
@@ -3642,7 +3829,7 @@ void deit_resume(DeitModel* model, const char* directory, int step, StMetadata* 
                     "start anew with another -o", path, metadata[i].key, was != NULL ? was : "unknown", metadata[i].value);
         }
         if (file == 0) { deit_load_parameters(model, st, "", ADAPT_NOTHING); }
-        for (int set = 0; file == 1 && set < (model->v != NULL ? 2 : 1); set++) {
+        for (int set = 0; file == 1 && set < num_states; set++) {
             float* values = (float*)calloc(model->num_parameters, sizeof(float));
             require(values != NULL, "out of host memory for %zu parameters", model->num_parameters);
             deit_read_tensors(model, st, names[set], values, ADAPT_NOTHING);
@@ -3688,12 +3875,28 @@ void drop_activation(const DeitModel* model, const Activation* a, int l) {
                   main_stream);
 }
 
+// where the drop-path scales of image b0 in a branch of block l are (0: attention, 1: mlp); NULL: the branch is never left out
+const float* branch_scales(const DeitModel* model, int l, int branch, size_t b0) {
+    const DeitOptions* o = &model->options;
+    if (o->drop_path == 0.0 || drop_path_rate((float)o->drop_path, l, o->config.depth) == 0.0f) { return NULL; }
+    return model->drop_path_scales + (2*l + branch) * o->B + b0;
+}
+
+// out = residual + linear(inp) for nb images, or + scales * linear(inp) where scales is not NULL; shapes as linear_forward
+void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual, const float* scales,
+                    size_t nb, size_t T, size_t C, size_t OC) {
+    linear_forward(out, inp, weight, bias, scales == NULL ? residual : NULL, nb * T, C, OC);
+    if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
+}
+
 // Images b0 .. b0+nb-1 through block l. With recompute only what is not cached is computed, by the same calls: the same bits
-void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute) {
+// training: with drop-path
+void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
     const size_t C = model->options.config.channels, T = model->T, rows = nb * T;
     const ParameterTensors* p = &model->params;
     ActivationTensors* acts = &model->acts;
     const int level = recompute ? model->options.recompute : NEVER;
+    const float *scales = training ? branch_scales(model, l, 0, b0) : NULL, *scales2 = training ? branch_scales(model, l, 1, b0) : NULL;
 #define AT(type, name) ((type*)activation_at(model, &acts->name, l, b0, recompute))
     floatX* residual = AT(floatX, residual);
     floatX *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv), *atty = AT(floatX, atty), *residual2 = AT(floatX, residual2);
@@ -3701,18 +3904,18 @@ void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute
     if (level >= 1) { layernorm_forward(ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w + l*C, p->ln1b + l*C, rows, C, C); }
     if (level >= 2) { linear_forward(qkv, ln1, p->qkvw + l * 3*C*C, p->qkvb + l * 3*C, NULL, rows, C, 3*C); }
     if (level >= 3) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
-    if (level >= 3) { linear_forward(residual2, atty, p->projw + l * C*C, p->projb + l*C, residual, rows, C, C); }
+    if (level >= 3) { branch_forward(residual2, atty, p->projw + l * C*C, p->projb + l*C, residual, scales, nb, T, C, C); }
     if (level >= 1) { layernorm_forward(ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w + l*C, p->ln2b + l*C, rows, C, C); }
     if (level >= 2) { linear_forward(fch, ln2, p->fc1w + l * 4*C*C, p->fc1b + l * 4*C, NULL, rows, C, 4*C); }
     if (level >= 1) { gelu_forward(fch_gelu, fch, rows * 4*C); }
 #undef AT
     if (!recompute) {
         floatX* out = (floatX*)activation_at(model, &acts->residual, l + 1, b0, false);
-        linear_forward(out, fch_gelu, p->fc2w + l * 4*C*C, p->fc2b + l*C, residual2, rows, 4*C, C);
+        branch_forward(out, fch_gelu, p->fc2w + l * 4*C*C, p->fc2b + l*C, residual2, scales2, nb, T, 4*C, C);
     }
 }
 
-// logits of the n <= B images whose patches and labels are on the device. training: DropIT chooses from the cached inputs
+// logits of the n <= B images whose patches and labels are on the device. training: with drop-path, and DropIT chooses from the cached inputs
 void deit_forward(DeitModel* model, size_t n, bool training) {
     const DeitConfig c = model->options.config;
     const size_t C = c.channels, T = model->T, V = c.num_classes, K = (size_t)c.image_channels * c.patch_size * c.patch_size;
@@ -3727,8 +3930,12 @@ void deit_forward(DeitModel* model, size_t n, bool training) {
         embed(out, model->tokens, p->cls, p->pos, nb, T, C);
     }
     if (training) { drop_activation(model, &acts->patches, 0); }
+    if (training && model->options.drop_path > 0.0) {
+        drop_path_scales(model->drop_path_scales, c.depth, (int)model->options.B, model->options.drop_path, model->options.seed, model->drop_step,
+                         (unsigned)(rank * model->options.B));
+    }
     for (int l = 0; l < c.depth; l++) {
-        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, n - b0 < I ? n - b0 : I, false); }
+        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, n - b0 < I ? n - b0 : I, false, training); }
         if (training) {
             drop_activation(model, &acts->ln1, l);
             drop_activation(model, &acts->atty, l);
@@ -3828,19 +4035,24 @@ void block_backward(DeitModel* model, int l, size_t b0, size_t nb) {
     const GradientTensors* g = &model->grads;
     ActivationTensors* acts = &model->acts;
     floatX *dres = model->dresidual + b0 * T*C, *dbranch = model->dbranch, *dqkv = model->dqkv, *dfch = model->dfch;
-    block_forward(model, l, b0, nb, true);
+    const float *scales = branch_scales(model, l, 0, b0), *scales2 = branch_scales(model, l, 1, b0);
+    block_forward(model, l, b0, nb, true, true);
 #define AT(type, name) ((type*)activation_at(model, &acts->name, l, b0, true))
-    // the mlp: residual + fc2(gelu(fc1(ln2(residual2))))
-    weight_gradient(model, &acts->fch_gelu, l, g->fc2w + l * 4*C*C, g->fc2b + l*C, dres, b0, nb, T, 4*C, C);
-    linear_backward_input(dfch, dres, p->fc2w + l * 4*C*C, rows, 4*C, C);
+    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch, which has no use yet, takes what drop-path lets through
+    const floatX* dmlp = scales2 != NULL ? dbranch : dres;
+    if (scales2 != NULL) { drop_path(dbranch, dres, NULL, scales2, nb, T*C); }
+    weight_gradient(model, &acts->fch_gelu, l, g->fc2w + l * 4*C*C, g->fc2b + l*C, dmlp, b0, nb, T, 4*C, C);
+    linear_backward_input(dfch, dmlp, p->fc2w + l * 4*C*C, rows, 4*C, C);
     gelu_backward(dfch, AT(floatX, fch), rows * 4*C);
     weight_gradient(model, &acts->ln2, l, g->fc1w + l * 4*C*C, g->fc1b + l * 4*C, dfch, b0, nb, T, C, 4*C);
     linear_backward_input(dbranch, dfch, p->fc1w + l * 4*C*C, rows, C, 4*C);
     layernorm_backward(dres, g->ln2w + l*C, g->ln2b + l*C, model->partial, dbranch, AT(floatX, residual2), p->ln2w + l*C,
                        AT(float, ln2_mean), AT(float, ln2_rstd), rows, C, C);
-    // attention: residual + proj(attention(qkv(ln1(residual))))
-    weight_gradient(model, &acts->atty, l, g->projw + l * C*C, g->projb + l*C, dres, b0, nb, T, C, C);
-    linear_backward_input(dbranch, dres, p->projw + l * C*C, rows, C, C);
+    // attention: residual + proj(attention(qkv(ln1(residual)))); here dfch is free
+    const floatX* dattention = scales != NULL ? dfch : dres;
+    if (scales != NULL) { drop_path(dfch, dres, NULL, scales, nb, T*C); }
+    weight_gradient(model, &acts->atty, l, g->projw + l * C*C, g->projb + l*C, dattention, b0, nb, T, C, C);
+    linear_backward_input(dbranch, dattention, p->projw + l * C*C, rows, C, C);
     attention_backward(dqkv, dbranch, AT(floatX, qkv), AT(float, lse), &model->attention, (int)nb);
     weight_gradient(model, &acts->ln1, l, g->qkvw + l * 3*C*C, g->qkvb + l * 3*C, dqkv, b0, nb, T, C, 3*C);
     linear_backward_input(dbranch, dqkv, p->qkvw + l * 3*C*C, rows, C, 3*C);
@@ -3936,9 +4148,35 @@ void deit_update(DeitModel* model, OptimizerConfig o, double lr, int step) {
         optimizer_update(model->params_memory + begin, model->master + at, model->m + at, model->v == NULL ? NULL : model->v + at,
                          model->grads_memory + begin, end - begin, model->result, config, lr, step);
     }
+    if (model->ema != NULL) { ema_update(model->ema, model->master, model->shard_n, model->options.ema); }
     if (model->options.sharded && num_ranks > 1) {
         ranks_gather(model->params_memory, model->params_memory + first, model->shard_n * sizeof(floatX));
     }
+}
+
+// The moving average takes the place of the weights, for an evaluation, until deit_ema_leave. The gradients have been used: their memory
+// keeps the weights
+void deit_ema_enter(DeitModel* model) {
+    const size_t first = model->shard_begin, n = model->shard_n;
+    const size_t bytes = model->num_parameters * sizeof(floatX);
+    cudaCheck(cudaMemcpyAsync(model->grads_memory, model->params_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
+    round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(model->params_memory + first, model->ema, n);
+    kernelCheck();
+    if (model->options.sharded && num_ranks > 1) { ranks_gather(model->params_memory, model->params_memory + first, n * sizeof(floatX)); }
+}
+
+void deit_ema_leave(DeitModel* model) {
+    const size_t bytes = model->num_parameters * sizeof(floatX);
+    cudaCheck(cudaMemcpyAsync(model->params_memory, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
+}
+
+// Operations of the matrix products of a training step on n images: those of the forward pass three times. What -r computes again is not counted,
+// nor is what DropIT or drop-path spare
+double deit_flops(const DeitModel* model, size_t n) {
+    const DeitConfig c = model->options.config;
+    const double C = c.channels, T = (double)model->T, K = (double)c.image_channels * c.patch_size * c.patch_size;
+    const double block = 2*T*12*C*C + 4*T*T*C; // four linears; scores and their product with v
+    return 3.0 * n * (c.depth * block + 2*(T-1)*K*C + 2*C*c.num_classes);
 }
 
 // what the devices of all ranks have added up since deit_zero_gradients; waits for them
@@ -4011,6 +4249,7 @@ void device_open(void) {
     require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with `make PRECISION=FP32`",
             properties.name, properties.major, properties.minor);
     num_multiprocessors = properties.multiProcessorCount;
+    peak_flops = gpu_peak_flops(properties.name, sizeof(floatX) == 2);
     cudaCheck(cudaStreamCreate(&main_stream));
     cublasCheck(cublasCreate(&cublas_handle));
     cublasCheck(cublasSetStream(cublas_handle, main_stream));
@@ -4516,7 +4755,8 @@ typedef struct {
     double low, high; // of numbers
 } Option;
 
-void usage(FILE* out, const char* program, const Option* options, int n) {
+// recipes: names, and the flags with values that they stand for
+void usage(FILE* out, const char* program, const Option* options, int n, const char* const (*recipes)[2], int num_recipes) {
     fprintf(out, "usage: %s [flag value] ...\n", program);
     for (int i = 0; i < n; i++) {
         const Option* o = &options[i];
@@ -4525,30 +4765,45 @@ void usage(FILE* out, const char* program, const Option* options, int n) {
         else if (o->type == 'f') { fprintf(out, "%g)\n", *(double*)o->value); }
         else { fprintf(out, "%s)\n", **(const char***)&o->value ? *(const char**)o->value : "none"); }
     }
+    fprintf(out, "recipes (-recipe NAME; flags beside it override):\n");
+    for (int i = 0; i < num_recipes; i++) { fprintf(out, "  %s: %s\n", recipes[i][0], recipes[i][1]); }
 }
 
-void parse_options(int argc, char** argv, const Option* options, int n) {
+void set_option(const Option* options, int n, const char* program, const char* flag, const char* arg) {
+    const Option* o = NULL;
+    for (int j = 0; j < n; j++) { if (strcmp(flag, options[j].flag) == 0) { o = &options[j]; } }
+    require(o != NULL, "unknown flag %s; %s -h lists the flags", flag, program);
+    require(arg != NULL, "flag %s lacks its value; %s -h lists the flags", flag, program);
+    if (o->type == 's') {
+        *(const char**)o->value = arg;
+        return;
+    }
+    char* end;
+    const double v = strtod(arg, &end);
+    require(end != arg && *end == 0, "%s wants a number, got '%s'", o->flag, arg);
+    require(v >= o->low && v <= o->high, "%s must be between %g and %g, got %s", o->flag, o->low, o->high, arg); // a NaN fails
+    if (o->type == 'f') { *(double*)o->value = v; return; }
+    require(v == (int)v, "%s wants a whole number, got '%s'", o->flag, arg);
+    *(int*)o->value = (int)v;
+}
+
+// what a recipe stands for becomes the defaults, wherever -recipe stands; then come the flags
+void parse_options(int argc, char** argv, const Option* options, int n, const char* const (*recipes)[2], int num_recipes) {
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (strcmp(argv[i], "-recipe") != 0) { continue; }
+        const char* flags = NULL;
+        for (int j = 0; j < num_recipes; j++) { if (strcmp(argv[i+1], recipes[j][0]) == 0) { flags = recipes[j][1]; } }
+        require(flags != NULL, "-recipe %s is not a recipe; %s -h lists them", argv[i+1], argv[0]);
+        char* words = strdup(flags); // lives as long as the options do
+        require(words != NULL, "out of host memory for the recipe %s", argv[i+1]);
+        for (char* flag = strtok(words, " "); flag != NULL; flag = strtok(NULL, " ")) { set_option(options, n, argv[0], flag, strtok(NULL, " ")); }
+    }
     for (int i = 1; i < argc; i += 2) {
         if (strcmp(argv[i], "-h") == 0) {
-            usage(stdout, argv[0], options, n);
+            usage(stdout, argv[0], options, n, recipes, num_recipes);
             exit(EXIT_SUCCESS);
         }
-        const Option* o = NULL;
-        for (int j = 0; j < n; j++) { if (strcmp(argv[i], options[j].flag) == 0) { o = &options[j]; } }
-        require(o != NULL, "unknown flag %s; %s -h lists the flags", argv[i], argv[0]);
-        require(i + 1 < argc, "flag %s lacks its value; %s -h lists the flags", argv[i], argv[0]);
-        const char* arg = argv[i+1];
-        if (o->type == 's') {
-            *(const char**)o->value = arg;
-            continue;
-        }
-        char* end;
-        const double v = strtod(arg, &end);
-        require(end != arg && *end == 0, "%s wants a number, got '%s'", o->flag, arg);
-        require(v >= o->low && v <= o->high, "%s must be between %g and %g, got %s", o->flag, o->low, o->high, arg); // a NaN fails
-        if (o->type == 'f') { *(double*)o->value = v; continue; }
-        require(v == (int)v, "%s wants a whole number, got '%s'", o->flag, arg);
-        *(int*)o->value = (int)v;
+        set_option(options, n, argv[0], argv[i], i + 1 < argc ? argv[i+1] : NULL);
     }
 }
 
@@ -4794,7 +5049,11 @@ int main(int argc, char** argv) {
     double crop_scale = 0.08, crop_pct = 1.0;
     double lr = 2e-3, weight_decay = 0.05, gamma = 0.0, smoothing = 0.0, clip = 0.0, beta1 = 0.9, beta2 = 0.999, momentum = 0.9;
     double erase = 0.0, mixup = 0.0, cutmix = 0.0, mix = 1.0, mix_switch = 0.5;
+    const char *recipe = NULL, *schedule_name = "step";
+    int warmup_epochs = 0, cooldown = 0, unscale_lr = 1, nesterov = 0;
+    double min_lr = 0.0, warmup_lr = 0.0, drop_path = 0.0, ema = 0.0;
     const Option options[] = {
+        {"-recipe",   's', &recipe,         "published settings that become the defaults, listed below", 0, 0},
         {"-m",        's', &model_name,     "model: deit_nano, deit_tiny, deit_small, deit_base, vit_base", 0, 0},
         {"-i",        's', &train_path,     "training images: a shard, or PREFIX of PREFIX_00000.bin, PREFIX_00001.bin, ...", 0, 0},
         {"-j",        's', &val_path,       "validation images: a shard or a prefix", 0, 0},
@@ -4809,7 +5068,16 @@ int main(int argc, char** argv) {
         {"-beta1",    'f', &beta1,          "AdamW: decay of the first moment", 0, 0.999999},
         {"-beta2",    'f', &beta2,          "AdamW: decay of the second moment", 0, 0.9999999},
         {"-momentum", 'f', &momentum,       "SGD: momentum", 0, 0.999999},
-        {"-warmup",   'i', &warmup,         "steps of linear warm-up before the cosine", 0, 2e9},
+        {"-nesterov", 'i', &nesterov,       "SGD: 1: Nesterov's momentum", 0, 1},
+        {"-unscale_lr", 'i', &unscale_lr,   "1: -l is the learning rate; 0: it is that of 512 images, and grows with the images of a step", 0, 1},
+        {"-schedule", 's', &schedule_name,  "learning rate by step, or by epoch, as DeiT's code steps timm's cosine", 0, 0},
+        {"-warmup",   'i', &warmup,         "steps of linear warm-up before the cosine (-schedule step)", 0, 2e9},
+        {"-warmup_epochs", 'i', &warmup_epochs, "epochs of linear warm-up; above 0 they take the place of -warmup", 0, 1 << 20},
+        {"-warmup_lr", 'f', &warmup_lr,     "learning rate at which the warm-up begins", 0, 1e6},
+        {"-min_lr",   'f', &min_lr,         "learning rate at which the cosine ends", 0, 1e6},
+        {"-cooldown", 'i', &cooldown,       "epochs at -min_lr after the -e epochs", 0, 1 << 20},
+        {"-drop_path", 'f', &drop_path,     "drop-path: rate of the last block, linear over depth; 0: off", 0, 0.99},
+        {"-ema",      'f', &ema,            "decay of a moving average of the weights, evaluated too; 0: none", 0, 0.9999999},
         {"-clip",     'f', &clip,           "largest norm of the gradient, 0: no clipping", 0, 1e30},
         {"-smoothing", 'f', &smoothing,     "label smoothing", 0, 0.999999},
         {"-flip",     'i', &flip,           "1: mirror half of the training images", 0, 1},
@@ -4849,8 +5117,7 @@ int main(int argc, char** argv) {
         {"-bench",    'i', &bench,          "time this many steps on random images and exit", 0, 1 << 20},
     };
     const int num_options = sizeof(options) / sizeof(options[0]);
-    parse_options(argc, argv, options, num_options);
-
+    parse_options(argc, argv, options, num_options, deit_recipes, sizeof(deit_recipes) / sizeof(deit_recipes[0]));
     DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
     DeitOptions* o = &model->options;
     bool known = false;
@@ -4874,6 +5141,8 @@ int main(int argc, char** argv) {
     require((bench > 0) + evaluate_only + (predict_path != NULL) + (sheet != NULL) <= 1, "-bench, -eval, -predict and -sheet do one thing each and "
             "exit; give one of them");
     require(predict_path == NULL || weights != NULL, "-predict needs weights; give them with -w");
+    require(strcmp(schedule_name, "step") == 0 || strcmp(schedule_name, "epoch") == 0, "-schedule %s is not a schedule; choose step or epoch",
+            schedule_name);
     require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     o->B = B;
     o->gamma = gamma;
@@ -4882,6 +5151,8 @@ int main(int argc, char** argv) {
     o->adamw = strcmp(optimizer, "adamw") == 0;
     o->sharded = sharded;
     o->stats = stats > 0;
+    o->drop_path = drop_path;
+    o->ema = ema;
     o->chunk_bytes = DEFAULT_CHUNK_BYTES;
     o->seed = (unsigned long long)seed;
     parse_augment(&o->augment, augment);
@@ -4890,7 +5161,7 @@ int main(int argc, char** argv) {
     o->augment.cutmix = cutmix;
     o->augment.mix = mix;
     o->augment.mix_cutmix = mix_switch;
-    const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip};
+    const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip, nesterov == 1};
 
     if (strcmp(plan, "0") != 0) {
         const size_t limit = strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan);
@@ -4935,12 +5206,14 @@ int main(int argc, char** argv) {
     // command twice writes the same files
     const int found = training && resume ? checkpoint_find(output) : -1, first_step = found < 0 ? 0 : found;
     ranks_agree((uint32_t)found, "newest checkpoints");
-    StMetadata metadata[40] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}, {"ranks", ""}};
+    // best_top1, in %, is that of the evaluations so far; -1: none
+    StMetadata metadata[64] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME}, {"data", ""}, {"ranks", ""},
+                               {"best_step", ""}, {"best_top1", ""}};
     snprintf(metadata[4].value, sizeof(metadata[4].value), "%08x", training ? train_set.crc : 0);
     snprintf(metadata[5].value, sizeof(metadata[5].value), "%d", num_ranks);
-    const int num_metadata = options_metadata(metadata, 6, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -warmup -clip "
-        "-smoothing -flip -crop -scale -crop_pct -repeats -aa -reprob -mixup -cutmix -mixup_prob -mixup_switch -g -s -g_all -seed -size -patch -chans "
-        "-classes ");
+    const int num_metadata = options_metadata(metadata, 8, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -nesterov "
+        "-unscale_lr -schedule -warmup -warmup_epochs -warmup_lr -min_lr -cooldown -clip -smoothing -drop_path -ema -flip -crop -scale -crop_pct "
+        "-repeats -aa -reprob -mixup -cutmix -mixup_prob -mixup_switch -g -s -g_all -seed -size -patch -chans -classes ");
     size_t free_before, free_now, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
@@ -4954,7 +5227,11 @@ int main(int argc, char** argv) {
     } else {
         deit_init_parameters(model);
     }
-    if (found < 0 && save_every > 0) { snprintf(metadata[2].value, sizeof(metadata[2].value), "%08x", deit_fingerprint(model)); }
+    if (found < 0 && save_every > 0) {
+        snprintf(metadata[2].value, sizeof(metadata[2].value), "%08x", deit_fingerprint(model));
+        strcpy(metadata[6].value, "0");
+        strcpy(metadata[7].value, "-1");
+    }
 
     const double MiB = 1048576.0;
     printf("model: %s, image %d, patch %d, channels %d, classes %d, width %d, depth %d, heads %d, %zu parameters\n", model_name, o->config.image_size,
@@ -5058,13 +5335,19 @@ int main(int argc, char** argv) {
     if (found >= 0) { printf("resuming after step %d\n", found); }
     else if (resume) { printf("no checkpoint in %s: starting at the first step\n", output); }
     const PixelStats pixel_stats = set_stats(&train.set);
-    const int scheduled = (int)(epochs * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
+    const int scheduled = (int)((epochs + cooldown) * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
+    const bool by_epochs = strcmp(schedule_name, "epoch") == 0;
+    const Schedule schedule = {by_epochs, unscale_lr ? lr : lr * step_images / 512.0, min_lr, warmup_lr,
+                               by_epochs ? warmup_epochs : warmup_epochs > 0 ? (int)(warmup_epochs * epoch_steps) : warmup,
+                               by_epochs ? epochs : (int)(epochs * epoch_steps), (int)epoch_steps};
     Evaluation result = {};
     size_t loaded = (size_t)first_step * accumulation; // batches copied to the device
     double start = seconds(), timed = 0.0; // timed: without the first step
     if (first_step >= steps) { result = evaluate(model, &val); }
     for (int step = first_step; step < steps; step++) {
-        const bool evaluates = step + 1 == steps || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
+        // -x adds an evaluation that a run without it has not
+        const bool planned = step + 1 == scheduled || (evaluate_every > 0 && (step + 1) % (evaluate_every * epoch_steps) == 0);
+        const bool evaluates = planned || step + 1 == steps;
         model->stats_now = stats > 0 && step % stats == 0;
         deit_zero_gradients(model);
         for (int micro = 0; micro < accumulation; micro++) {
@@ -5080,15 +5363,18 @@ int main(int argc, char** argv) {
             // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device
             if (micro + 1 < accumulation || !evaluates) { loader_batch(&train, loaded++); }
         }
-        const double rate = learning_rate_at(lr, step, warmup, scheduled);
+        const double rate = learning_rate_at(&schedule, step);
         deit_update(model, optimizer_config, rate, step + 1);
         const StepResult r = deit_result(model);
         const double now = seconds(), ms = 1e3 * (now - start), seen = (double)step_images, loss = r.loss / seen;
         start = now;
         timed += step > first_step ? ms : 0.0;
         const int left = (int)(1e-3 * (step > first_step ? timed / (step - first_step) : ms) * (steps - 1 - step));
-        printf("step %5d/%d | loss %8.6f | acc %6.2f%% | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | left %d:%02d\n", step + 1, steps, loss,
-               100.0 * r.top1 / seen, r.norm, rate, ms, 1e3 * seen / ms, left / 60, left % 60);
+        printf("step %5d/%d | loss %8.6f | acc %6.2f%% | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | ", step + 1, steps, loss,
+               100.0 * r.top1 / seen, r.norm, rate, ms, 1e3 * seen / ms);
+        const double mfu = peak_flops > 0.0 ? 100.0 * deit_flops(model, step_images / num_ranks) / (1e-3 * ms * peak_flops) : 0.0;
+        if (peak_flops > 0.0) { printf("%4.1f%% MFU | ", mfu); }
+        printf("left %d:%02d\n", left / 60, left % 60);
         if (log != NULL) {
             fprintf(log, "s:%d trl:%.9g lr:%.9g norm:%.9g ms:%.3f\n", step + 1, loss, rate, r.norm, ms);
             fflush(log);
@@ -5098,6 +5384,7 @@ int main(int argc, char** argv) {
         events_write(events, step + 1, "train/lr", rate);
         events_write(events, step + 1, "train/gradient_norm", r.norm);
         events_write(events, step + 1, "train/images_per_s", 1e3 * seen / ms);
+        if (peak_flops > 0.0) { events_write(events, step + 1, "train/mfu", mfu); }
         if (events != NULL) { fflush(events); }
         require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
                 "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
@@ -5112,6 +5399,29 @@ int main(int argc, char** argv) {
             events_write(events, step + 1, "val/loss", result.loss);
             events_write(events, step + 1, "val/top1", 100.0 * result.top1);
             events_write(events, step + 1, "val/top5", 100.0 * result.top5);
+            if (save_every > 0 && 100.0 * result.top1 > strtod(metadata[7].value, NULL)) {
+                // What -x added may write the file, but later checkpoints are as if it had not been: the same bits as without -x
+                StMetadata before[2] = {metadata[6], metadata[7]};
+                snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);
+                metadata[6] = metadata[1];
+                strcpy(metadata[6].key, before[0].key);
+                snprintf(metadata[7].value, sizeof(metadata[7].value), "%.17g", 100.0 * result.top1);
+                deit_save_best(model, output, metadata, num_metadata, 100.0 * result.top1);
+                if (!planned) { memcpy(&metadata[6], before, sizeof(before)); }
+            }
+            if (ema > 0.0) {
+                deit_ema_enter(model);
+                const Evaluation e = evaluate(model, &val);
+                deit_ema_leave(model);
+                printf("eval EMA epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, e.loss, 100.0 * e.top1, 100.0 * e.top5);
+                if (log != NULL) {
+                    fprintf(log, "s:%d etel:%.9g etop1:%.9g etop5:%.9g\n", step + 1, e.loss, 100.0 * e.top1, 100.0 * e.top5);
+                    fflush(log);
+                }
+                events_write(events, step + 1, "val/ema_loss", e.loss);
+                events_write(events, step + 1, "val/ema_top1", 100.0 * e.top1);
+                events_write(events, step + 1, "val/ema_top5", 100.0 * e.top5);
+            }
         }
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {
             snprintf(metadata[1].value, sizeof(metadata[1].value), "%d", step + 1);

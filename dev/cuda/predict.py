@@ -16,6 +16,7 @@ It walks through a step as the trainer does, function by function under the trai
 
 Bytes are read and written once by each kernel, all from memory: that a chunk of 32 MiB may still lie in the L2 cache is left out.
 So are copies to and from the host, which overlap with the step or are a few bytes. Strategy mink, AdamW, no -stats and no -g_all.
+--drop_path and --ema add what -drop_path and -ema do (a step of the recipes has both).
 """
 import argparse
 import json
@@ -58,6 +59,7 @@ INSTRUCTIONS = {
     "gelu_forward_kernel": 31, "gelu_backward_kernel": 45, "softmax_forward_kernel": 31, "softmax_backward_kernel": 31,
     "dropit_candidates_kernel": 19, "dropit_unpack_kernel": 23, "dropit_mask_kernel": 13, "adamw_kernel": 70, "sum_squares_kernel": 3,
     "patchify_kernel": 60, "embed_kernel": 25, "embed_backward_tokens_kernel": 12, "embed_backward_positions_kernel": 5,
+    "drop_path_kernel": 8, "ema_kernel": 6, # estimated
     "column_sum_finish_kernel": 6, "bias_add_kernel": 15, "cross_entropy_kernel": 15, "dropit_histogram_kernel": 15, "dropit_count_kernel": 17,
 }
 
@@ -72,9 +74,9 @@ def ceil_div(a, b):
 class Step:
     """one training step as a list of launches; the methods are the trainer's functions"""
 
-    def __init__(self, model, batch, gamma, recompute, precision):
+    def __init__(self, model, batch, gamma, recompute, precision, drop_path=False, ema=False):
         size, patch, self.CH, self.V, self.C, self.L, self.NH = MODELS[model]
-        self.B, self.gamma, self.recompute, self.precision = batch, gamma, recompute, precision
+        self.B, self.gamma, self.recompute, self.precision, self.drop_path, self.ema = batch, gamma, recompute, precision, drop_path, ema
         self.size, self.patch = size, patch
         self.K, self.T, self.HS = self.CH * patch * patch, (size // patch) ** 2 + 1, self.C // self.NH
         self.ld = ceil_div(self.T, 8) * 8
@@ -211,7 +213,18 @@ class Step:
         self.linear_backward_weight(images * tokens, C, OC)
         self.column_sum(images * tokens, OC)
 
-    def block_forward(self, images, level, recompute):
+    def drop_path_kernel(self, images, passes):
+        """passes: tensors (images, T, C) read and written"""
+        n = images * self.T * self.C
+        self.launch("drop_path_kernel", "rest", passes * n * self.x, n=n)
+
+    def branch_forward(self, images, C, drops):
+        """drops: the block's rate is above 0"""
+        self.linear_forward(images * self.T, C, self.C, not drops)
+        if drops:
+            self.drop_path_kernel(images, 3)
+
+    def block_forward(self, images, level, recompute, drops):
         C, rows = self.C, images * self.T
         if level >= 1:
             self.layernorm_forward(rows)
@@ -219,7 +232,7 @@ class Step:
             self.linear_forward(rows, C, 3 * C, False)
         if level >= 3:
             self.attention_forward(images)
-            self.linear_forward(rows, C, C, True)
+            self.branch_forward(images, C, drops)
         if level >= 1:
             self.layernorm_forward(rows)
         if level >= 2:
@@ -227,17 +240,21 @@ class Step:
         if level >= 1:
             self.gelu_forward(rows * 4 * C)
         if not recompute:
-            self.linear_forward(rows, 4 * C, C, True)
+            self.branch_forward(images, 4 * C, drops)
 
-    def block_backward(self, images):
+    def block_backward(self, images, drops):
         C, T, rows = self.C, self.T, images * self.T
-        self.block_forward(images, self.recompute, True)
+        self.block_forward(images, self.recompute, True, drops)
+        if drops:
+            self.drop_path_kernel(images, 2)
         self.weight_gradient(images, T, 4 * C, C, 1)
         self.linear_backward_input(rows, 4 * C, C)
         self.gelu_backward(rows * 4 * C)
         self.weight_gradient(images, T, C, 4 * C, 1)
         self.linear_backward_input(rows, C, 4 * C)
         self.layernorm_backward(rows)
+        if drops:
+            self.drop_path_kernel(images, 2)
         self.weight_gradient(images, T, C, C, 3)
         self.linear_backward_input(rows, C, C)
         self.attention_backward(images)
@@ -250,9 +267,11 @@ class Step:
         for images in self.chunks:
             self.linear_forward(images * (T - 1), self.K, C, False)
             self.launch("embed_kernel", "rest", images * (2 * T - 1) * C * x, n=images * T * C)
-        for _ in range(self.L):
+        if self.drop_path:
+            self.launch("drop_path_scales_kernel", "rest", self.L * 2 * self.B * 4)
+        for l in range(self.L):
             for images in self.chunks:
-                self.block_forward(images, 4, False)
+                self.block_forward(images, 4, False, self.drop_path and l > 0) # the rate of block 0 is 0
             self.drop_activation(T * C, 1)     # ln1
             self.drop_activation(T * C, 3)     # atty
             self.drop_activation(T * C, 1)     # ln2
@@ -267,9 +286,9 @@ class Step:
         self.linear_backward_input(self.B, C, self.V)
         self.launch("memset", "rest", self.B * T * C * x)
         self.layernorm_backward(self.B)
-        for _ in range(self.L):
+        for l in reversed(range(self.L)):
             for images in self.chunks:
-                self.block_backward(images)
+                self.block_backward(images, self.drop_path and l > 0)
         for images in self.chunks:
             self.launch("embed_backward_positions_kernel", "rest", images * T * C * x + 8 * T * C, n=images * T * C,
                         chain=ceil_div(images, 16) * MEMORY_LATENCY)
@@ -291,6 +310,8 @@ class Step:
         for part in [decayed, n - decayed]:
             moved = 28 + (self.x if self.x == 2 else 0) # reads gradient, moments and master, writes the last three, and the rounded parameter
             self.launch("adamw_kernel", "optimizer", moved * part, n=part)
+        if self.ema:
+            self.launch("ema_kernel", "optimizer", 12 * n, n=n)
 
     def step(self):
         B, V, x = self.B, self.V, self.x
@@ -383,6 +404,8 @@ def main():
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--kernels", action="store_true", help="every kernel of one configuration")
+    parser.add_argument("--drop_path", action="store_true", help="with drop-path")
+    parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="DeiT-S, bf16, batch 256 on the H200: DropIT's cost")
     o = parser.parse_args()
@@ -401,13 +424,13 @@ def main():
         sys.exit(1 if failed else 0)
 
     if o.kernels:
-        rows = Step(o.m, o.b, o.g, o.r, o.precision).kernels(gpu)
+        rows = Step(o.m, o.b, o.g, o.r, o.precision, o.drop_path, o.ema).kernels(gpu)
         if o.json:
             print(json.dumps(rows, indent=1))
         else:
             print_kernels(rows)
         return
-    summaries = [Step(o.m, o.b, g, r, o.precision).summary(gpu) for g in [0.0, 0.7, 0.9] for r in range(4)]
+    summaries = [Step(o.m, o.b, g, r, o.precision, o.drop_path, o.ema).summary(gpu) for g in [0.0, 0.7, 0.9] for r in range(4)]
     for s in summaries:
         s["cost"] = s["step_ms"] / summaries[s["recompute"]]["step_ms"]
     if o.json:

@@ -28,6 +28,7 @@ THREADS = {
     "dropit_pack_kernel": 64, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
     "bias_add_kernel": 256, "column_sum_kernel": 64, "column_sum_finish_kernel": 64,
     "cross_entropy_kernel": 64, "loss_sum_kernel": 64, "sum_squares_kernel": 128, "norm_kernel": 1, "adamw_kernel": 256, "sgd_kernel": 256,
+    "ema_kernel": 256, "round_kernel": 256, "drop_path_scales_kernel": 64, "drop_path_kernel": 256,
     "patchify_kernel": 256, "embed_kernel": 256, "embed_backward_tokens_kernel": 256, "embed_backward_positions_kernel": 64,
     "layernorm_forward_kernel": 128, "layernorm_backward_kernel": 128, "layernorm_weight_kernel": 64,
     "gelu_forward_kernel": 256, "gelu_backward_kernel": 256,
@@ -39,7 +40,7 @@ THREADS = {
 # loss, pointers of heads, gradients of positions. Nor bias_add_kernel (odd sizes alone) and dot_kernel (-stats alone)
 MEMORY_BOUND = [
     "dropit_candidates_kernel", "dropit_pack_kernel", "dropit_unpack_kernel", "dropit_mask_kernel", "column_sum_kernel",
-    "sum_squares_kernel", "adamw_kernel", "sgd_kernel", "patchify_kernel", "embed_kernel", "embed_backward_tokens_kernel",
+    "sum_squares_kernel", "adamw_kernel", "sgd_kernel", "ema_kernel", "drop_path_kernel", "patchify_kernel", "embed_kernel", "embed_backward_tokens_kernel",
     "layernorm_forward_kernel", "layernorm_backward_kernel", "layernorm_weight_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
     "softmax_forward_kernel", "softmax_backward_kernel",
 ]

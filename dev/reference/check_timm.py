@@ -24,6 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+import rng
+
 LIMIT = 1e-5  # of a tensor's largest element; float32 rounding reaches 2e-6
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "..", "data"))
@@ -49,9 +51,19 @@ def check(path):
         img_size=int(meta["image_size"]), patch_size=int(meta["patch_size"]),
         in_chans=int(meta["in_chans"]), num_classes=int(meta["num_classes"]),
         embed_dim=int(meta["embed_dim"]), depth=int(meta["depth"]),
-        num_heads=int(meta["num_heads"]), mlp_ratio=4, qkv_bias=True)
+        num_heads=int(meta["num_heads"]), mlp_ratio=4, qkv_bias=True,
+        drop_path_rate=float(meta.get("drop_path", 0)))
     model.load_state_dict({name[len("param."):]: tensor for name, tensor in tensors.items()
                            if name.startswith("param.")})
+    for i, block in enumerate(model.blocks):
+        for branch, layer in enumerate((block.drop_path1, block.drop_path2)):
+            if isinstance(layer, torch.nn.Identity):
+                continue  # rate 0
+            places = (2 * i + branch << 32) + np.arange(int(meta["batch_size"]))
+            words = rng.philox(int(meta["drop_path_seed"]), rng.DROP_PATH, 0, places)[0]
+            keep = 1 - layer.drop_prob  # timm's own rate
+            scales = torch.from_numpy((words + 0.5) / 2.0**32 < keep).float().div_(keep)
+            layer.register_forward_hook(lambda _, args, out, s=scales: args[0] * s[:, None, None])
     inputs, douts = {}, {}
     for name, module in model.named_modules():
         if gamma > 0 and f"mask.{name}" in tensors:

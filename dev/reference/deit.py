@@ -175,7 +175,31 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath:
+    """Which branches of which images are left out: timm's DropPath on the trainer's draws."""
+
+    def __init__(self, rate, depth, seed):
+        # timm: [x.item() for x in torch.linspace(0, drop_path_rate, depth)]
+        self.rates, self.seed = torch.linspace(0, rate, depth).tolist(), seed
+        self.step = 0         # counts the forward passes that train
+        self.first_image = 0  # of this rank's batch among those of all ranks
+
+    def scales(self, block, branch, images):
+        """0 for an image that leaves the branch out (0: attention, 1: mlp), else 1 / keep."""
+        keep = 1 - self.rates[block]
+        places = (2 * block + branch << 32) + self.first_image + np.arange(images)
+        uniform = (rng.philox(self.seed, rng.DROP_PATH, self.step, places)[0] + 0.5) / 2.0**32
+        return torch.from_numpy(uniform < keep).float().div_(keep)
+
+    def __call__(self, x, block, branch):
+        if self.rates[block] == 0:
+            return x
+        return x * self.scales(block, branch, x.shape[0]).to(x.dtype)[:, None, None]
+
+
 class Block(nn.Module):
+    drop_path = None
+
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -184,8 +208,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        if self.drop_path is None or not self.training:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)), self.index, 0)
+        return x + self.drop_path(self.mlp(self.norm2(x)), self.index, 1)
 
 
 class Deit(nn.Module):
@@ -212,6 +239,10 @@ class Deit(nn.Module):
             else:
                 x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+    def use_drop_path(self, drop_path):
+        for i, block in enumerate(self.blocks):
+            block.drop_path, block.index = drop_path, i
 
     def use_dropit(self, dropit, every_layer=False):
         """Drops in the four linears of every block; every_layer: in patch embedding and head too.
@@ -329,10 +360,14 @@ def run_dump(config, options, image, label, parameters, dtype):
     if options.gamma > 0:
         dropit = Dropit(options.gamma)
         model.use_dropit(dropit)
+    drop_path = DropPath(options.drop_path, config.depth, options.seed)
+    if options.drop_path > 0:
+        model.use_drop_path(drop_path)
     optimizer = make_optimizer(model, options)
     image, label = torch.from_numpy(image).to(dtype), torch.from_numpy(label).long()
     losses, first = [], None
     for step in range(options.steps):
+        drop_path.step = step
         if dropit:
             dropit.masks = {} if step == 0 else None
         optimizer.zero_grad()
@@ -364,6 +399,8 @@ def dump(options):
     keys = [*CONFIG_NAMES, "batch_size", "gamma", "optimizer", "lr", "weight_decay"]
     keys += ["momentum"] if options.optimizer == "sgd" else ["beta1", "beta2", "eps"]
     metadata = {"model": "deit", **{key: getattr(options, key) for key in keys}}
+    if options.drop_path > 0:
+        metadata.update(drop_path=options.drop_path, drop_path_seed=options.seed)
     tensors = {"image": image, "label": label, "logits": logits,
                "loss": np.float32(losses[:1]), "losses": np.float32(losses)}
     tensors.update({f"param.{name}": value for name, value in parameters.items()})
@@ -454,6 +491,9 @@ def train(options):
     dropit = Dropit(options.gamma, options.strategy, options.seed)
     if options.gamma > 0:
         model.use_dropit(dropit, options.g_all)
+    drop_path = DropPath(options.drop_path, config.depth, options.seed)
+    if options.drop_path > 0:
+        model.use_drop_path(drop_path)
     optimizer = make_optimizer(model, options)
     # the ranks of a run are parts of a step here, one after the other: each has its own images and
     # its own selection, and the gradients add up
@@ -486,7 +526,7 @@ def train(options):
             if options.flip:
                 mirrored = rng.flips(options.seed, epoch, positions)
                 image[mirrored] = image[mirrored][..., ::-1]
-            dropit.step = step * accumulation + micro
+            dropit.step = drop_path.step = step * accumulation + micro
             dropit.seed = options.seed ^ (rank << 48)  # ranks draw different elements
             logits = model(torch.from_numpy(image))
             loss = F.cross_entropy(logits, torch.from_numpy(label).long(),
@@ -547,6 +587,7 @@ def parse(arguments):
     add_config(one)
     one.add_argument("--batch_size", type=positive, default=4)
     one.add_argument("--gamma", type=gamma, default=0.0)
+    one.add_argument("--drop_path", type=float, default=0.0, help="rate of the last block")
     one.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     for name, default in (("lr", 1e-3), ("weight_decay", 0.05), ("beta1", 0.9), ("beta2", 0.999),
                           ("eps", 1e-8), ("momentum", 0.9)):
@@ -588,6 +629,7 @@ def parse(arguments):
     flag("-smoothing", type=float, default=0.0)
     flag("-clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
     flag("-flip", type=int, choices=(0, 1), default=0)
+    flag("-drop_path", type=float, default=0.0)
     flag("-g", dest="gamma", type=gamma, default=0.0)
     flag("-s", dest="strategy", choices=("mink", "fastmink", "random"), default="mink")
     flag("-g_all", type=int, choices=(0, 1), default=0)

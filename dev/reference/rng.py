@@ -9,6 +9,7 @@ Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011
 import numpy as np
 
 INIT, SHUFFLE, DROPIT, AUGMENT = 1, 2, 3, 4  # purposes
+DROP_PATH = 9
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -19,14 +19,16 @@ losses() { sed 's/ ms:.*//' "$1/main.log"; }
 # flips a bit of byte $2 of file $1
 damage() { printf "\\$(printf %o $(($(od -An -tu1 -j "$2" -N 1 "$1") ^ 4)))" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }
 
-# everything that depends on the step: the order of the data, flips, augmentation and mixing, the random strategy, accumulation, the moments
-flags="-b 8 -a 2 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3"
+# everything that depends on the step: the order of the data, flips, augmentation and mixing, the random strategy, accumulation, the moments,
+# drop-path, the moving average, the learning rate
+flags="-b 8 -a 2 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3
+    -drop_path 0.3 -ema 0.99 -min_lr 1e-4 -warmup_lr 1e-5"
 run $flags -o "$work/alone"
 verdict $? "a run left alone: $(cat "$work/stderr")"
 run $flags -o "$work/twice"
 cmp -s "$work/alone/model_00000150.safetensors" "$work/twice/model_00000150.safetensors"
 verdict $? "the same command twice writes the same model file"
-[ "$(ls "$work/alone" | wc -l)" = 10 ]
+[ "$(ls "$work/alone" | wc -l)" = 11 ] # and main.log and the best weights
 verdict $? "-keep 3 keeps three: $(ls "$work/alone" | tr '\n' ' ')"
 
 kills=0
@@ -101,6 +103,54 @@ run $flags -y 1 -o "$work/full"
 verdict $? "resumed after a full disk: $(cat "$work/stderr")"
 cmp -s "$work/alone/model_00000150.safetensors" "$work/full/model_00000150.safetensors"
 verdict $? "the bits after a full disk"
+
+# the best weights: those of the evaluation with the highest top-1, written once more neither after a resume nor for less
+value() { head -c 4096 "$1" | grep -ao "\"$2\":\"[^\"]*\"" | head -n 1 | cut -d '"' -f 4; } # value FILE KEY of its metadata
+best_of() { # best_of DIRECTORY [STEP]: step and top-1 of the best evaluation in main.log up to STEP
+    awk -F '[: ]' -v last="${2:-999999999}" '$3 == "tel" && $2 <= last && $6 > best + 0 { best = $6; step = $2 } END { print step, best }' "$1/main.log"
+}
+# an epoch has 8 steps; a learning rate that rises too far makes the best evaluation one in the middle
+few="-i data/fashion_val.bin -patch 14 -b 250 -e 6 -schedule epoch -warmup_epochs 2 -warmup_lr 0.001 -min_lr 0.8 -l 0.1 -opt sgd -n 4 -keep 2"
+few="$few -ema 0.9 -drop_path 0.2"
+run $few -o "$work/best"
+verdict $? "a run with evaluations: $(cat "$work/stderr")"
+log_step=$(best_of "$work/best" | cut -d ' ' -f 1)
+[ "$log_step" -gt 8 ] && [ "$log_step" -lt 48 ] && [ "$(value "$work/best/best.safetensors" step)" = "$log_step" ] && [ "$(value "$work/best/best.safetensors" best_step)" = "$log_step" ]
+verdict $? "best.safetensors is of step $(value "$work/best/best.safetensors" step), main.log has: $(best_of "$work/best")"
+[ "$(value "$work/best/state_00000048_00000.safetensors" best_step)" = "$log_step" ] && [ "$(grep -c 'etel:.* etop1:' "$work/best/main.log")" = 6 ]
+verdict $? "the state knows the best step, the average was evaluated: $(grep -c etop1 "$work/best/main.log") times"
+run -patch 14 -w "$work/best/best.safetensors" -eval 1
+top1=$(value "$work/best/best.safetensors" best_top1)
+tail -n 1 "$work/stdout" | grep -q "top1=$(printf %.2f "$top1") "
+verdict $? "the best weights evaluate to $(tail -n 1 "$work/stdout"), expected $top1"
+# back to a checkpoint before the best evaluation: what stands on the disk is kept, and all ends with the same bits
+before=$((log_step - 4))
+cp -r "$work/best" "$work/back"
+run $few -x $before -o "$work/back_start"
+rm "$work/back"/DONE_* "$work/back"/model_* "$work/back"/state_*
+cp "$work/back_start"/*_"$(printf %08d $before)"* "$work/back"
+inode=$(stat -c %i "$work/back/best.safetensors")
+run $few -y 1 -o "$work/back"
+verdict $? "resumed from step $before, before the best: $(cat "$work/stderr")"
+[ "$(stat -c %i "$work/back/best.safetensors")" = "$inode" ]
+verdict $? "best.safetensors was written again after a resume from step $before"
+for kind in best model_00000048 state_00000048_00000; do
+    cmp -s "$work/best/$kind.safetensors" "$work/back/$kind.safetensors"
+    verdict $? "$kind after a resume from step $before has other bits"
+done
+# the same without the file, and with one of another run in its place: written anew
+for other in none "$work/alone/best.safetensors"; do
+    rm -r "$work/back"
+    cp -r "$work/back_start" "$work/back"
+    rm "$work/back/best.safetensors"
+    [ "$other" = none ] || cp "$other" "$work/back/best.safetensors"
+    run $few -y 1 -o "$work/back"
+    cmp -s "$work/best/best.safetensors" "$work/back/best.safetensors"
+    verdict $? "best.safetensors anew, $other: $(cat "$work/stderr")"
+done
+refused 'was written with -ema 0.9.*, not 0.8' $few -ema 0.8 -y 1 -o "$work/best"
+refused 'was written with -drop_path 0.2.*, not 0' $few -drop_path 0 -y 1 -o "$work/best"
+refused 'was written with -schedule epoch, not step' $few -schedule step -y 1 -o "$work/best"
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

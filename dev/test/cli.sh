@@ -37,6 +37,10 @@ refused '-l must be between' -l inf
 refused 'is not a model' -m deit_huge
 refused 'is not an optimizer' -opt lion
 refused 'is not a strategy' -s maxk
+refused 'is not a recipe' -recipe deit_ti_cifar100
+refused 'is not a schedule' -schedule batch
+refused '-drop_path must be between' -drop_path 1
+refused '-ema must be between' -ema 1
 refused 'does not divide into patches' -size 30
 refused 'cannot open .*nowhere' -i nowhere.bin
 refused 'is not a regular file' -i data
@@ -103,6 +107,13 @@ verdict $? "a loss that is not finite: $(cat "$work/stderr")"
 # what works
 "$program" -h >"$work/stdout" 2>&1 && grep -q -e '-g  *DropIT' "$work/stdout"
 verdict $? "-h"
+# a recipe sets the defaults, flags override it before and after it, and -h shows both
+for order in "-b 7 -recipe deit_s_cifar100" "-recipe deit_s_cifar100 -b 7"; do
+    "$program" $order -h >"$work/stdout" 2>&1 && grep -q -e '^  -b .*(default 7)' "$work/stdout" && grep -q -e '^  -e .*(default 1000)' "$work/stdout" &&
+        grep -q -e '^  -m .*(default deit_small)' "$work/stdout" && grep -q '^  vit_b_imagenet: -m vit_base' "$work/stdout" &&
+        "$program" $order -plan 1 | grep -q '^| moving average '
+    verdict $? "a recipe: $order"
+done
 "$program" -m deit_tiny -b 64 -plan 1 >"$work/stdout" 2>&1 &&
     tail -n 1 "$work/stdout" | grep -q '^plan cached=[0-9]* scratch=[0-9]* parameters=[0-9]* gradients=[0-9]* optimizer=[0-9]* total=[0-9]*$'
 verdict $? "-plan 1"

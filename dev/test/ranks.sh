@@ -21,7 +21,7 @@ close_to() {
 
 children() { grep -ls "^PPid:[[:space:]]*$1\$" /proc/[0-9]*/status | cut -d / -f 3; } # of a process
 
-flags="-x 9 -flip 1 -a 2 -v 0 -clip 1 -n 4"
+flags="-x 9 -flip 1 -a 2 -v 0 -clip 1 -n 4 -ema 0.9 -drop_path 0.3" # drop-path draws for the image of the whole batch, on whichever rank it is
 run 1 $flags -b 12 -o "$work/one"
 verdict $? "one rank: $(cat "$work/stderr")"
 for ranks in 2 3; do

@@ -42,7 +42,7 @@ dumps=dev/reference/dumps
 workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
 t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,augment,files,resize,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
+t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,augment,files,resize,recipes,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
 t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,augment,cpu_libs} ${workbench//dev/$bf16/dev}
 t build_workbench_asan 900 $build PRECISION=BF16 VARIANT=asan ${workbench//dev/$bf16-asan/dev}
 t build_workbench_tsan 900 $build PRECISION=BF16 VARIANT=tsan ${workbench//dev/$bf16-tsan/dev}
@@ -59,6 +59,7 @@ t dropit_fp32 300 $fp32/dev/test/test_dropit
 t dropit_bf16 300 $bf16/dev/test/test_dropit
 t augment_fp32 300 $fp32/dev/test/test_augment
 t augment_bf16 300 $bf16/dev/test/test_augment
+t recipes 300 $fp32/dev/test/test_recipes
 t workbench_fp32 300 dev/test/workbench.sh $fp32
 t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
 t workbench_asan 600 dev/test/workbench.sh $bf16-asan
@@ -91,6 +92,7 @@ fi
 t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
 t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
 t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
+t deit_schedules_path 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_path_g70.safetensors
 t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
 t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
 t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
@@ -98,7 +100,7 @@ t augment_schedules 600 dev/test/schedules.sh '^op|^mix| failed$' $fp32/dev/test
 
 # no report from the sanitizers, and every planted bug found
 for s in asan tsan; do
-    t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_odd_g70.safetensors $dumps/deit_aligned_g90.safetensors
+    t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_{odd_g70,aligned_g90,path_g00,path_g70}.safetensors
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
     t resize_$s 600 build/cpu-fp32-$s/dev/test/test_resize -quick
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels

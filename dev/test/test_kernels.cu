@@ -304,12 +304,12 @@ static void test_patchify(int B, int S, int P, int CH) {
 }
 
 // two steps of each optimizer, with clipping, as torch.optim writes them
-static void test_optimizer(size_t n, bool adamw, double clip) {
+static void test_optimizer(size_t n, bool adamw, double clip, bool nesterov) {
     Array<float> grads = random_array<float>(n, 1.0, 0.0), master = random_array<float>(n, 1.0, 0.0), m = make<float>(n), v = make<float>(n);
     Array<floatX> params = make<floatX>(n);
     Array<StepResult> result = make<StepResult>(1);
     Array<double> partial = make<double>(NORM_BLOCKS);
-    const OptimizerConfig o = {adamw, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.8, clip};
+    const OptimizerConfig o = {adamw, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.8, clip, nesterov};
     double norm = 0.0, *w = doubles(n), *m1 = doubles(n), *v1 = doubles(n);
     for (size_t i = 0; i < n; i++) {
         norm += (double)grads.host[i] * grads.host[i];
@@ -333,17 +333,70 @@ static void test_optimizer(size_t n, bool adamw, double clip) {
             } else {
                 g += o.weight_decay * w[i];
                 m1[i] = o.momentum * m1[i] + g;
-                w[i] -= o.learning_rate * m1[i];
+                w[i] -= o.learning_rate * (nesterov ? g + o.momentum * m1[i] : m1[i]);
             }
         }
     }
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(result.host, result.device, sizeof(StepResult), cudaMemcpyDeviceToHost));
     const double e = error(master, w), rounded = error(params, w), norm_error = fabs(result.host->norm / norm - 1.0);
-    check(e <= 2e-5 && rounded <= TOLERANCE && norm_error <= 1e-6, "%s of %zu, clip %g: master %.2g, parameters %.2g, norm %.2g", adamw ? "AdamW" : "SGD",
-          n, clip, e, rounded, norm_error);
+    check(e <= 2e-5 && rounded <= TOLERANCE && norm_error <= 1e-6, "%s of %zu, clip %g: master %.2g, parameters %.2g, norm %.2g",
+          adamw ? "AdamW" : nesterov ? "SGD (Nesterov)" : "SGD", n, clip, e, rounded, norm_error);
     drop(&grads); drop(&master); drop(&m); drop(&v); drop(&params); drop(&result); drop(&partial);
     free(w); free(m1); free(v1);
+}
+
+// moving average and rounding; to the bit what plain loops give, where the device does not contract
+static void test_average(size_t n) {
+    Array<float> ema = random_array<float>(n, 1.0, 0.0), w = random_array<float>(n, 1.0, 0.0);
+    Array<floatX> rounded = make<floatX>(n);
+    double *e = doubles(n), *r = doubles(n);
+    const double decay = 0.99996;
+    for (size_t i = 0; i < n; i++) {
+        e[i] = (float)decay * (double)ema.host[i] + (float)(1.0 - decay) * (double)w.host[i];
+        r[i] = (float)(floatX)w.host[i];
+    }
+    ema_update(ema.device, w.device, n, decay);
+    round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(rounded.device, w.device, n);
+    const double ema_error = error(ema, e), rounded_error = error(rounded, r);
+    check(ema_error <= 1e-6 && rounded_error == 0.0, "moving average of %zu: %.2g, rounding %.2g", n, ema_error, rounded_error);
+    drop(&ema); drop(&w); drop(&rounded);
+    free(e); free(r);
+}
+
+// scales of `depth` blocks, of which `images` after the first 3 are used: out = x * scale + residual, and without residual in place
+static void test_drop_path(size_t images, size_t per_image, int depth, double rate) {
+    const int B = (int)images + 3;
+    const size_t n = images * per_image;
+    Array<float> scales = make<float>(depth * 2 * B);
+    Array<floatX> x = random_array<floatX>(n, 1.0, 0.0), residual = random_array<floatX>(n, 1.0, 0.5), out = make<floatX>(n);
+    double *s = doubles(depth * 2 * B), *with = doubles(n), *without = doubles(n);
+    size_t dropped = 0;
+    double expected = 0.0;
+    for (int l = 0; l < depth; l++) {
+        const double p = depth > 1 ? rate * l / (depth - 1) : 0.0;
+        for (int i = l * 2 * B; i < (l + 1) * 2 * B; i++) {
+            const uint4 u = philox(99, RNG_DROP_PATH, 4, (unsigned long long)(i / B) << 32 | (50 + i % B));
+            s[i] = uniform(u.x) < 1.0 - p ? 1.0 / (1.0 - p) : 0.0;
+            dropped += s[i] == 0.0;
+        }
+        expected += 2 * B * p;
+    }
+    drop_path_scales(scales.device, depth, B, rate, 99, 4, 50);
+    const float* row = scales.device + (2 * depth - 1) * B + 3;
+    for (size_t i = 0; i < n; i++) {
+        const double scale = s[(2 * depth - 1) * B + 3 + i / per_image];
+        with[i] = (double)(float)residual.host[i] + scale * (float)x.host[i];
+        without[i] = scale * (float)x.host[i];
+    }
+    drop_path(out.device, x.device, residual.device, row, images, per_image);
+    drop_path(x.device, x.device, NULL, row, images, per_image);
+    const double scales_error = error(scales, s), with_error = error(out, with), without_error = error(x, without);
+    check(scales_error <= 1e-6 && with_error <= TOLERANCE && without_error <= TOLERANCE && fabs(dropped - expected) <= 4.0 * sqrt(expected) + 1.0,
+          "drop-path (%zu, %zu), %d blocks, rate %g: scales %.2g, with residual %.2g, without %.2g; %zu of %d dropped", images, per_image, depth, rate,
+          scales_error, with_error, without_error, dropped, depth * 2 * B);
+    drop(&scales); drop(&x); drop(&residual); drop(&out);
+    free(s); free(with); free(without);
 }
 
 static void test_random(void) {
@@ -397,9 +450,16 @@ int main(void) {
     test_patchify(4, 24, 6, 3);
     test_patchify(3, 48, 16, 3);
     for (int adamw = 0; adamw < 2; adamw++) {
-        test_optimizer(128, adamw, 0.0);
-        test_optimizer(131072 + 128, adamw, 1.0);
+        test_optimizer(128, adamw, 0.0, false);
+        test_optimizer(131072 + 128, adamw, 1.0, false);
     }
+    test_optimizer(1032, false, 1.0, true);
+    test_average(8);
+    test_average(131072 + 1032);
+    test_drop_path(1, 1, 1, 0.3);
+    test_drop_path(7, 35, 5, 0.5);
+    test_drop_path(9, 320, 3, 0.2);
+    test_drop_path(70, 64, 12, 0.9);
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

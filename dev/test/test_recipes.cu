@@ -1,0 +1,239 @@
+/*
+The recipes of train_deit.cu against what timm and torch make of the published commands: dev/reference/recipes.safetensors, which
+dev/reference/recipes.py writes. Learning rates of every epoch, optimizers, the moving average, weight-decay groups, drop-path. And what belongs to
+no reference: learning rates by steps, peaks of GPUs, operations of a step.
+
+build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
+*/
+
+#define TESTING
+#include "../../train_deit.cu"
+#include "check.cuh"
+
+static Safetensors* fixture;
+
+template <class T> static const T* values(const char* name, const char* dtype, size_t* n) {
+    const StTensor* t = safetensors_find(fixture, name);
+    require(t != NULL && strcmp(t->dtype, dtype) == 0, "%s lacks %s as %s; run dev/reference/recipes.py", fixture->file.path, name, dtype);
+    *n = st_numel(t);
+    return (const T*)safetensors_data(fixture, t);
+}
+
+// value of a flag in a recipe, "" where it lacks; the same memory each time
+static const char* flag_of(const char* flags, const char* flag) {
+    static char value[64];
+    char word[64];
+    value[0] = 0;
+    for (const char* p = flags; sscanf(p, " %63s %63s", word, value) == 2; value[0] = 0) {
+        if (strcmp(word, flag) == 0) { break; }
+        p = strstr(p, value) + strlen(value);
+    }
+    return value;
+}
+
+static double number_of(const char* flags, const char* flag) {
+    const char* text = flag_of(flags, flag);
+    char* end;
+    const double v = strtod(text, &end);
+    check(end != text && *end == 0, "%s of a recipe is '%s'", flag, text);
+    return v;
+}
+
+static bool close_to(double a, double b, double rtol) { return fabs(a - b) <= rtol * fabs(b); } // NaN fails
+
+static void test_recipe(const char* name, const char* flags) {
+    const char *expected = safetensors_metadata(fixture, name), *names = safetensors_metadata(fixture, "flags");
+    check(expected != NULL && names != NULL, "%s is not in the fixture", name);
+    char flag[64], value[64];
+    int compared = 0;
+    for (int n = 0, m = 0; sscanf(names, " %63s%n", flag, &n) == 1 && sscanf(expected, " %63s%n", value, &m) == 1; names += n, expected += m) {
+        char *end_a, *end_b;
+        const char* ours = flag_of(flags, flag);
+        const double a = strtod(ours, &end_a), b = strtod(value, &end_b);
+        const bool numbers = end_b != value && *end_b == 0;
+        const bool absent = strcmp(flag, "-momentum") == 0 && ours[0] == 0; // AdamW has none
+        check(absent || (numbers ? a == b && *end_a == 0 && ours[0] != 0 : strcmp(ours, value) == 0), "%s: %s is '%s', expected %s", name, flag, ours, value);
+        compared++;
+    }
+    check(compared == 16, "%s: %d flags compared", name, compared);
+    // the published commands run on two GPUs
+    const int epoch_steps = 3, epochs = (int)number_of(flags, "-e");
+    const double base = number_of(flags, "-l"), lr = number_of(flags, "-unscale_lr") == 1.0 ? base : base * (number_of(flags, "-b") * 2) / 512.0;
+    const Schedule s = {strcmp(flag_of(flags, "-schedule"), "epoch") == 0, lr, number_of(flags, "-min_lr"), number_of(flags, "-warmup_lr"),
+                        (int)number_of(flags, "-warmup_epochs"), epochs, epoch_steps};
+    char tensor[96];
+    size_t n, start_n;
+    snprintf(tensor, sizeof(tensor), "lr.%s", name);
+    const double* rates = values<double>(tensor, "F64", &n);
+    double worst = 0.0;
+    for (size_t step = 0; step < n * epoch_steps; step++) {
+        const double error = fabs(learning_rate_at(&s, (int)step) / rates[step / epoch_steps] - 1.0);
+        if (!(error <= worst)) { worst = error; }
+    }
+    check(n == (size_t)epochs + (size_t)number_of(flags, "-cooldown") && worst <= 1e-12, "%s: %zu epochs, learning rates differ by %g", name, n, worst);
+    // its optimizer
+    const bool adamw = strcmp(flag_of(flags, "-opt"), "adamw") == 0;
+    const OptimizerConfig o = {adamw, 0.01, 0.9, 0.999, 1e-8, number_of(flags, "-wd"), adamw ? 0.0 : number_of(flags, "-momentum"), 0.0,
+                               strcmp(flag_of(flags, "-nesterov"), "1") == 0};
+    snprintf(tensor, sizeof(tensor), "optimizer.%s", name);
+    const float *start = values<float>("start", "F32", &start_n), *gradients = values<float>("gradients", "F32", &n);
+    const float* after = values<float>(tensor, "F32", &n);
+    const size_t bytes = start_n * sizeof(float);
+    float *master, *m, *v, *g, *host = (float*)malloc(bytes);
+    floatX* params;
+    StepResult* result;
+    cudaCheck(cudaMalloc((void**)&master, bytes));
+    cudaCheck(cudaMalloc((void**)&m, bytes));
+    cudaCheck(cudaMalloc((void**)&v, bytes));
+    cudaCheck(cudaMalloc((void**)&g, bytes));
+    cudaCheck(cudaMalloc((void**)&params, start_n * sizeof(floatX)));
+    cudaCheck(cudaMalloc((void**)&result, sizeof(StepResult)));
+    cudaCheck(cudaMemcpy(master, start, bytes, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemset(m, 0, bytes));
+    cudaCheck(cudaMemset(v, 0, bytes));
+    cudaCheck(cudaMemset(result, 0, sizeof(StepResult)));
+    worst = 0.0;
+    for (size_t step = 0; step < n / start_n; step++) {
+        cudaCheck(cudaMemcpy(g, gradients + step * start_n, bytes, cudaMemcpyHostToDevice));
+        optimizer_update(params, master, m, v, g, start_n, result, o, o.learning_rate, (int)step + 1);
+        cudaCheck(cudaDeviceSynchronize());
+        cudaCheck(cudaMemcpy(host, master, bytes, cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < start_n; i++) {
+            const double error = fabs((double)host[i] - after[step * start_n + i]);
+            if (!(error <= worst)) { worst = error; }
+        }
+    }
+    check(worst <= 1e-6, "%s: weights after %zu steps differ by %g", name, n / start_n, worst); // weights of about 1
+    cudaCheck(cudaFree(master));
+    cudaCheck(cudaFree(m));
+    cudaCheck(cudaFree(v));
+    cudaCheck(cudaFree(g));
+    cudaCheck(cudaFree(params));
+    cudaCheck(cudaFree(result));
+    free(host);
+}
+
+static void test_average(const char* name, double decay) {
+    size_t n, steps;
+    const float *start = values<float>("start", "F32", &n), *weights = values<float>("gradients", "F32", &steps), *after = values<float>(name, "F32", &steps);
+    float *ema, *w, *host = (float*)malloc(n * sizeof(float));
+    cudaCheck(cudaMalloc((void**)&ema, n * sizeof(float)));
+    cudaCheck(cudaMalloc((void**)&w, n * sizeof(float)));
+    cudaCheck(cudaMemcpy(ema, start, n * sizeof(float), cudaMemcpyHostToDevice));
+    double worst = 0.0;
+    for (size_t step = 0; step < steps / n; step++) {
+        cudaCheck(cudaMemcpy(w, weights + step * n, n * sizeof(float), cudaMemcpyHostToDevice));
+        ema_update(ema, w, n, decay);
+        cudaCheck(cudaDeviceSynchronize());
+        cudaCheck(cudaMemcpy(host, ema, n * sizeof(float), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < n; i++) {
+            const double error = fabs((double)host[i] - after[step * n + i]);
+            if (!(error <= worst)) { worst = error; }
+        }
+    }
+    check(steps > 0 && worst <= 1e-6, "%s: averages differ by %g", name, worst);
+    cudaCheck(cudaFree(ema));
+    cudaCheck(cudaFree(w));
+    free(host);
+}
+
+static void test_decay(void) {
+    DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
+    model->options.config = DeitConfig{32, 16, 3, 10, 192, 2, 3};
+    model->options.B = 2;
+    model->options.chunk_bytes = DEFAULT_CHUNK_BYTES;
+    deit_plan(model);
+    int tensors = 0, in_fixture = 0;
+    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
+        const ParameterSpec* s = &model->specs[i];
+        for (int l = 0; l < s->copies; l++, tensors++) {
+            char name[96];
+            size_t n;
+            snprintf(name, sizeof(name), "decay.%s", parameter_name(s, l));
+            check(*values<uint8_t>(name, "U8", &n) == s->decay && (s->offset < model->num_decayed) == s->decay, "%s: weight decay is %d", name, s->decay);
+        }
+    }
+    for (int i = 0; i < fixture->num_tensors; i++) { in_fixture += strncmp(fixture->tensors[i].name, "decay.", 6) == 0; }
+    check(tensors == in_fixture, "%d tensors have a weight decay, timm's model has %d", tensors, in_fixture);
+    // the products of a step: counted layer by layer, forward once and backward twice
+    double products = 0.0;
+    for (int l = 0; l < 2; l++) {
+        for (int t = 0; t < 5; t++) { products += 192.0 * (3 * 192 + 192 + 4 * 192 + 4 * 192) + 2.0 * 5 * 192; }
+    }
+    products += 4.0 * (3 * 16 * 16) * 192 + 192.0 * 10;
+    check(close_to(deit_flops(model, 7), 3.0 * 2.0 * 7 * products, 1e-12), "operations of a step: %g, expected %g", deit_flops(model, 7), 42.0 * products);
+    free(model);
+}
+
+static void test_drop_path(int number) {
+    char name[64];
+    size_t n, settings_n;
+    snprintf(name, sizeof(name), "path.%d", number);
+    const double* settings = values<double>(name, "F64", &settings_n); // rate, depth, images, seed, step, first image
+    const int depth = (int)settings[1], images = (int)settings[2];
+    snprintf(name, sizeof(name), "path_rates.%d", number);
+    const double* rates = values<double>(name, "F64", &n);
+    for (int l = 0; l < depth; l++) {
+        check((int)n == depth && fabs(drop_path_rate((float)settings[0], l, depth) - rates[l]) <= 1e-7, "%s: block %d has %.9g, expected %.9g", name, l,
+              drop_path_rate((float)settings[0], l, depth), rates[l]);
+    }
+    snprintf(name, sizeof(name), "path_scales.%d", number);
+    const float* expected = values<float>(name, "F32", &n);
+    float *scales, *host = (float*)malloc(n * sizeof(float));
+    cudaCheck(cudaMalloc((void**)&scales, n * sizeof(float)));
+    drop_path_scales(scales, depth, images, settings[0], (unsigned long long)settings[3], (unsigned)settings[4], (unsigned)settings[5]);
+    cudaCheck(cudaDeviceSynchronize());
+    cudaCheck(cudaMemcpy(host, scales, n * sizeof(float), cudaMemcpyDeviceToHost));
+    double worst = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        const double error = host[i] == 0.0f || expected[i] == 0.0f ? (host[i] == expected[i] ? 0.0 : 1.0) : fabs(host[i] / expected[i] - 1.0);
+        if (!(error <= worst)) { worst = error; }
+    }
+    check(n == (size_t)depth * 2 * images && worst <= 1e-6, "%s: scales differ by %g", name, worst);
+    cudaCheck(cudaFree(scales));
+    free(host);
+}
+
+// by steps, as the trainer had it before there were other rates than -l: the same bits; then from -warmup_lr to -min_lr and on
+static void test_schedule_by_steps(void) {
+    const Schedule plain = {false, 2e-3, 0.0, 0.0, 50, 936, 156}, all = {false, 1.0, 0.125, 0.25, 3, 13, 5}, none = {false, 1.0, 0.0, 0.0, 0, 4, 2};
+    for (int step = 0; step < 936; step++) {
+        const double was = step < 50 ? 2e-3 * (step + 1) / 50 : 0.5 * 2e-3 * (1.0 + cos(M_PI * (step - 50) / 886));
+        check(learning_rate_at(&plain, step) == was, "step %d: %g, expected %g", step, learning_rate_at(&plain, step), was);
+    }
+    const double expected[] = {0.5, 0.75, 1.0, 1.0, 0.125 + 0.4375 * (1.0 + cos(M_PI * 0.1))};
+    for (int step = 0; step < 5; step++) { check(close_to(learning_rate_at(&all, step), expected[step], 1e-14), "warm-up, step %d", step); }
+    check(close_to(learning_rate_at(&all, 8), 0.5625, 1e-14) && learning_rate_at(&all, 13) == 0.125 && learning_rate_at(&all, 99) == 0.125, "end of a schedule");
+    check(learning_rate_at(&none, 0) == 1.0 && close_to(learning_rate_at(&none, 2), 0.5, 1e-14), "a schedule without warm-up");
+    const Schedule epochs = {true, 1.0, 0.125, 0.25, 0, 2, 4}; // without warm-up: epochs 0 and 1 at lr, 2 half way, then cool-down
+    check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
+}
+
+static void test_peaks(void) {
+    const struct { const char* name; double bf16, fp32; } devices[] = {
+        {"NVIDIA H200", 989e12, 67e12}, {"NVIDIA H200 NVL", 835e12, 60e12}, {"NVIDIA H100 80GB HBM3", 989e12, 67e12}, {"NVIDIA H100 PCIe", 756e12, 51e12},
+        {"NVIDIA A100-SXM4-80GB", 312e12, 19.5e12}, {"NVIDIA A10", 125e12, 31.2e12}, {"NVIDIA L4", 121e12, 30.3e12}, {"NVIDIA L40S", 362e12, 91.6e12},
+        {"NVIDIA GeForce RTX 4090", 165e12, 82.6e12}, {"NVIDIA GeForce RTX 4090 Laptop GPU", 0, 0}, {"NVIDIA A10G", 0, 0},
+        {"NVIDIA H200 MIG 1g.18gb", 0, 0}, {"CPU, 2 threads", 0, 0}, {"", 0, 0},
+    };
+    for (size_t i = 0; i < sizeof(devices) / sizeof(devices[0]); i++) {
+        const double bf16 = gpu_peak_flops(devices[i].name, true), fp32 = gpu_peak_flops(devices[i].name, false);
+        check(close_to(bf16, devices[i].bf16, 1e-12) && close_to(fp32, devices[i].fp32, 1e-12), "peaks of '%s': %g, %g", devices[i].name, bf16, fp32);
+    }
+}
+
+int main(void) {
+    device_open();
+    fixture = safetensors_open("dev/reference/recipes.safetensors");
+    const size_t n = sizeof(deit_recipes) / sizeof(deit_recipes[0]);
+    check(n == 5, "%zu recipes", n);
+    for (size_t i = 0; i < n; i++) { test_recipe(deit_recipes[i][0], deit_recipes[i][1]); }
+    test_average("ema.0.99996", 0.99996);
+    test_average("ema.0.9", 0.9);
+    test_decay();
+    for (int i = 0; i < 4; i++) { test_drop_path(i); }
+    test_schedule_by_steps();
+    test_peaks();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
