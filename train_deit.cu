@@ -3426,6 +3426,8 @@ typedef struct {
 
 typedef struct {
     LoaderJob* jobs;       // (B)
+    unsigned epoch;
+    size_t first_place, place_step; // image i stands at first_place + i * place_step of the epoch: what random choices depend on
     size_t n, pieces, first_piece, first_job;
     size_t *piece_jobs, *piece_bytes, *left; // (B): a piece's images, their bytes, and how many are still to be read
     int *labels, *flips;   // (B) pinned
@@ -3681,6 +3683,9 @@ void loader_plan(Loader* loader, size_t number) {
     cudaCheck(cudaEventSynchronize(b->copied)); // its pinned memory may still be read
     const size_t first = loader_place(o, in_epoch, 0), rest = loader->set.images - first;
     b->n = !o->training && rest < o->B ? rest : o->B;
+    b->epoch = epoch;
+    b->first_place = first;
+    b->place_step = loader_place(o, in_epoch, 1) - first;
     b->pieces = 0;
     b->first_piece = loader->pieces;
     b->first_job = loader->planned;
@@ -3701,6 +3706,7 @@ void loader_plan(Loader* loader, size_t number) {
             staged = scratch = 0;
             largest = job->task.scratch_bytes;
         }
+        assert(staged + job->task.staged_bytes + largest <= loader->piece_bytes);
         job->task.staged = staged;
         job->task.resized = scratch;
         job->task.image = (unsigned)i;
@@ -3844,7 +3850,7 @@ size_t loader_batch(Loader* loader, size_t number) {
         pthread_cond_broadcast(&loader->changed);
         pthread_mutex_unlock(&loader->lock);
     }
-    // the batch is complete on the loader's stream: what changes whole images in place goes here
+    // here the batch is complete, in the order of the loader's stream: what changes images in place does it now
     cudaCheck(cudaEventRecord(b->copied, loader->stream));
     loader->current = b;
     return b->n;
@@ -4126,6 +4132,7 @@ int main(int argc, char** argv) {
     o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
     require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
     require(output != NULL || (save_every == 0 && resume == 0), "-n and -y need a directory for checkpoints; give -o");
+    require(bench_data == 0 || (bench == 0 && evaluate_only == 0), "-bench_data times the training data; leave out -bench and -eval");
     require(stats == 0 || gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     o->B = B;
     o->gamma = gamma;
@@ -4239,6 +4246,9 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
 
+    if (!evaluate_only) { printf("training data: %u images in %d shard%s, ", train_set.images, train_set.num_shards, train_set.num_shards > 1 ? "s" : ""); }
+    printf("validation data: %u images in %d shard%s; %s\n", val_set.images, val_set.num_shards, val_set.num_shards > 1 ? "s" : "",
+           o->staging_bytes > 0 ? "resized on the device" : "of the model's size");
     const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks};
     if (bench_data > 0) {
         const PixelStats train_stats = set_stats(&train_set);
