@@ -317,6 +317,7 @@ static void test_loader(bool quick) {
     LoaderOptions variants[6] = {o, o, o, o, o, o};
     variants[1].repeats = 3;
     variants[2].crop = false;       // training images of other sizes: the evaluation transform
+    variants[2].B = 30;             // more pieces in a batch than there are slots
     variants[3].training = false;
     variants[3].crop_pct = 0.875;
     variants[4].accumulation = 3;
