@@ -4303,6 +4303,8 @@ typedef struct {
 
 typedef struct {
     LoaderJob* jobs;       // (B)
+    unsigned epoch;
+    size_t first_place, place_step; // image i stands at first_place + i * place_step of the epoch: what random choices depend on
     size_t n, pieces, first_piece, first_job;
     size_t *piece_jobs, *piece_bytes, *left; // (B): a piece's images, their bytes, and how many are still to be read
     int *labels, *flips;   // (B) pinned
@@ -4558,6 +4560,9 @@ void loader_plan(Loader* loader, size_t number) {
     cudaCheck(cudaEventSynchronize(b->copied)); // its pinned memory may still be read
     const size_t first = loader_place(o, in_epoch, 0), rest = loader->set.images - first;
     b->n = !o->training && rest < o->B ? rest : o->B;
+    b->epoch = epoch;
+    b->first_place = first;
+    b->place_step = loader_place(o, in_epoch, 1) - first;
     b->pieces = 0;
     b->first_piece = loader->pieces;
     b->first_job = loader->planned;
@@ -4578,6 +4583,7 @@ void loader_plan(Loader* loader, size_t number) {
             staged = scratch = 0;
             largest = job->task.scratch_bytes;
         }
+        assert(staged + job->task.staged_bytes + largest <= loader->piece_bytes);
         job->task.staged = staged;
         job->task.resized = scratch;
         job->task.image = (unsigned)i;
@@ -4723,11 +4729,10 @@ size_t loader_batch(Loader* loader, size_t number) {
         pthread_cond_broadcast(&loader->changed);
         pthread_mutex_unlock(&loader->lock);
     }
-    if (loader->options.training) {
-        const LoaderOptions* o = &loader->options;
-        const size_t batches = loader_batches(loader);
-        augment_batch(to->augmenter, &o->augment, to->images, to->flips, o->seed, (unsigned)(number / batches), loader_place(o, number % batches, 0),
-                      loader_place(o, 0, 1) - loader_place(o, 0, 0), b->n, (int)o->S, (int)o->CH, loader->set.shards[0].header->mean, loader->stream);
+    const LoaderOptions* o = &loader->options;
+    if (o->training) {
+        augment_batch(to->augmenter, &o->augment, to->images, to->flips, o->seed, b->epoch, b->first_place, b->place_step, b->n, (int)o->S, (int)o->CH,
+                      loader->set.shards[0].header->mean, loader->stream);
     }
     cudaCheck(cudaEventRecord(b->copied, loader->stream));
     loader->current = b;
@@ -4930,16 +4935,15 @@ void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, const 
     cudaCheck(cudaEventRecord(loader->taken, main_stream));
 }
 
-// what patchify and the loss do to batch `number` of the run
+// what patchify and the loss do to the batch that the loader brought last, `number` of the run
 BatchAugment batch_augment(const DeitModel* model, const Loader* loader, size_t number) {
     BatchAugment a = {};
     const LoaderOptions* o = &loader->options;
-    const size_t batches = loader_batches(loader);
     a.erased = o->augment.erase > 0.0 ? model->augmenter.erased : NULL;
     a.seed = o->seed;
-    a.place = loader_place(o, number % batches, 0);
-    a.place_step = loader_place(o, 0, 1) - loader_place(o, 0, 0);
-    a.epoch = (unsigned)(number / batches);
+    a.place = loader->current->first_place;
+    a.place_step = loader->current->place_step;
+    a.epoch = loader->current->epoch;
     a.n = (int)o->B;
     draw_mix(&a, &o->augment, a.seed, (unsigned)number, (int)o->S);
     return a;
@@ -5138,8 +5142,8 @@ int main(int argc, char** argv) {
     o->strategy = strcmp(strategy, "mink") == 0 ? MINK : strcmp(strategy, "fastmink") == 0 ? FASTMINK : strcmp(strategy, "random") == 0 ? RANDOM : -1;
     require(o->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", strategy);
     require(output != NULL || (save_every == 0 && resume == 0), "-n and -y need a directory for checkpoints; give -o");
-    require((bench > 0) + evaluate_only + (predict_path != NULL) + (sheet != NULL) <= 1, "-bench, -eval, -predict and -sheet do one thing each and "
-            "exit; give one of them");
+    require((bench > 0) + (bench_data > 0) + evaluate_only + (predict_path != NULL) + (sheet != NULL) <= 1, "-bench, -bench_data, -eval, -predict and "
+            "-sheet do one thing each and exit; give one of them");
     require(predict_path == NULL || weights != NULL, "-predict needs weights; give them with -w");
     require(strcmp(schedule_name, "step") == 0 || strcmp(schedule_name, "epoch") == 0, "-schedule %s is not a schedule; choose step or epoch",
             schedule_name);
@@ -5272,6 +5276,9 @@ int main(int argc, char** argv) {
         return EXIT_SUCCESS;
     }
 
+    if (training) { printf("training data: %u images in %d shard%s, ", train_set.images, train_set.num_shards, train_set.num_shards > 1 ? "s" : ""); }
+    printf("%s data: %u images in %d shard%s; %s\n", predict_path != NULL ? "other" : "validation", val_set.images, val_set.num_shards,
+           val_set.num_shards > 1 ? "s" : "", o->staging_bytes > 0 ? "resized on the device" : "of the model's size");
     const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks, &model->augmenter};
     if (bench_data > 0) {
         const PixelStats train_stats = set_stats(&train_set);

@@ -252,7 +252,7 @@ static const char* in_folder(const char* name) {
 // the bytes, labels and flips of `count` batches from `first` on: a checksum of each batch
 static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t first, size_t count, int readers, bool small_pieces, bool compare) {
     LoaderTarget target = {};
-    const size_t pixels = numel(o.S, o.S, o.CH), planned = loader_staging_bytes(&set, &o), staging = planned == 0 ? 0 : small_pieces ? 150000 : planned;
+    const size_t pixels = numel(o.S, o.S, o.CH), planned = loader_staging_bytes(&set, &o), staging = planned == 0 ? 0 : small_pieces ? 84000 : planned;
     cudaCheck(cudaMalloc(&target.images, o.B * pixels));
     cudaCheck(cudaMalloc(&target.labels, o.B * sizeof(int)));
     cudaCheck(cudaMalloc(&target.flips, o.B * sizeof(int)));
@@ -317,6 +317,7 @@ static void test_loader(bool quick) {
     LoaderOptions variants[6] = {o, o, o, o, o, o};
     variants[1].repeats = 3;
     variants[2].crop = false;       // training images of other sizes: the evaluation transform
+    variants[2].B = 30;             // more pieces in a batch than there are slots
     variants[3].training = false;
     variants[3].crop_pct = 0.875;
     variants[4].accumulation = 3;
