@@ -29,6 +29,7 @@ THREADS = {
     "bias_add_kernel": 256, "column_sum_kernel": 64, "column_sum_finish_kernel": 64,
     "cross_entropy_kernel": 64, "loss_sum_kernel": 64, "sum_squares_kernel": 128, "norm_kernel": 1, "adamw_kernel": 256, "sgd_kernel": 256,
     "ema_kernel": 256, "round_kernel": 256, "drop_path_scales_kernel": 64, "drop_path_kernel": 256,
+    "resize_columns_kernel": 128, "resize_turn_kernel": 128, "resize_rows_kernel": 128, "augment_table_kernel": 256, "augment_kernel": 256,
     "patchify_kernel": 256, "embed_kernel": 256, "embed_backward_tokens_kernel": 256, "embed_backward_positions_kernel": 64,
     "layernorm_forward_kernel": 128, "layernorm_backward_kernel": 128, "layernorm_weight_kernel": 64,
     "gelu_forward_kernel": 256, "gelu_backward_kernel": 256,
@@ -51,6 +52,9 @@ STACK = {
     "dropit_pack_kernel<true>": "the same",
     "dropit_candidates_kernel": "eight words of masks, written and read once each: unrolling would cost 64 KB of code (dev/cuda/dropit_select.cu, 3)",
     "dropit_pack_kernel<false>": "the same, on sm_80",
+    "augment_kernel<4, 4>": "16 bytes of four pixels of four channels, whose loops are not unrolled; no published model has four channels",
+    "patchify_kernel<1, true>": "sine and cosine of random erasing, for angles that do not occur",
+    "patchify_kernel<8, true>": "the same, and eight pixels that a branch of random erasing indexes in a loop: unrolling would write Philox out eight times",
 }
 
 # shared memory of a multiprocessor in KiB; 65,536 registers, 64 warps and 32 blocks in both
