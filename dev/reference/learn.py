@@ -102,7 +102,7 @@ def mix(random, image, options):
     cuts = cutmix > 0 and (mixup == 0 or random.random() < options.mixup_switch)
     share = random.beta(cutmix, cutmix) if cuts else random.beta(mixup, mixup)
     if not cuts:
-        image.mul_(share).add_(image.flip(0) * (1 - share))
+        image.copy_(image * share + image.flip(0) * (1 - share))
         return share
     H, W = image.shape[2:]
     h, w = int(H * math.sqrt(1 - share)), int(W * math.sqrt(1 - share))
@@ -205,9 +205,24 @@ def train(options):
 
 # ----------------------------------------------------------------------------
 
+def gradients(function):
+    """Of a small batch at gamma 0.9, with the given linear function."""
+    published, deit.DropitLinearFunction = deit.DropitLinearFunction, function
+    model = deit.Deit(deit.model_config("deit_nano"))
+    deit.set_parameters(model, deit.initial_parameters(model, 1), "initial values")
+    model.use_dropit(deit.Dropit(0.9))
+    image = torch.from_numpy(rng.normal(1, rng.INIT, 1000, 8 * 28 * 28).astype(np.float32)).view(8, 1, 28, 28)
+    F.cross_entropy(model(image), torch.arange(8)).backward()
+    deit.DropitLinearFunction = published
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 def test():
     from PIL import Image
     random = np.random.default_rng(1)
+    ours, published = gradients(MaskedLinearFunction), gradients(deit.DropitLinearFunction)
+    error = max(((ours[name] - g).abs().max() / g.abs().max()).item() for name, g in published.items())
+    print(f"gradients at gamma 0.9: largest difference to those of the published function {error:.1e}")
     worst = moved = 0
     for size in (28, 32):
         crop = RandomResizedCrop(size, 0.08)
@@ -220,19 +235,22 @@ def test():
             difference = np.abs(found[i] - np.asarray(part.resize((size, size), Image.BICUBIC)))
             worst, moved = max(worst, difference.max()), moved + (difference > 0).sum()
         print(f"crop to {size}: 500 images, largest difference to Pillow {worst} grey levels, {moved} pixels differ")
-    passed = worst == 0
-    shares = np.array(box[2]) * np.array(box[3]) / size**2
-    print(f"areas of the crops: {shares.min():.3f} to {shares.max():.3f}, mean {shares.mean():.3f} (expected about 0.54)")
+    passed = worst == 0 and error < 1e-5
     try:
         from timm.data.mixup import cutmix_bbox_and_lam
         from timm.data.random_erasing import RandomErasing
+        from timm.data.transforms import RandomResizedCropAndInterpolation
     except ImportError:
-        print("timm is not installed: erasing and cutmix are not compared")
+        print("timm is not installed: the distributions of boxes are not compared")
         return passed
-    # the distributions of the erased share and of cutmix' remaining share, by their means and deviations
+    # the distributions of a crop's area and place, of the erased share and of cutmix' share, by their means and deviations
     import random as python_random
     python_random.seed(1)
     np.random.seed(1)
+    drawn = np.stack(RandomResizedCrop(28, 0.08).draw(random, 6000))
+    picture = Image.new("L", (28, 28))
+    theirs = np.array([RandomResizedCropAndInterpolation.get_params(picture, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(6000)]).T
+    pairs = [(f"crop's {name}", a, b) for name, a, b in zip(("top", "left", "height", "width"), drawn, theirs)]
     ones = torch.full((6000, 1, 28, 28), 9.0)
     other = RandomErasing(probability=0.6, mode="pixel", device="cpu")
     ours, theirs = ones.clone(), other(ones.clone())
@@ -244,15 +262,21 @@ def test():
         image = pair()
         share.append(mix(random, image, cuts))
         exact &= abs(image[1].mean().item() - share[-1]) < 1e-6
+    blends = argparse.Namespace(mixup=0.8, cutmix=0, mixup_prob=1, mixup_switch=0.5)
+    for _ in range(100):
+        image = pair() + 3
+        own = mix(random, image, blends)
+        exact &= abs(image[1].mean().item() - (3 + own)) < 1e-5 and abs(image[0].mean().item() - (4 - own)) < 1e-5
     expected = [cutmix_bbox_and_lam((2, 1, 28, 28), np.random.beta(1, 1))[1] for _ in range(6000)]
-    for name, a, b in (("erased share", (ours != 9).float().mean((1, 2, 3)).numpy(), (theirs != 9).float().mean((1, 2, 3)).numpy()),
-                       ("cutmix share", np.array(share), np.array(expected))):
+    pairs += [("erased share", (ours != 9).float().mean((1, 2, 3)).numpy(), (theirs != 9).float().mean((1, 2, 3)).numpy()),
+              ("cutmix share", np.array(share), np.array(expected))]
+    for name, a, b in pairs:
         error = max(a.std(), b.std()) / math.sqrt(len(a) / 2)
         print(f"{name}: mean {a.mean():.4f}, timm {b.mean():.4f}; deviation {a.std():.4f}, timm {b.std():.4f}; "
               f"standard error {error:.4f}")
         passed &= abs(a.mean() - b.mean()) < 4 * error and abs(a.std() - b.std()) < 4 * error
     noise = ours[ours != 9]
-    print(f"erasing noise: mean {noise.mean():.4f}, deviation {noise.std():.4f}; cutmix' share is its box's: {exact}")
+    print(f"erasing noise: mean {noise.mean():.4f}, deviation {noise.std():.4f}; the shares of cutmix and mixup are the pixels': {exact}")
     return passed and exact and abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 

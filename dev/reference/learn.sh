@@ -10,7 +10,7 @@ seeds=${SEEDS:-1 2}
 train=data/fashion_full_train.bin
 val=data/fashion_full_val.bin
 logs=build/learn
-flags="-i $train -j $val -b 64 -e 4 -crop 1 -scale 0.5 -flip 1 -reprob 0.25 -mixup 0.2 -smoothing 0.1"
+flags="-i $train -j $val -b 128 -e 4 -l 1e-3 -warmup 100 -crop 1 -scale 0.5 -flip 1 -reprob 0.25 -mixup 0.2 -smoothing 0.1"
 mkdir -p $logs
 { [ -f $train ] && [ -f $val ]; } || "$python" data/fashion.py || exit 1
 for gamma in 0 0.9; do
