@@ -60,13 +60,17 @@ template <class T> static T* device(size_t n) {
 
 // zeros wherever the search for a threshold takes its sample: found by sampling two tensors whose elements name their places
 static void mislead(floatX* x, size_t n) {
-    floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(2 * DROPIT_TILE);
+    floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(DROPIT_TILE);
     floatX* sampled = (floatX*)malloc(DROPIT_TILE * sizeof(floatX));
     size_t* index = (size_t*)calloc(DROPIT_TILE, sizeof(size_t));
     for (size_t unit = 1; unit < n; unit *= 256) { // bf16 holds integers up to 256
         for (size_t i = 0; i < n; i++) { place[i] = (floatX)(float)(i / unit % 256); }
         cudaCheck(cudaMemcpy(on_device, place, n * sizeof(floatX), cudaMemcpyHostToDevice));
-        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(sample, on_device, n);
+        Selections all = {};
+        all.of[0].x = on_device;
+        all.of[0].d.n = n;
+        all.of[0].s.sample = sample;
+        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(all);
         kernelCheck();
         cudaCheck(cudaMemcpy(sampled, sample, DROPIT_TILE * sizeof(floatX), cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < DROPIT_TILE; i++) { index[i] += unit * (size_t)(float)sampled[i]; }
@@ -109,12 +113,13 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device<floatX>(k + 1)};
     const size_t list = dropit_list_capacity(n);
     DropScratch s = {device<TensorSearch>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
-                     device<floatX>(2 * DROPIT_TILE), device<Threshold>(2), device<unsigned>(list), device<unsigned>(list), device<unsigned>(1)};
+                     device<floatX>(DROPIT_TILE), device<unsigned>(2), device<floatX>(list), device<unsigned>(list), device<unsigned>(1)};
     TensorSearch search;
     unsigned not_finite = 0;
     cudaCheck(cudaMemcpy(dx, x, n * sizeof(floatX), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemset(s.not_finite, 0, sizeof(unsigned)));
-    dropit_select(&d, &s, dx, gamma, rule, main_stream);
+    const DropChoice choice = {dx, d, rule};
+    dropit_select(&choice, 1, &s, gamma, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(&not_finite, s.not_finite, sizeof(unsigned), cudaMemcpyDeviceToHost));
     check(not_finite == bad, "n %zu k %zu %s strategy %d: %u values that are not finite reported, expected %zu", n, k, input_names[kind], strategy,
@@ -151,7 +156,7 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
         check(same_bits(got, expected, n), "n %zu k %zu %s strategy %d: masking in chunks of %zu", n, k, input_names[kind], strategy, cuts[c]);
     }
     void* const on_device[] = {dx, out, d.thresholds, d.offsets, d.bitmap, d.values, s.search, s.histogram, s.tile_counts, s.tile_offsets,
-                               s.sample, s.range, s.list_keys, s.list_indices, s.not_finite};
+                               s.sample, s.range, s.list_values, s.list_indices, s.not_finite};
     for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++) { cudaCheck(cudaFree(on_device[i])); }
     free(x);
     free((void*)expected);
