@@ -1180,7 +1180,7 @@ __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
 
 // range[0] and range[1] = the rank_high-th and rank_low-th largest key of the sample: a block of 512 threads for each, two for
 // a tensor (blockIdx.y), with 8 KiB of shared memory
-#define RANGE_THREADS TILE_WORDS
+#define RANGE_THREADS 512 // one word of the sample each
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[DROPIT_BINS];
     __shared__ unsigned warp_sums[32];
@@ -1379,7 +1379,7 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
 }
 
 // the end of a search: threshold, and how many kept elements lie before each tile. One block of 512 threads a tensor
-#define OFFSETS_THREADS TILE_WORDS
+#define OFFSETS_THREADS 512 // one word of a tile each
 __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
@@ -1647,6 +1647,17 @@ typedef struct {
     DropRule rule;
 } DropChoice;
 
+// one tensor as its kernels see it
+Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
+    const size_t n = c->d.n;
+    // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding
+    const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
+    const bool low_is_zero = kept + margin > DROPIT_TILE;
+    return Selection{c->x, c->d, c->rule, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0,
+                     (unsigned)dropit_tiles(n), kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin),
+                     low_is_zero, dropit_list_capacity(n), *scratch};
+}
+
 // the blocks of a launch with one a tile
 static unsigned place_tiles(Selections* all, int count) {
     unsigned tiles = 0;
@@ -1667,12 +1678,7 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
     for (int i = 0; i < count; i++) {
         const Dropped d = choices[i].d;
         const unsigned tiles = (unsigned)dropit_tiles(d.n);
-        // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding
-        const double q = (double)d.k / d.n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
-        const bool low_is_zero = kept + margin > DROPIT_TILE;
-        all.of[i] = {choices[i].x, d, choices[i].rule, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(d.n % DROPIT_TILE, gamma),
-                     0, tiles, kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin), low_is_zero,
-                     dropit_list_capacity(d.n), rest};
+        all.of[i] = dropit_selection(&choices[i], &rest, gamma);
         rest.search++;
         rest.histogram += DROPIT_BINS;
         rest.tile_counts += tiles;

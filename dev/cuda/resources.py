@@ -23,9 +23,9 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
 # threads of a block. Verified against the launches in the source
 THREADS = {
-    "dropit_sample_kernel": 64, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
-    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 256, "dropit_tile_kernel": 64,
-    "dropit_pack_kernel": 64, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
+    "dropit_sample_kernel": 64, "dropit_range_kernel": 512, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
+    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 512, "dropit_tile_kernel": 64,
+    "dropit_pack_kernel": 256, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
     "bias_add_kernel": 256, "column_sum_kernel": 64, "column_sum_finish_kernel": 64,
     "cross_entropy_kernel": 64, "loss_sum_kernel": 64, "sum_squares_kernel": 128, "norm_kernel": 1, "adamw_kernel": 256, "sgd_kernel": 256,
     "patchify_kernel": 256, "embed_kernel": 256, "embed_backward_tokens_kernel": 256, "embed_backward_positions_kernel": 64,
@@ -48,8 +48,6 @@ MEMORY_BOUND = [
 STACK = {
     "dropit_tile_kernel<true>": "-s random: a loop over 32 hashes of ten rounds is not unrolled, and so it indexes an array",
     "dropit_pack_kernel<true>": "the same",
-    "dropit_candidates_kernel": "eight words of masks, written and read once each: unrolling would cost 64 KB of code (dev/cuda/dropit_select.cu, 3)",
-    "dropit_pack_kernel<false>": "the same, on sm_80",
 }
 
 # shared memory of a multiprocessor in KiB; 65,536 registers, 64 warps and 32 blocks in both
