@@ -38,6 +38,7 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <initializer_list>
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 #include <cooperative_groups/scan.h>
@@ -1050,6 +1051,7 @@ enum { MINK, FASTMINK, RANDOM };
 #define TILE_WORDS (DROPIT_TILE / 32)
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
 #define DROPIT_SEGMENT (32 * THREAD_WORDS)         // so many elements, then: 256
+#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX))   // the lowest bits of a magnitude's key are zero: the sign's place, and what bf16 lacks
 
 typedef struct {
     unsigned key, tie_end;
@@ -1086,22 +1088,41 @@ typedef struct {
     unsigned step;
 } DropRule;
 
-// scratch of a selection
+// Scratch of the selections that run in the same launches, as those of a block's four linears do: their kernels are small, and each waits
+// for the one before. tiles, list: of all of them
+#define MAX_SELECTIONS 4
 typedef struct {
-    TensorSearch* search;   // (1)
-    unsigned* histogram;    // (DROPIT_BINS)
+    TensorSearch* search;   // (MAX_SELECTIONS)
+    unsigned* histogram;    // (MAX_SELECTIONS, DROPIT_BINS)
     uint2* tile_counts;     // (tiles) elements above the threshold, elements equal to it
     unsigned* tile_offsets; // (tiles) kept elements before each
-    floatX* sample;         // (2, DROPIT_TILE) the same sample twice
-    Threshold* range;       // (2) keys between which the threshold lies
-    unsigned* list_keys;    // (dropit_list_capacity)
-    unsigned* list_indices; // (the same)
+    floatX* sample;         // (MAX_SELECTIONS, DROPIT_TILE)
+    unsigned* range;        // (MAX_SELECTIONS, 2) keys between which the threshold lies, the higher first
+    floatX* list_values;    // (list)
+    unsigned* list_indices; // (list)
     unsigned* not_finite;   // (1) NaNs and Infs met by selections since it was last cleared
 } DropScratch;
 
+// one tensor of a launch: what is chosen from, where the choice goes, and its part of the scratch
+typedef struct {
+    const floatX* x;
+    Dropped d;
+    DropRule rule;
+    unsigned k_tile, k_last;      // fastmink and random: kept of each tile, of the last one where it is shorter
+    unsigned first_tile, tiles;   // its blocks in a launch with one a tile
+    unsigned rank_high, rank_low; // of the sample's keys, between which the threshold lies. rank_high 0: no key is above the range
+    bool low_is_zero;             // no key is below it
+    size_t list_capacity;
+    DropScratch s;
+} Selection;
+
+typedef struct {
+    Selection of[MAX_SELECTIONS];
+} Selections;
+
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
 size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
-size_t dropit_list_capacity(size_t n) { return n / 16 + DROPIT_TILE; }
+size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
 size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
 
 // in double, as the published int(numel * (1 - gamma)): in float, gamma 0.9 and n 1000 give 100, not 99
@@ -1117,12 +1138,11 @@ __device__ inline unsigned magnitude_key(float x) { return __float_as_uint(x) <<
 __device__ inline unsigned magnitude_key(__nv_bfloat16 x) { return (unsigned)__bfloat16_as_ushort(x) << 17; }
 #define INFINITY_KEY 0xff000000u // of Inf; NaNs are above it
 
-// of element i of x, or of a list of keys
+// of element i of x
 template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, DropRule rule) {
     if constexpr (HASHED) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
     else { return magnitude_key(x); }
 }
-template <bool HASHED> __device__ inline unsigned drop_key(unsigned key, size_t, DropRule) { return key; }
 
 // Words: 32 consecutive elements, and masks of 32 bits with bit j for element j. Loops over words have a constant length: in
 // registers on a GPU, vectors on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
@@ -1137,8 +1157,25 @@ template <class T> __device__ inline unsigned load_word(T* v, const T* x, size_t
     return i < n ? (1u << (n - i)) - 1 : 0;
 }
 
-template <bool HASHED, class T> __device__ inline void word_keys(unsigned* keys, const T* v, size_t i, DropRule rule) {
-    for (int j = 0; j < 32; j++) { keys[j] = drop_key<HASHED>(v[j], i + j, rule); }
+// magnitude_key of each: two of bf16 at a time, as they lie in a register
+__device__ inline void magnitude_keys(unsigned* keys, const float* v) {
+    for (int j = 0; j < 32; j++) { keys[j] = magnitude_key(v[j]); }
+}
+__device__ inline void magnitude_keys(unsigned* keys, const __nv_bfloat16* v) {
+    for (int j = 0; j < 32; j += 2) {
+        unsigned two;
+        memcpy(&two, (const void*)(v + j), sizeof(two));
+        keys[j] = two << 17;
+        keys[j+1] = two >> 16 << 17;
+    }
+}
+
+template <bool HASHED> __device__ inline void word_keys(unsigned* keys, const floatX* v, size_t i, DropRule rule) {
+    if constexpr (HASHED) {
+        for (int j = 0; j < 32; j++) { keys[j] = drop_key<true>(v[j], i + j, rule); }
+    } else {
+        magnitude_keys(keys, v);
+    }
 }
 
 __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
@@ -1172,9 +1209,6 @@ __device__ inline unsigned kept_mask(const unsigned* keys, size_t i, Threshold t
     const unsigned ties = i + 32 <= t.tie_end ? ~0u : i < t.tie_end ? (1u << (t.tie_end - i)) - 1 : 0;
     return above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & ties);
 }
-
-// two words as one: loops over the set bits of 64 elements end half as often, and more alike in all lanes
-__device__ inline unsigned long long word_pair(const unsigned* words) { return words[0] | (unsigned long long)words[1] << 32; }
 
 // sum of v over the threads of the block before this one; *sum is that over all of them.
 // warp_sums: 32 words of shared memory, which the caller may use again after a barrier
@@ -1218,25 +1252,35 @@ __device__ inline void search_digit(Search* search, const unsigned* histogram, u
 // index after the rank-th (from 1) element with this key among x[begin .. begin + tile), found by the whole block
 template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const floatX* x, size_t begin, size_t n, DropRule rule,
                                                        unsigned key, unsigned rank, unsigned* warp_sums) {
-    const size_t per_thread = DROPIT_TILE / blockDim.x;
-    const size_t first = begin + threadIdx.x * per_thread;
-    unsigned mine = 0, sum;
-    for (size_t i = first; i < first + per_thread && i < n; i++) { mine += drop_key<HASHED>(x[i], i, rule) == key; }
-    unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
+    const unsigned per_thread = TILE_WORDS / blockDim.x;
+    const size_t first = begin + threadIdx.x * per_thread * 32;
+    floatX v[32];
+    unsigned keys[32], mine = 0, sum;
+    for (unsigned w = 0; w < per_thread; w++) {
+        const unsigned valid = load_word(v, x, first + w * 32, n);
+        word_keys<HASHED>(keys, v, first + w * 32, rule);
+        mine += __popc(equal_mask(keys, key, 0) & valid);
+    }
+    const unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
     if (before < rank && rank <= before + mine) {
-        size_t i = first;
-        for (; ; i++) {
-            if (drop_key<HASHED>(x[i], i, rule) == key && ++before == rank) { break; }
+        unsigned left = rank - before, w = 0, equal;
+        for (; ; w++) {
+            const unsigned valid = load_word(v, x, first + w * 32, n);
+            word_keys<HASHED>(keys, v, first + w * 32, rule);
+            equal = equal_mask(keys, key, 0) & valid;
+            if (left <= (unsigned)__popc(equal)) { break; }
+            left -= __popc(equal);
         }
-        *tie_end = (unsigned)(i + 1);
+        for (; left > 1; left--) { equal &= equal - 1; }
+        *tie_end = (unsigned)(first + w * 32 + __ffs((int)equal));
     }
 }
 
-// Adds the elements i .. i+31 of x (or of a list of keys) that share the prefix to the histogram of their next digit. first: there is
+// Adds the elements i .. i+31 of x that share the prefix to the histogram of their next digit. first: there is
 // no prefix; then NaN and Inf are counted, unless not_finite is NULL. counts is the block's own, in shared memory
-template <bool HASHED, class T> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const T* x, size_t i, size_t n,
+template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
                                                                   DropRule rule, const Search& s, bool first) {
-    T v[32];
+    floatX v[32];
     unsigned keys[32];
     const unsigned valid = load_word(v, x, i, n);
     const int bits = digit_bits(&s), shift = s.bits - bits;
@@ -1262,104 +1306,184 @@ template <bool HASHED, class T> __device__ __forceinline__ void count_word(unsig
     }
 }
 
-// A sample of x (n) as two tiles, both the same: runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x. A thread
-// copies half a run
-__global__ void dropit_sample_kernel(floatX* sample, const floatX* x, size_t n) {
+// the tensor of this block in a launch with one block a tile, and which of its tiles
+__device__ inline const Selection& selection_of(const Selections& all, unsigned block, unsigned* tile) {
+    int i = 0;
+    while (block - all.of[i].first_tile >= all.of[i].tiles) { i++; }
+    *tile = block - all.of[i].first_tile;
+    return all.of[i];
+}
+
+// A sample of x (n): runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x. A thread copies half a run; blockIdx.y
+// is the tensor
+__global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
+    const Selection& s = all.of[blockIdx.y];
+    const size_t n = s.d.n;
     const unsigned parts = DROPIT_TILE / 8, half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2;
     if (half < 2 * parts) {
         const size_t length = n / parts, anywhere = length > 0 ? part * 2654435761u % length : 0;
         const size_t begin = (part * n / parts + anywhere) / 8 * 8 + half % 2 * 4;
-        for (int j = 0; j < 4; j++) { sample[half * 4 + j] = sample[DROPIT_TILE + half * 4 + j] = x[begin + j < n ? begin + j : n - 1]; }
+        for (int j = 0; j < 4; j++) { s.s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
     }
 }
 
-// tile_counts[tile].x += elements above the sampled range; lists the elements within it, in any order. low_is_zero: the range begins
-// at 0. Counts NaN and Inf. One block a tile
-__global__ void dropit_candidates_kernel(unsigned* list_keys, unsigned* list_indices, TensorSearch* search, uint2* tile_counts,
-                                         unsigned* not_finite, const floatX* x, size_t n, const Threshold* range, bool low_is_zero,
-                                         size_t capacity) {
-    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
-    const unsigned high = range[0].key, low = low_is_zero ? 0 : range[1].key;
-    const size_t first = ((size_t)blockIdx.x * DROPIT_THREADS + threadIdx.x) * DROPIT_SEGMENT;
-    unsigned words[THREAD_WORDS], mine = 0, above = 0, bad = 0, at = 0;
-    for (int w = 0; w < THREAD_WORDS; w++) {
-        floatX v[32];
-        unsigned keys[32];
-        const unsigned valid = load_word(v, x, first + w * 32, n);
-        word_keys<false>(keys, v, 0, DropRule{});
-        words[w] = between_mask(keys, low, high) & valid;
-        mine += __popc(words[w]);
-        above += count_above(keys, high);
-        bad += count_above(keys, INFINITY_KEY - 1);
+// range[0] and range[1] = the rank_high-th and rank_low-th largest key of the sample: a block of 512 threads for each, two for
+// a tensor (blockIdx.y), with 8 KiB of shared memory
+#define RANGE_THREADS 512 // one word of the sample each
+__global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
+    __shared__ unsigned counts[DROPIT_BINS];
+    __shared__ unsigned warp_sums[32];
+    __shared__ Search search;
+    const Selection& s = all.of[blockIdx.y];
+    if (threadIdx.x == 0) {
+        search = {0, 32, 0, blockIdx.x == 0 ? s.rank_high : s.rank_low};
+        if (blockIdx.x == 0) { s.s.search->candidates = 0; }
     }
-    if (bad > 0) { atomicAdd(not_finite, bad); }
-    const unsigned counts = above << 16 | mine; // a tile has 2^14 elements: 16 bits hold either sum
-    const unsigned before = cg::exclusive_scan(warp, counts, cg::plus<unsigned>());
-    if (warp.thread_rank() == 31) {
-        atomicAdd(&tile_counts[blockIdx.x].x, (before + counts) >> 16);
-        at = atomicAdd(&search->candidates, (before + counts) & 0xffff);
+    for (bool first = true; first || search.bits > KEY_ZEROS; first = false) {
+        for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[b] = 0; }
+        __syncthreads();
+        const Search now = search;
+        count_word<false>(counts, NULL, s.s.sample, threadIdx.x * 32, DROPIT_TILE, DropRule{}, now, first);
+        __syncthreads();
+        search_digit(&search, counts, warp_sums);
     }
-    at = warp.shfl(at, 31) + (before & 0xffff);
+    if (threadIdx.x == 0) { s.s.range[blockIdx.x] = search_key(&search); }
+}
+
+// tile_counts[tile] = (elements above the sampled range, 0); lists the elements within the range, in any order. Counts NaN and Inf.
+// One block a tile. A block collects what it finds in shared memory, 8 KiB (fp32: 12), so that it waits once for a place in the
+// list, and writes there in whole lines; what does not fit goes there one by one
+#define MAX_FOUND 2048
+__global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
+    __shared__ floatX found_values[MAX_FOUND];
+    __shared__ unsigned short found_places[MAX_FOUND];
+    __shared__ unsigned found, full, above, list_begin;
+    unsigned tile;
+    const Selection& s = selection_of(all, blockIdx.x, &tile);
+    const unsigned high = s.s.range[0], low = s.low_is_zero ? 0 : s.s.range[1];
+    const size_t begin = (size_t)tile * DROPIT_TILE, n = s.d.n, capacity = s.list_capacity;
+    unsigned mine = 0, top = 0;
+    if (threadIdx.x == 0) {
+        found = above = 0;
+        full = MAX_FOUND;
+    }
+    __syncthreads();
+    // neighbours in a warp read neighbouring words; a pair is two words DROPIT_THREADS apart
     for (int w = 0; w < THREAD_WORDS; w += 2) {
-        for (unsigned long long pair = word_pair(words + w); pair != 0 && at < capacity; pair &= pair - 1, at++) {
-            const size_t i = first + w * 32 + __ffsll((long long)pair) - 1;
-            list_keys[at] = magnitude_key(x[i]);
-            list_indices[at] = (unsigned)i;
+        unsigned words[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            floatX v[32];
+            unsigned keys[32];
+            const unsigned valid = load_word(v, s.x, begin + ((w + h) * DROPIT_THREADS + threadIdx.x) * 32, n);
+            word_keys<false>(keys, v, 0, DropRule{});
+            words[h] = between_mask(keys, low, high) & valid;
+            mine += count_above(keys, high);
+            for (int j = 0; j < 32; j++) { top = max(top, keys[j]); }
+        }
+        const unsigned few = __popc(words[0]) + __popc(words[1]);
+        if (few == 0) { continue; }
+        unsigned at = atomicAdd_block(&found, few);
+        const bool room = at + few <= MAX_FOUND;
+        if (!room && at <= MAX_FOUND) { full = at; } // of one thread: those before it had room, those behind it have none
+        if (!room) { at = atomicAdd(&s.s.search->candidates, few); }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const unsigned place0 = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
+            const floatX* word_x = s.x + begin + place0;
+            for (unsigned word = words[h]; word != 0; word &= word - 1, at++) {
+                const unsigned j = __ffs((int)word) - 1;
+                if (room) {
+                    found_values[at] = word_x[j];
+                    found_places[at] = (unsigned short)(place0 + j);
+                } else if (at < capacity) {
+                    s.s.list_values[at] = word_x[j];
+                    s.s.list_indices[at] = (unsigned)begin + place0 + j;
+                }
+            }
         }
     }
-}
-
-// starts the search for the k largest: in the list if that holds the threshold, else in x. One block of 256 threads
-__global__ void dropit_start_kernel(TensorSearch* search, unsigned* histogram, uint2* tile_counts, size_t tiles, unsigned k,
-                                    const Threshold* range, bool low_is_zero, size_t capacity) {
-    __shared__ unsigned warp_sums[32];
-    unsigned mine = 0, above;
-    for (size_t t = threadIdx.x; t < tiles; t += blockDim.x) { mine += tile_counts[t].x; }
-    block_exclusive_sum(mine, warp_sums, &above);
-    const unsigned candidates = search->candidates, low = low_is_zero ? 0 : range[1].key;
-    const bool listed = candidates <= capacity && above < k && k - above <= candidates;
-    if (threadIdx.x == 0) {
-        search->search = listed ? Search{low, 32 - __clz((int)(range[0].key - low)), 0, k - above} : Search{0, 32, 0, k};
-        search->listed = listed ? candidates : 0;
+    if (mine > 0) { atomicAdd_block(&above, mine); }
+    if (top >= INFINITY_KEY) { // rare: only now are they counted
+        unsigned bad = 0;
+        for (int w = 0; w < THREAD_WORDS; w++) {
+            floatX v[32];
+            unsigned keys[32];
+            load_word(v, s.x, begin + (w * DROPIT_THREADS + threadIdx.x) * 32, n);
+            word_keys<false>(keys, v, 0, DropRule{});
+            bad += count_above(keys, INFINITY_KEY - 1);
+        }
+        atomicAdd(s.s.not_finite, bad);
     }
-    for (size_t t = threadIdx.x; t < tiles && !listed; t += blockDim.x) { tile_counts[t].x = 0; }
-    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        found = min(found, full);
+        list_begin = atomicAdd(&s.s.search->candidates, found);
+        s.s.tile_counts[tile] = make_uint2(above, 0);
+    }
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < found && list_begin + i < capacity; i += DROPIT_THREADS) {
+        s.s.list_values[list_begin + i] = found_values[i];
+        s.s.list_indices[list_begin + i] = (unsigned)begin + found_places[i];
+    }
 }
 
-// one digit of the search over a whole tensor: histogram += counts. A block counts in shared memory, 8 KiB
-__global__ void dropit_histogram_kernel(unsigned* histogram, const TensorSearch* search, const unsigned* list_keys, const floatX* x,
-                                        size_t n, bool first) {
+// starts the search for the k largest: in the list if that holds the threshold, else in x. One block of 256 threads a tensor
+__global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
+    __shared__ unsigned warp_sums[32];
+    const Selection& s = all.of[blockIdx.x];
+    const unsigned k = (unsigned)s.d.k;
+    unsigned mine = 0, above;
+    for (unsigned t = threadIdx.x; t < s.tiles; t += blockDim.x) { mine += s.s.tile_counts[t].x; }
+    block_exclusive_sum(mine, warp_sums, &above);
+    const unsigned candidates = s.s.search->candidates, low = s.low_is_zero ? 0 : s.s.range[1];
+    const bool listed = candidates <= s.list_capacity && above < k && k - above <= candidates;
+    if (threadIdx.x == 0) {
+        s.s.search->search = listed ? Search{low, 32 - __clz((int)(s.s.range[0] - low)), 0, k - above} : Search{0, 32, 0, k};
+        s.s.search->listed = listed ? candidates : 0;
+    }
+    for (unsigned t = threadIdx.x; t < s.tiles && !listed; t += blockDim.x) { s.s.tile_counts[t].x = 0; }
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.s.histogram[b] = 0; }
+}
+
+// one digit of the search over a whole tensor (blockIdx.y): histogram += counts. A block counts in shared memory, 8 KiB, and reads
+// 4,096 elements at a time
+#define HISTOGRAM_PIECE (DROPIT_TILE / 4)
+__global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
     __shared__ uint4 counts[DROPIT_BINS / 4];
-    const Search s = search->search;
-    const unsigned listed = search->listed;
-    const size_t end = listed > 0 ? listed : n;
-    if (s.bits == 0) { return; }
-    if ((size_t)blockIdx.x * DROPIT_TILE >= end) { return; }
+    const Selection& s = all.of[blockIdx.y];
+    const Search now = s.s.search->search;
+    const unsigned listed = s.s.search->listed;
+    const floatX* x = listed > 0 ? s.s.list_values : s.x;
+    const size_t end = listed > 0 ? listed : s.d.n;
+    if (now.bits <= KEY_ZEROS) { return; }
+    if ((size_t)blockIdx.x * HISTOGRAM_PIECE >= end) { return; }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
     __syncthreads();
-    for (size_t begin = (size_t)blockIdx.x * DROPIT_TILE; begin < end; begin += (size_t)gridDim.x * DROPIT_TILE) {
-        for (size_t i = begin + threadIdx.x * 32; i < begin + DROPIT_TILE; i += DROPIT_THREADS * 32) {
-            if (listed > 0) { count_word<false>((unsigned*)counts, NULL, list_keys, i, end, DropRule{}, s, first); }
-            else { count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, s, first); }
+    for (size_t begin = (size_t)blockIdx.x * HISTOGRAM_PIECE; begin < end; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
+        for (size_t i = begin + threadIdx.x * 32; i < begin + HISTOGRAM_PIECE; i += DROPIT_THREADS * 32) {
+            count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, now, first);
         }
-        __syncthreads(); // the block reads its tiles one after the other, and with them whole pages
+        __syncthreads(); // the block reads its pieces one after the other, and with them whole pages
     }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) {
         const uint4 c = counts[b];
+        unsigned* to = s.s.histogram + 4 * b;
         if ((c.x | c.y | c.z | c.w) == 0) { continue; }
-        if (c.x > 0) { atomicAdd(&histogram[4 * b], c.x); }
-        if (c.y > 0) { atomicAdd(&histogram[4 * b + 1], c.y); }
-        if (c.z > 0) { atomicAdd(&histogram[4 * b + 2], c.z); }
-        if (c.w > 0) { atomicAdd(&histogram[4 * b + 3], c.w); }
+        if (c.x > 0) { atomicAdd(to, c.x); }
+        if (c.y > 0) { atomicAdd(to + 1, c.y); }
+        if (c.z > 0) { atomicAdd(to + 2, c.z); }
+        if (c.w > 0) { atomicAdd(to + 3, c.w); }
     }
 }
 
-// moves the search by the digit just counted; leaves the histogram zero. One block of 256 threads
-__global__ void dropit_search_kernel(TensorSearch* search, unsigned* histogram) {
+// moves the search by the digit just counted; leaves the histogram zero. One block of 256 threads a tensor
+__global__ void dropit_search_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
-    if (search->search.bits == 0) { return; }
-    search_digit(&search->search, histogram, warp_sums);
-    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { histogram[b] = 0; }
+    const Selection& s = all.of[blockIdx.x];
+    if (s.s.search->search.bits <= KEY_ZEROS) { return; }
+    search_digit(&s.s.search->search, s.s.histogram, warp_sums);
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.s.histogram[b] = 0; }
 }
 
 __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned equal) {
@@ -1368,62 +1492,64 @@ __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned eq
 }
 
 // tile_counts[tile] += (elements above the threshold, elements equal to it), of the list or of x. One block a tile of x
-__global__ void dropit_count_kernel(uint2* tile_counts, const TensorSearch* search, const unsigned* list_keys, const unsigned* list_indices,
-                                    const floatX* x, size_t n) {
-    const unsigned key = search_key(&search->search), listed = search->listed;
-    const size_t segment = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
+    unsigned block;
+    const Selection& s = selection_of(all, blockIdx.x, &block);
+    const unsigned key = search_key(&s.s.search->search), listed = s.s.search->listed;
+    const size_t segment = (size_t)block * blockDim.x + threadIdx.x;
     unsigned above = 0, equal = 0;
     if (listed == 0) {
         for (int w = 0; w < THREAD_WORDS; w++) {
             floatX v[32];
             unsigned keys[32];
-            const unsigned valid = load_word(v, x, segment * DROPIT_SEGMENT + w * 32, n);
+            const unsigned valid = load_word(v, s.x, segment * DROPIT_SEGMENT + w * 32, s.d.n);
             word_keys<false>(keys, v, 0, DropRule{});
             above += count_above(keys, key);
             equal += __popc(equal_mask(keys, key, 0) & valid);
         }
-        add_counts(&tile_counts[blockIdx.x], above, equal);
+        add_counts(&s.s.tile_counts[block], above, equal);
     } else {
-        for (size_t begin = segment * 32; begin < listed; begin += (size_t)gridDim.x * blockDim.x * 32) {
-            unsigned tile = list_indices[begin] / DROPIT_TILE; // neighbours in the list are mostly of one tile
+        for (size_t begin = segment * 32; begin < listed; begin += (size_t)s.tiles * blockDim.x * 32) {
+            unsigned tile = s.s.list_indices[begin] / DROPIT_TILE; // neighbours in the list are mostly of one tile
             for (size_t i = begin; i < begin + 32 && i < listed; i++) {
-                const unsigned own = list_indices[i] / DROPIT_TILE;
+                const unsigned own = s.s.list_indices[i] / DROPIT_TILE, own_key = magnitude_key(s.s.list_values[i]);
                 if (own != tile) {
-                    add_counts(&tile_counts[tile], above, equal);
+                    add_counts(&s.s.tile_counts[tile], above, equal);
                     tile = own;
                     above = equal = 0;
                 }
-                above += list_keys[i] > key;
-                equal += list_keys[i] == key;
+                above += own_key > key;
+                equal += own_key == key;
             }
-            add_counts(&tile_counts[tile], above, equal);
+            add_counts(&s.s.tile_counts[tile], above, equal);
             above = equal = 0;
         }
     }
 }
 
-// the end of a search: threshold, and how many kept elements lie before each tile. One block of 256 threads
-__global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* tile_offsets, const uint2* tile_counts, const TensorSearch* search,
-                                      const floatX* x, size_t n) {
+// the end of a search: threshold, and how many kept elements lie before each tile. One block of 512 threads a tensor
+#define OFFSETS_THREADS 512 // one word of a tile each
+__global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
     __shared__ unsigned tie_tile;
     __shared__ unsigned tie_rank;
-    const unsigned key = search_key(&search->search), ties = search->search.remaining;
-    const size_t tiles = CEIL_DIV(n, (size_t)DROPIT_TILE);
+    const Selection& s = all.of[blockIdx.x];
+    const unsigned key = search_key(&s.s.search->search), ties = s.s.search->search.remaining;
+    Threshold* threshold = s.d.thresholds;
     if (threadIdx.x == 0) { *threshold = {key, 0}; }
-    const size_t per_thread = CEIL_DIV(tiles, (size_t)blockDim.x), first = threadIdx.x * per_thread;
+    const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread;
     unsigned long long mine = 0, sum; // above << 32 | equal
-    for (size_t tile = first; tile < first + per_thread && tile < tiles; tile++) {
-        mine += (unsigned long long)tile_counts[tile].x << 32 | tile_counts[tile].y;
+    for (unsigned tile = first; tile < first + per_thread && tile < s.tiles; tile++) {
+        mine += (unsigned long long)s.s.tile_counts[tile].x << 32 | s.s.tile_counts[tile].y;
     }
     const unsigned long long before = block_exclusive_sum(mine, pair_sums, &sum);
     unsigned above = before >> 32, equal = (unsigned)before;
-    for (size_t tile = first; tile < first + per_thread && tile < tiles; tile++) {
-        const uint2 count = tile_counts[tile];
-        tile_offsets[tile] = above + min(equal, ties);
+    for (unsigned tile = first; tile < first + per_thread && tile < s.tiles; tile++) {
+        const uint2 count = s.s.tile_counts[tile];
+        s.s.tile_offsets[tile] = above + min(equal, ties);
         if (equal < ties && ties <= equal + count.y) {
-            tie_tile = (unsigned)tile;
+            tie_tile = tile;
             tie_rank = ties - equal;
         }
         above += count.x;
@@ -1431,64 +1557,153 @@ __global__ void dropit_offsets_kernel(Threshold* threshold, unsigned* tile_offse
     }
     __syncthreads();
     if (ties > 0) {
-        find_tie<false>(&threshold->tie_end, x, (size_t)tie_tile * DROPIT_TILE, n, DropRule{}, key, tie_rank, warp_sums);
+        find_tie<false>(&threshold->tie_end, s.x, (size_t)tie_tile * DROPIT_TILE, s.d.n, DropRule{}, key, tie_rank, warp_sums);
     }
 }
 
 // fastmink and random: the threshold of each tile. One block a tile; 8 KiB of shared memory
-template <bool HASHED> __global__ void dropit_tile_kernel(Threshold* thresholds, unsigned* not_finite, const floatX* x, size_t n,
-                                                          DropRule rule, unsigned k_tile, unsigned k_last) {
+template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[DROPIT_BINS];
     __shared__ unsigned warp_sums[32];
     __shared__ Search search;
-    const size_t begin = (size_t)blockIdx.x * DROPIT_TILE;
+    unsigned tile;
+    const Selection& s = selection_of(all, blockIdx.x, &tile);
+    Threshold* threshold = &s.d.thresholds[tile];
+    const size_t begin = (size_t)tile * DROPIT_TILE, n = s.d.n;
     if (threadIdx.x == 0) {
-        search = {0, 32, 0, begin + DROPIT_TILE <= n ? k_tile : k_last};
-        thresholds[blockIdx.x].tie_end = 0;
+        search = {0, 32, 0, begin + DROPIT_TILE <= n ? s.k_tile : s.k_last};
+        threshold->tie_end = 0;
     }
-    const int zeros = !HASHED && sizeof(floatX) == 2 ? 10 : 0; // the third digit of a bf16's key is zero
-    for (bool first = true; first || search.bits > zeros; first = false) {
+    for (bool first = true; first || search.bits > (HASHED ? 0 : KEY_ZEROS); first = false) {
         for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { counts[b] = 0; }
         __syncthreads();
-        const Search s = search;
+        const Search now = search;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            count_word<HASHED>(counts, not_finite, x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, rule, s, first);
+            count_word<HASHED>(counts, s.s.not_finite, s.x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, s.rule, now, first);
         }
         __syncthreads();
         search_digit(&search, counts, warp_sums);
     }
-    const Search s = search;
-    if (threadIdx.x == 0) { thresholds[blockIdx.x].key = search_key(&s); }
-    if (s.remaining > 0) { find_tie<HASHED>(&thresholds[blockIdx.x].tie_end, x, begin, n, rule, search_key(&s), s.remaining, warp_sums); }
+    const Search done = search;
+    if (threadIdx.x == 0) { threshold->key = search_key(&done); }
+    if (done.remaining > 0) { find_tie<HASHED>(&threshold->tie_end, s.x, begin, n, s.rule, search_key(&done), done.remaining, warp_sums); }
 }
 
-// bitmap, offsets and values of the kept elements. One block a tile. tile_offsets: of mink; other strategies keep k_tile in each
-template <bool HASHED> __global__ void dropit_pack_kernel(floatX* values, unsigned* bitmap, unsigned* offsets, const floatX* x,
-                                                          const Threshold* thresholds, const unsigned* tile_offsets, size_t n,
-                                                          DropRule rule, unsigned k_tile) {
-    __shared__ unsigned warp_sums[32];
-    const Threshold t = thresholds[rule.strategy == MINK ? 0 : blockIdx.x];
-    const size_t segment = (size_t)blockIdx.x * DROPIT_THREADS + threadIdx.x, first = segment * DROPIT_SEGMENT;
-    unsigned words[THREAD_WORDS], mine = 0, sum;
-    for (int w = 0; w < THREAD_WORDS; w++) {
+// Packing gives a warp 8 segments, a lane 8 neighbouring elements of each, so that its accesses are whole lines. Bit b of a mask belongs
+// to element b % 8 of the lane's part of segment b / 8, of 4 segments: this is where it lies from the lane's first element on
+__device__ inline size_t pack_place(int b) { return (size_t)(b / 8) * DROPIT_SEGMENT + b % 8; }
+
+// of the 32 elements of a mask those whose index is below end
+__device__ inline unsigned below_mask(size_t first, size_t end) {
+    unsigned mask = 0;
+    for (int q = 0; q < 32; q += 8) {
+        const size_t i = first + pack_place(q);
+        mask |= (i + 8 <= end ? 255u : i < end ? (1u << (end - i)) - 1 : 0u) << q;
+    }
+    return mask;
+}
+
+// kept elements of 8 segments, in fields of 16 bits: of the first four, of the last four
+struct SegmentCounts {
+    unsigned long long of[2];
+};
+struct AddSegmentCounts {
+    __device__ SegmentCounts operator()(SegmentCounts a, SegmentCounts b) const { return {{a.of[0] + b.of[0], a.of[1] + b.of[1]}}; }
+};
+__device__ inline unsigned field(const SegmentCounts& c, int q) { return (unsigned)(c.of[q / 4] >> q % 4 * 16) & 0xffff; }
+__device__ inline unsigned add_fields(unsigned long long f) {
+    return (unsigned)((f & 0xffff) + (f >> 16 & 0xffff) + (f >> 32 & 0xffff) + (f >> 48));
+}
+
+// Bitmap, offsets and values of the kept elements. One block of 256 threads a tile. A warp lines its values up in shared memory (20 KiB
+// for the block; fp32: 40) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, go to their places one by one
+#define PACK_THREADS 256
+#define MAX_STAGED 1280
+template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 4) dropit_pack_kernel(const __grid_constant__ Selections all) {
+    __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8]; // room for alignment, and a place a lane for what is not kept
+    __shared__ SegmentCounts warp_counts[PACK_THREADS / 32];
+    auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+    unsigned tile;
+    const Selection& s = selection_of(all, blockIdx.x, &tile);
+    const Threshold t = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
+    const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
+    const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE, n = s.d.n;
+    const size_t first = begin + (own_warp * 8 * DROPIT_SEGMENT + lane * 8); // the lane's first element
+    // ties end before this tile or behind it, but for one tile: a single comparison decides
+    const bool ties_end_here = begin < t.tie_end && t.tie_end < end, all_ties = t.tie_end >= end;
+    unsigned words[2];
+    SegmentCounts counts = {};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const size_t i = first + h * 4 * DROPIT_SEGMENT;
         floatX v[32];
         unsigned keys[32];
-        const size_t i = first + w * 32;
-        const unsigned valid = load_word(v, x, i, n);
-        word_keys<HASHED>(keys, v, i, rule);
-        words[w] = kept_mask(keys, i, t) & valid;
-        mine += __popc(words[w]);
+        if (end <= n) {
+            for (int b = 0; b < 32; b += 8) { *(Pack<8>*)(v + b) = *(const Pack<8>*)(s.x + i + pack_place(b)); }
+        } else {
+            for (int b = 0; b < 32; b++) { v[b] = i + pack_place(b) < n ? s.x[i + pack_place(b)] : (floatX)0.0f; }
+        }
+        if constexpr (HASHED) {
+            for (int b = 0; b < 32; b++) { keys[b] = drop_key<true>(v[b], i + pack_place(b), s.rule); }
+        } else {
+            magnitude_keys(keys, v);
+        }
+        if (ties_end_here) { words[h] = above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & below_mask(i, t.tie_end)); }
+        else if (all_ties && t.key == 0) { words[h] = ~0u; }
+        else { words[h] = above_mask(keys, t.key - all_ties); }
+        if (end > n) { words[h] &= below_mask(i, n); }
+        for (int q = 0; q < 4; q++) { counts.of[h] |= (unsigned long long)__popc(words[h] >> 8 * q & 255) << 16 * q; }
     }
-    const unsigned tile_offset = rule.strategy == MINK ? tile_offsets[blockIdx.x] : blockIdx.x * k_tile;
-    const unsigned offset = tile_offset + block_exclusive_sum(mine, warp_sums, &sum);
-    if (first < n) {
-        offsets[segment] = offset;
-        floatX* out = values + offset;
-        for (int w = 0; w < THREAD_WORDS; w++) { bitmap[segment * THREAD_WORDS + w] = words[w]; }
-        for (int w = 0; w < THREAD_WORDS; w += 2) {
-            for (unsigned long long pair = word_pair(words + w); pair != 0; pair &= pair - 1) {
-                *out++ = x[first + w * 32 + __ffsll((long long)pair) - 1];
+    const SegmentCounts before = cg::inclusive_scan(warp, counts, AddSegmentCounts()); // with the lane's own
+    if (lane == 31) { warp_counts[own_warp] = before; }
+    __syncthreads();
+    unsigned long long earlier = 0; // a field holds up to 8 warps' two segments
+    for (int w = 0; w < own_warp; w++) { earlier += warp_counts[w].of[0] + warp_counts[w].of[1]; }
+    const unsigned tile_offset = s.rule.strategy == MINK ? s.s.tile_offsets[tile] : tile * s.k_tile;
+    const unsigned run = tile_offset + add_fields(earlier); // where the warp's values begin
+    const unsigned count = add_fields(warp_counts[own_warp].of[0] + warp_counts[own_warp].of[1]);
+    const SegmentCounts sums = warp_counts[own_warp];
+    const size_t segment = first / DROPIT_SEGMENT;
+    const floatX* from = s.x + first;
+    uint8_t* bytes = (uint8_t*)s.d.bitmap + first / 8;
+    if (end <= n && count <= MAX_STAGED) {
+        const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // places in shared memory and in values are aligned alike
+        floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
+        unsigned start = shift;
+#pragma unroll
+        for (int q = 0; q < 8; q++) {
+            const Pack<8> p = *(const Pack<8>*)(from + q * DROPIT_SEGMENT); // again, from cache: in registers they would leave room for few warps
+            unsigned bits = words[q / 4] >> q % 4 * 8 & 255, at = start + field(before, q) - __popc(bits);
+            bytes[q * 32] = (uint8_t)bits;
+            if (lane == q) { s.d.offsets[segment + q] = run + start - shift; }
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const unsigned bit = bits >> j & 1;
+                own[bit ? at : unused] = p.v[j]; // no branches
+                at += bit;
             }
+            start += field(sums, q);
+        }
+        __syncwarp();
+        for (unsigned i = lane * 8; i < shift + count; i += 32 * 8) {
+            if (i >= shift && i + 8 <= shift + count) {
+                *(Pack<8>*)(to + i) = *(const Pack<8>*)(own + i);
+            } else {
+                for (unsigned j = max(i, shift); j < i + 8 && j < shift + count; j++) { to[j] = own[j]; }
+            }
+        }
+    } else {
+        unsigned start = run;
+#pragma unroll
+        for (int q = 0; q < 8; q++) {
+            unsigned bits = words[q / 4] >> q % 4 * 8 & 255;
+            floatX* to = s.d.values + start + field(before, q) - __popc(bits);
+            if (first - lane * 8 + q * DROPIT_SEGMENT < n) {
+                bytes[q * 32] = (uint8_t)bits;
+                if (lane == q) { s.d.offsets[segment + q] = start; }
+            }
+            for (; bits != 0; bits &= bits - 1) { *to++ = from[q * DROPIT_SEGMENT + __ffs((int)bits) - 1]; }
+            start += field(sums, q);
         }
     }
 }
@@ -1545,44 +1760,108 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
     }
 }
 
-// the thresholds of x (n), and its bitmap and values where they are stored
-void dropit_select(const Dropped* d, const DropScratch* s, const floatX* x, double gamma, DropRule rule, cudaStream_t stream) {
-    const unsigned tiles = (unsigned)dropit_tiles(d->n);
-    const unsigned k_tile = (unsigned)dropit_keep(DROPIT_TILE, gamma), k_last = (unsigned)dropit_keep(d->n % DROPIT_TILE, gamma);
-    if (rule.strategy == MINK) {
-        // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding; the second tile lacks an element
-        const double q = (double)d->k / d->n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
-        const unsigned rank_high = kept > margin ? (unsigned)(kept - margin) : 0; // 0: no key is above the range
-        const bool low_is_zero = kept + margin > DROPIT_TILE - 1;
-        const unsigned rank_low = low_is_zero ? 0 : (unsigned)(kept + margin);
-        const size_t capacity = dropit_list_capacity(d->n);
-        cudaCheck(cudaMemsetAsync(s->search, 0, sizeof(TensorSearch), stream));
-        cudaCheck(cudaMemsetAsync(s->tile_counts, 0, tiles * sizeof(uint2), stream));
-        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, stream>>>(s->sample, x, d->n);
-        dropit_tile_kernel<false><<<2, DROPIT_THREADS, 0, stream>>>(s->range, NULL, s->sample, (size_t)2 * DROPIT_TILE - 1, rule, rank_high,
-                                                                    rank_low);
-        dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->list_keys, s->list_indices, s->search, s->tile_counts, s->not_finite,
-                                                                       x, d->n, s->range, low_is_zero, capacity);
-        dropit_start_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram, s->tile_counts, tiles, (unsigned)d->k, s->range, low_is_zero, capacity);
-        const unsigned full = 16 * num_multiprocessors, blocks = tiles < full ? tiles : full; // each block ends with up to 2,048 additions
+// What a kernel that recomputes a tensor does with V elements from element i of its chunk on, before it rounds and stores them: nothing,
+struct KeepAll {
+    template <int V> __device__ void apply(float*, size_t) const {}
+};
+
+// or mink's masking. An element is kept when its rounded magnitude is at least the threshold's, that is when its own is at least
+// the smallest that rounds to it: one comparison and one selection an element. Infs and NaNs stay
+struct KeepLargest {
+    const Threshold* threshold;
+    size_t begin; // element of the tensor where the chunk begins
+    template <int V> __device__ void apply(float* v, size_t i) const {
+        const Threshold t = *threshold;
+        const size_t first = begin + i;
+        if (first + V <= t.tie_end || first >= t.tie_end) {
+            const float least = least_kept(t.key, first >= t.tie_end);
+            for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least ? 0.0f : v[j]; }
+        } else {
+            for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least_kept(t.key, first + j >= t.tie_end) ? 0.0f : v[j]; }
+        }
+    }
+    // the smallest magnitude that rounds to a key of at least (above: more than) this one
+    static __device__ float least_kept(unsigned key, bool above) {
+        const unsigned magnitude = (key >> KEY_ZEROS) + above; // the bits of a floatX without its sign
+        unsigned bits = magnitude;
+        if (sizeof(floatX) == 2) { bits = magnitude > 0 ? (magnitude << 16) - 0x8000 + (magnitude & 1) : 0; } // half of a step below; ties go to even
+        return __uint_as_float(min(bits, 0x7f800000u));
+    }
+};
+
+// a tensor to choose from, under which rule
+typedef struct {
+    const floatX* x;
+    Dropped d;
+    DropRule rule;
+} DropChoice;
+
+// one tensor as its kernels see it
+Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
+    const size_t n = c->d.n;
+    // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding
+    const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
+    const bool low_is_zero = kept + margin > DROPIT_TILE;
+    return Selection{c->x, c->d, c->rule, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0,
+                     (unsigned)dropit_tiles(n), kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin),
+                     low_is_zero, dropit_list_capacity(n), *scratch};
+}
+
+// the blocks of a launch with one a tile
+static unsigned place_tiles(Selections* all, int count) {
+    unsigned tiles = 0;
+    for (int i = 0; i < count; i++) {
+        all->of[i].first_tile = tiles;
+        tiles += all->of[i].tiles;
+    }
+    return tiles;
+}
+
+// the thresholds of up to MAX_SELECTIONS tensors under one strategy, and their bitmaps and values where they are stored
+void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma, cudaStream_t stream) {
+    Selections all = {}, stored = {};
+    DropScratch rest = *scratch;
+    unsigned most_tiles = 0;
+    int num_stored = 0;
+    const int strategy = choices[0].rule.strategy;
+    for (int i = 0; i < count; i++) {
+        const Dropped d = choices[i].d;
+        const unsigned tiles = (unsigned)dropit_tiles(d.n);
+        all.of[i] = dropit_selection(&choices[i], &rest, gamma);
+        rest.search++;
+        rest.histogram += DROPIT_BINS;
+        rest.tile_counts += tiles;
+        rest.tile_offsets += tiles;
+        rest.sample += DROPIT_TILE;
+        rest.range += 2;
+        rest.list_values += align_up(dropit_list_capacity(d.n));
+        rest.list_indices += align_up(dropit_list_capacity(d.n));
+        if (tiles > most_tiles) { most_tiles = tiles; }
+        if (d.offsets != NULL) { stored.of[num_stored++] = all.of[i]; }
+    }
+    const unsigned tiles = place_tiles(&all, count), stored_tiles = place_tiles(&stored, num_stored);
+    if (strategy == MINK) {
+        dropit_sample_kernel<<<dim3(DROPIT_TILE / 4 / 64, count), 64, 0, stream>>>(all);
+        dropit_range_kernel<<<dim3(2, count), RANGE_THREADS, 0, stream>>>(all);
+        dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(all);
+        dropit_start_kernel<<<count, 256, 0, stream>>>(all);
+        const unsigned full = 16 * num_multiprocessors, blocks = most_tiles < full ? most_tiles : full; // each ends with up to 2,048 additions
         const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
         for (int digit = 0; digit < digits; digit++) {
-            dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, stream>>>(s->histogram, s->search, s->list_keys, x, d->n, digit == 0);
-            dropit_search_kernel<<<1, 256, 0, stream>>>(s->search, s->histogram);
+            dropit_histogram_kernel<<<dim3(blocks, count), DROPIT_THREADS, 0, stream>>>(all, digit == 0);
+            dropit_search_kernel<<<count, 256, 0, stream>>>(all);
         }
-        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(s->tile_counts, s->search, s->list_keys, s->list_indices, x, d->n);
-        dropit_offsets_kernel<<<1, 256, 0, stream>>>(d->thresholds, s->tile_offsets, s->tile_counts, s->search, x, d->n);
-    } else if (rule.strategy == RANDOM) {
-        dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
+        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(all);
+        dropit_offsets_kernel<<<count, OFFSETS_THREADS, 0, stream>>>(all);
+    } else if (strategy == RANDOM) {
+        dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(all);
     } else {
-        dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->thresholds, s->not_finite, x, d->n, rule, k_tile, k_last);
+        dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(all);
     }
-    if (d->offsets != NULL && rule.strategy == RANDOM) {
-        dropit_pack_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, d->offsets, x, d->thresholds, NULL, d->n,
-                                                                       rule, k_tile);
-    } else if (d->offsets != NULL) {
-        dropit_pack_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(d->values, d->bitmap, d->offsets, x, d->thresholds, s->tile_offsets,
-                                                                        d->n, rule, k_tile);
+    if (num_stored > 0 && strategy == RANDOM) {
+        dropit_pack_kernel<true><<<stored_tiles, PACK_THREADS, 0, stream>>>(stored);
+    } else if (num_stored > 0) {
+        dropit_pack_kernel<false><<<stored_tiles, PACK_THREADS, 0, stream>>>(stored);
     }
     kernelCheck();
 }
@@ -2751,10 +3030,10 @@ struct JoinMoments {
 
 // out = (inp - mean) * rstd * weight + bias over each row; in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
 // out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
-// The row is read three times, from cache after the first
+// The row is read three times, from cache after the first. Keep: DropIT's masking of out, where it is recomputed for a weight gradient alone
 #define LAYERNORM_EPS 1e-6f
-template <int V, int LANES> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
-                                                                     const floatX* weight, const floatX* bias, size_t rows, int C, size_t stride) {
+template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
+        const floatX* weight, const floatX* bias, size_t rows, int C, size_t stride, Keep keep) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -2779,6 +3058,7 @@ template <int V, int LANES> __global__ void layernorm_forward_kernel(floatX* out
         load<V>(w, weight + c);
         load<V>(b, bias + c);
         for (int j = 0; j < V; j++) { v[j] = (v[j] - m) * s * w[j] + b[j]; }
+        keep.template apply<V>(v, r * C + c);
         store<V>(out + r * C + c, v);
     }
     if (first == 0) {
@@ -2787,10 +3067,10 @@ template <int V, int LANES> __global__ void layernorm_forward_kernel(floatX* out
     }
 }
 
-void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
-                       size_t rows, size_t C, size_t stride) {
+template <class Keep = KeepAll> void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                                                       const floatX* bias, size_t rows, size_t C, size_t stride, Keep keep = Keep()) {
     LAUNCH_ROWS(layernorm_forward_kernel, vectorizable(C | stride, out, inp, weight, bias), C, rows, out, mean, rstd, inp, weight, bias, rows,
-                (int)C, stride);
+                (int)C, stride, keep);
 }
 
 struct AddPairs {
@@ -2869,13 +3149,14 @@ void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* parti
     kernelCheck();
 }
 
-// out = x * Phi(x), Phi the normal distribution function; in PyTorch: F.gelu(inp). out, inp (n), V elements a thread
-template <int V> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n) {
+// out = x * Phi(x), Phi the normal distribution function; in PyTorch: F.gelu(inp). out, inp (n), V elements a thread. Keep: as for LayerNorm
+template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         float x[V];
         load<V>(x, inp + i);
         for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
+        keep.template apply<V>(x, i);
         store<V>(out + i, x);
     }
 }
@@ -2894,11 +3175,11 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
     }
 }
 
-void gelu_forward(floatX* out, const floatX* inp, size_t n) {
+template <class Keep = KeepAll> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep = Keep()) {
     if (vectorizable(n, out, inp)) {
-        gelu_forward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(out, inp, n);
+        gelu_forward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(out, inp, n, keep);
     } else {
-        gelu_forward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, inp, n);
+        gelu_forward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, inp, n, keep);
     }
     kernelCheck();
 }
@@ -3483,17 +3764,20 @@ void deit_plan(DeitModel* model) {
 
     DropScratch* d = &model->drop_scratch;
     if (o->gamma > 0.0) {
-        size_t largest = B * T * 4*C;
-        if (o->drop_all && largest < B * N * CH*P*P) { largest = B * N * CH*P*P; }
-        const size_t tiles = dropit_tiles(largest), list = dropit_list_capacity(largest);
-        plan_add(plan, SCRATCH, "search", "", "(1)", &d->search, sizeof(TensorSearch), 0);
-        plan_add(plan, SCRATCH, "histogram", "", "(2048)", &d->histogram, DROPIT_BINS * sizeof(unsigned), 0);
+        // of a block's four linears together, or of the patch embedding's
+        const size_t n = B * T * C, patches = o->drop_all ? B * N * CH*P*P : 0;
+        size_t tiles = 3 * dropit_tiles(n) + dropit_tiles(4 * n);
+        size_t list = 3 * align_up(dropit_list_capacity(n)) + align_up(dropit_list_capacity(4 * n));
+        if (tiles < dropit_tiles(patches)) { tiles = dropit_tiles(patches); }
+        if (list < align_up(dropit_list_capacity(patches))) { list = align_up(dropit_list_capacity(patches)); }
+        plan_add(plan, SCRATCH, "search", "", "(4)", &d->search, MAX_SELECTIONS * sizeof(TensorSearch), 0);
+        plan_add(plan, SCRATCH, "histogram", "", "(4, 2048)", &d->histogram, MAX_SELECTIONS * DROPIT_BINS * sizeof(unsigned), 0);
         plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, tiles * sizeof(uint2), 0);
         plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &d->tile_offsets, tiles * sizeof(unsigned), 0);
-        plan_add(plan, SCRATCH, "sample", "", "(2, 16384)", &d->sample, 2 * DROPIT_TILE * sizeof(floatX), 0);
-        plan_add(plan, SCRATCH, "range", "", "(2)", &d->range, 2 * sizeof(Threshold), 0);
-        plan_add(plan, SCRATCH, "list keys", "", "(n/16 + 16384)", &d->list_keys, list * sizeof(unsigned), 0);
-        plan_add(plan, SCRATCH, "list indices", "", "(n/16 + 16384)", &d->list_indices, list * sizeof(unsigned), 0);
+        plan_add(plan, SCRATCH, "sample", "", "(4, 16384)", &d->sample, MAX_SELECTIONS * DROPIT_TILE * sizeof(floatX), 0);
+        plan_add(plan, SCRATCH, "range", "", "(4, 2)", &d->range, MAX_SELECTIONS * 2 * sizeof(unsigned), 0);
+        plan_add(plan, SCRATCH, "list values", "", "7 n/20 + 65536", &d->list_values, list * sizeof(floatX), 0);
+        plan_add(plan, SCRATCH, "list indices", "", "7 n/20 + 65536", &d->list_indices, list * sizeof(unsigned), 0);
     }
     if (o->stats) {
         plan_add(plan, SCRATCH, "stats exact", "", "12 C^2 fp32", &model->stats_exact, 12 * C * C * sizeof(float), 0);
@@ -3867,12 +4151,14 @@ DropRule drop_rule(const DeitModel* model, const Activation* a, int l) {
     return DropRule{model->options.strategy, model->options.seed ^ tensor, model->drop_step};
 }
 
-// chooses what is kept of copy l, once the whole tensor has been computed
-void drop_activation(const DeitModel* model, const Activation* a, int l) {
-    if (!a->dropped) { return; }
-    const Dropped d = dropped_copy(a, l);
-    dropit_select(&d, &model->drop_scratch, (const floatX*)activation_at(model, a, l, 0, false), model->options.gamma, drop_rule(model, a, l),
-                  main_stream);
+// chooses what is kept of copy l of up to MAX_SELECTIONS activations, once the whole tensors have been computed
+void drop_activations(const DeitModel* model, std::initializer_list<const Activation*> activations, int l) {
+    DropChoice choices[MAX_SELECTIONS];
+    int count = 0;
+    for (const Activation* a : activations) {
+        if (a->dropped) { choices[count++] = {(const floatX*)activation_at(model, a, l, 0, false), dropped_copy(a, l), drop_rule(model, a, l)}; }
+    }
+    if (count > 0) { dropit_select(choices, count, &model->drop_scratch, model->options.gamma, main_stream); }
 }
 
 // where the drop-path scales of image b0 in a branch of block l are (0: attention, 1: mlp); NULL: the branch is never left out
@@ -3889,6 +4175,13 @@ void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const 
     if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
 }
 
+// is this activation recomputed for its weight gradient alone, so that the kernel that recomputes it can mask it? What linears read must be whole
+bool masked_when_recomputed(const DeitModel* model, const Activation* a) {
+    return a->dropped && !a->cached && model->options.strategy == MINK && (model->options.recompute == 1 || a == &model->acts.fch_gelu);
+}
+
+KeepLargest keep_largest(const Activation* a, int l, size_t b0) { return KeepLargest{dropped_copy(a, l).thresholds, b0 * a->per_image}; }
+
 // Images b0 .. b0+nb-1 through block l. With recompute only what is not cached is computed, by the same calls: the same bits
 // training: with drop-path
 void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
@@ -3901,13 +4194,22 @@ void block_forward(DeitModel* model, int l, size_t b0, size_t nb, bool recompute
     floatX* residual = AT(floatX, residual);
     floatX *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv), *atty = AT(floatX, atty), *residual2 = AT(floatX, residual2);
     floatX *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch), *fch_gelu = AT(floatX, fch_gelu);
-    if (level >= 1) { layernorm_forward(ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w + l*C, p->ln1b + l*C, rows, C, C); }
+    auto norm = [&](const Activation* a, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias) {
+        if (level < 1) { return; }
+        if (recompute && masked_when_recomputed(model, a)) {
+            layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C, keep_largest(a, l, b0));
+        } else {
+            layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C);
+        }
+    };
+    norm(&acts->ln1, ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w + l*C, p->ln1b + l*C);
     if (level >= 2) { linear_forward(qkv, ln1, p->qkvw + l * 3*C*C, p->qkvb + l * 3*C, NULL, rows, C, 3*C); }
     if (level >= 3) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
     if (level >= 3) { branch_forward(residual2, atty, p->projw + l * C*C, p->projb + l*C, residual, scales, nb, T, C, C); }
-    if (level >= 1) { layernorm_forward(ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w + l*C, p->ln2b + l*C, rows, C, C); }
+    norm(&acts->ln2, ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w + l*C, p->ln2b + l*C);
     if (level >= 2) { linear_forward(fch, ln2, p->fc1w + l * 4*C*C, p->fc1b + l * 4*C, NULL, rows, C, 4*C); }
-    if (level >= 1) { gelu_forward(fch_gelu, fch, rows * 4*C); }
+    if (recompute && masked_when_recomputed(model, &acts->fch_gelu)) { gelu_forward(fch_gelu, fch, rows * 4*C, keep_largest(&acts->fch_gelu, l, b0)); }
+    else if (level >= 1) { gelu_forward(fch_gelu, fch, rows * 4*C); }
 #undef AT
     if (!recompute) {
         floatX* out = (floatX*)activation_at(model, &acts->residual, l + 1, b0, false);
@@ -3929,26 +4231,21 @@ void deit_forward(DeitModel* model, size_t n, bool training) {
         floatX* out = (floatX*)activation_at(model, &acts->residual, 0, b0, false);
         embed(out, model->tokens, p->cls, p->pos, nb, T, C);
     }
-    if (training) { drop_activation(model, &acts->patches, 0); }
+    if (training) { drop_activations(model, {&acts->patches}, 0); }
     if (training && model->options.drop_path > 0.0) {
         drop_path_scales(model->drop_path_scales, c.depth, (int)model->options.B, model->options.drop_path, model->options.seed, model->drop_step,
                          (unsigned)(rank * model->options.B));
     }
     for (int l = 0; l < c.depth; l++) {
         for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, n - b0 < I ? n - b0 : I, false, training); }
-        if (training) {
-            drop_activation(model, &acts->ln1, l);
-            drop_activation(model, &acts->atty, l);
-            drop_activation(model, &acts->ln2, l);
-            drop_activation(model, &acts->fch_gelu, l);
-        }
+        if (training) { drop_activations(model, {&acts->ln1, &acts->atty, &acts->ln2, &acts->fch_gelu}, l); }
     }
     // the head reads the class token alone, so the last norm is taken of that row only: rows T*C apart
     floatX* lnf = (floatX*)activation_at(model, &acts->lnf, 0, 0, false);
     layernorm_forward(lnf, (float*)acts->lnf_mean.data, (float*)acts->lnf_rstd.data,
                       (floatX*)activation_at(model, &acts->residual, c.depth, 0, false), p->lnfw, p->lnfb, n, C, T*C);
     linear_forward((floatX*)acts->logits.data, lnf, p->headw, p->headb, NULL, n, C, V);
-    if (training) { drop_activation(model, &acts->lnf, 0); }
+    if (training) { drop_activations(model, {&acts->lnf}, 0); }
 }
 
 // sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports, not for speed
@@ -4019,7 +4316,7 @@ void weight_gradient(DeitModel* model, const Activation* a, int l, float* dweigh
         const Dropped d = dropped_copy(a, l);
         const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
         if (a->cached) { dropit_unpack(x, &d, begin, end, main_stream); }
-        else { dropit_mask(x, &d, begin, end, drop_rule(model, a, l), main_stream); }
+        else if (!masked_when_recomputed(model, a)) { dropit_mask(x, &d, begin, end, drop_rule(model, a, l), main_stream); }
         if (model->stats_now && a->id < 4) { // of the blocks, not of patch embedding and head
             stats_add(model, a, x, (const floatX*)activation_at(model, a, l, b0, false), dout, nb * tokens, C, OC);
         }

@@ -1,21 +1,18 @@
 /*
 DropIT's choice: which k elements of x have the largest magnitude, and their bitmap, offsets and packed values.
 
-The trainer gives a thread 256 consecutive elements, so that a warp's load touches 32 cache lines: right for a CPU, on a GPU eight
-times the work of a coalesced load. The alternatives give a warp 1,024 consecutive elements, 16 bytes a lane and load, turn
-lanes' masks into words of the bitmap by a transposition of a few shuffles, and line values up in shared memory before they write them.
-
 mink, over the whole tensor:
     1  the trainer's dropit_select: sample, one read that counts and lists candidates, histograms over the list, a read that packs
     2  the classic: histograms over x, 11 bits of the key a read (3 reads, bf16 2), a read that counts, one that packs: what the list brings
-    3  1 with warp-shaped kernels for the sample's range, the candidates and packing; candidates write a tile's count, so nothing clears it
-fastmink, in blocks of 16,384 elements:
+fastmink, in blocks of 16,384 elements. The trainer's search gives a thread 256 consecutive elements, so that a warp's load touches 32 cache
+lines: right for a CPU, on a GPU eight times the work of a coalesced load. The alternatives give a warp 1,024 consecutive elements, 16 bytes
+a lane and load, turn lanes' masks into words of the bitmap by a transposition of a few shuffles, and search in shared memory:
     1  the trainer's dropit_tile_kernel (3 reads, which hit in a cache at best) and dropit_pack_kernel
     2  one kernel: a block is read once into shared memory, selected there and packed from there
     3  2 with four copies of the histogram, for most elements meet in thirty bins
 
-All give the same bits. Bound of every whole choice: x read once, kept values, bitmap and offsets written once; 1 and 3 of mink read x
-twice by their nature. Single kernels stand with what they themselves must move.
+All give the same bits. Bound of every whole choice: x read once, kept values, bitmap and offsets written once; 1 of mink reads x
+twice by its nature. Single kernels stand with what they themselves must move.
 
 build and run: make build/cpu-fp32/dev/cuda/dropit_select && build/cpu-fp32/dev/cuda/dropit_select [-time] [-json FILE]
 by hand:       nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/dropit_select.cu -lcublas -lcublasLt -o dropit_select
@@ -31,7 +28,6 @@ by hand:       nvcc -O3 -std=c++17 -arch=sm_90 dev/cuda/dropit_select.cu -lcubla
 #define PACKED (16 / (int)sizeof(floatX))             // elements of a pack: 4, bf16 8
 #define PACKS (32 / PACKED)                           // of a lane; and lanes whose packs share a word of the bitmap
 #define WARP_ELEMENTS 1024
-#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX))      // the lowest bits of a key are zero: the sign's place, and what bf16 lacks
 #define TILE_BYTES (DROPIT_TILE * sizeof(floatX))     // 64 KiB, bf16 32 KiB
 
 // the lane's first element, in its tile and in x
@@ -40,7 +36,7 @@ __device__ inline size_t lane_first(void) { return (size_t)blockIdx.x * DROPIT_T
 __device__ inline size_t lane_element(size_t first, int bit) { return first + bit / PACKED * 32 * PACKED + bit % PACKED; }
 
 // the lane's elements whose index is below end
-__device__ inline unsigned below_mask(size_t first, size_t end) {
+__device__ inline unsigned lane_below_mask(size_t first, size_t end) {
     unsigned mask = 0;
     for (int p = 0; p < PACKS; p++) {
         const size_t i = lane_element(first, p * PACKED);
@@ -60,7 +56,7 @@ __device__ inline unsigned load_lane(floatX* v, const floatX* x, size_t first, s
         const size_t i = lane_element(first, b);
         v[b] = i < n ? x[i] : (floatX)0.0f;
     }
-    return below_mask(first, n);
+    return lane_below_mask(first, n);
 }
 
 // the lane's elements to where they lie in a tile in shared memory
@@ -112,53 +108,6 @@ __device__ inline void pack_tile(floatX* values, unsigned* bitmap, unsigned* off
 }
 
 // ----------------------------------------------------------------------------
-// mink, version 3
-
-// as the trainer's dropit_candidates_kernel, but that it sets tile_counts. One block of 512 threads a tile
-__global__ void __launch_bounds__(THREADS, 2) candidates_kernel3(unsigned* list_keys, unsigned* list_indices, TensorSearch* search,
-        uint2* tile_counts, unsigned* not_finite, const floatX* x, size_t n, const Threshold* range, bool low_is_zero, size_t capacity) {
-    __shared__ unsigned warp_sums[32];
-    __shared__ unsigned list_begin;
-    const unsigned high = range[0].key, low = low_is_zero ? 0 : range[1].key;
-    const size_t first = lane_first();
-    floatX v[32];
-    unsigned keys[32], sum;
-    const unsigned valid = load_lane(v, x, first, n);
-    word_keys<false>(keys, v, 0, DropRule{});
-    unsigned between = between_mask(keys, low, high) & valid;
-    const unsigned above = count_above(keys, high), bad = count_above(keys, INFINITY_KEY - 1);
-    if (bad > 0) { atomicAdd(not_finite, bad); }
-    const unsigned before = block_exclusive_sum(above << 16 | (unsigned)__popc(between), warp_sums, &sum); // 16 bits hold either sum
-    if (threadIdx.x == 0) {
-        tile_counts[blockIdx.x] = make_uint2(sum >> 16, 0);
-        list_begin = atomicAdd(&search->candidates, sum & 0xffff); // once a tile: every block waits for this one address
-    }
-    __syncthreads();
-    for (size_t at = list_begin + (before & 0xffff); between != 0 && at < capacity; between &= between - 1, at++) {
-        const size_t i = lane_element(first, __ffs((int)between) - 1);
-        list_keys[at] = magnitude_key(x[i]); // few: read again, for an index into keys would put them all into local memory
-        list_indices[at] = (unsigned)i;
-    }
-}
-
-// as the trainer's dropit_pack_kernel of mink. One block of 512 threads a tile; TILE_BYTES of shared memory
-__global__ void __launch_bounds__(THREADS, 2) pack_kernel3(floatX* values, unsigned* bitmap, unsigned* offsets, const floatX* x,
-                                                        const Threshold* threshold, const unsigned* tile_offsets, size_t n) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ unsigned warp_sums[32];
-    const Threshold t = *threshold;
-    const size_t first = lane_first();
-    floatX* tile = (floatX*)shared;
-    floatX v[32];
-    unsigned keys[32];
-    const unsigned valid = load_lane(v, x, first, n);
-    store_lane(tile, v);
-    word_keys<false>(keys, v, 0, DropRule{});
-    const unsigned kept = above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & below_mask(first, t.tie_end));
-    pack_tile(values, bitmap, offsets, warp_word(kept & valid), tile_offsets[blockIdx.x], n, tile, warp_sums);
-}
-
-// ----------------------------------------------------------------------------
 // fastmink, versions 2 and 3
 
 // The end of a tile's search: its threshold, and the kept ones of elements 32*t .. 32*t+31 for thread t. Called by the whole block.
@@ -178,11 +127,11 @@ __device__ inline unsigned finish_tile(Threshold* threshold, const unsigned* key
     return above | equal;
 }
 
-// Threshold (and, with PACK, bitmap, offsets and values) of each tile. Shared memory: the tile's elements, where each histogram reads
+// Threshold, bitmap, offsets and values of each tile. Shared memory: the tile's elements, where each histogram reads
 // them and where they are packed at last, and COPIES histograms of 8 KiB, one for every COPIES-th lane, interleaved so that the copies
-// of a bin lie in different banks. not_finite may be NULL. One block of 512 threads a tile; BLOCK_BYTES of shared memory
+// of a bin lie in different banks.  One block of 512 threads a tile; BLOCK_BYTES of shared memory
 #define BLOCK_BYTES(COPIES) (TILE_BYTES + COPIES * DROPIT_BINS * sizeof(unsigned)) // 72 or 96 KiB, bf16 40 or 64 KiB
-template <int COPIES, bool PACK> __global__ void __launch_bounds__(THREADS, 2) block_kernel(Threshold* thresholds, unsigned* not_finite,
+template <int COPIES> __global__ void __launch_bounds__(THREADS, 2) block_kernel(Threshold* thresholds, unsigned* not_finite,
         floatX* values, unsigned* bitmap, unsigned* offsets, const floatX* x, size_t n, unsigned k_tile, unsigned k_last) {
     extern __shared__ __align__(16) unsigned char shared[];
     __shared__ unsigned warp_sums[32], tie_sums[32];
@@ -204,7 +153,7 @@ template <int COPIES, bool PACK> __global__ void __launch_bounds__(THREADS, 2) b
         word_keys<false>(keys, v, 0, DropRule{});
         if (first) {
             const unsigned bad = count_above(keys, INFINITY_KEY - 1);
-            if (bad > 0 && not_finite != NULL) { atomicAdd(not_finite, bad); }
+            if (bad > 0) { atomicAdd(not_finite, bad); }
             for (int b = 0; b < 32; b++) {
                 if (valid >> b & 1) { atomicAdd_block(&own[COPIES * (keys[b] >> shift)], 1u); }
             }
@@ -230,7 +179,7 @@ template <int COPIES, bool PACK> __global__ void __launch_bounds__(THREADS, 2) b
     load_lane(v, tile, tile_first(), DROPIT_TILE);
     word_keys<false>(keys, v, 0, DropRule{});
     const unsigned word = finish_tile(&thresholds[blockIdx.x], keys, valid, search, tie_sums);
-    if (PACK) { pack_tile(values, bitmap, offsets, word, blockIdx.x * k_tile, n, tile, warp_sums); }
+    pack_tile(values, bitmap, offsets, word, blockIdx.x * k_tile, n, tile, warp_sums);
 }
 
 // ----------------------------------------------------------------------------
@@ -241,11 +190,11 @@ typedef struct {
     Array<Threshold> thresholds;
     Array<unsigned> offsets, bitmap, not_finite;
     Array<TensorSearch> search;
-    Array<unsigned> scratch[5]; // histogram, tile_counts, tile_offsets, list_keys, list_indices
-    Array<floatX> sample;
-    Array<Threshold> range;
+    Array<unsigned> scratch[5]; // histogram, tile_counts, tile_offsets, range, list_indices
+    Array<floatX> sample, list;
     Dropped d;
     DropScratch s;
+    DropRule rule;
 } Tensor;
 
 static Tensor tensor_new(size_t n, size_t k, int strategy) {
@@ -258,130 +207,107 @@ static Tensor tensor_new(size_t n, size_t k, int strategy) {
     t.bitmap = array_new<unsigned>(dropit_words(n));
     t.not_finite = array_new<unsigned>(1);
     t.search = array_new<TensorSearch>(1);
-    const size_t words[5] = {DROPIT_BINS, 2 * tiles, tiles, list, list};
+    const size_t words[5] = {DROPIT_BINS, 2 * tiles, tiles, 2, list};
     for (int i = 0; i < 5; i++) { t.scratch[i] = array_new<unsigned>(words[i]); }
-    t.sample = array_new<floatX>(2 * DROPIT_TILE);
-    t.range = array_new<Threshold>(2);
+    t.sample = array_new<floatX>(DROPIT_TILE);
+    t.list = array_new<floatX>(list);
     t.d = {n, k, t.thresholds.device, t.offsets.device, t.bitmap.device, t.values.device};
-    t.s = {t.search.device, t.scratch[0].device, (uint2*)t.scratch[1].device, t.scratch[2].device, t.sample.device, t.range.device,
-           t.scratch[3].device, t.scratch[4].device, t.not_finite.device};
+    t.s = {t.search.device, t.scratch[0].device, (uint2*)t.scratch[1].device, t.scratch[2].device, t.sample.device, t.scratch[3].device,
+           t.list.device, t.scratch[4].device, t.not_finite.device};
+    t.rule = {strategy, 0, 0};
     return t;
 }
 
 static void tensor_free(const Tensor& t) {
-    for (const Array<floatX>& a : {t.x, t.values, t.sample}) { array_free(a); }
+    for (const Array<floatX>& a : {t.x, t.values, t.sample, t.list}) { array_free(a); }
     for (const Array<unsigned>& a : {t.offsets, t.bitmap, t.not_finite}) { array_free(a); }
     for (const Array<unsigned>& a : t.scratch) { array_free(a); }
-    for (const Array<Threshold>& a : {t.thresholds, t.range}) { array_free(a); }
+    array_free(t.thresholds);
     array_free(t.search);
 }
 
 // ----------------------------------------------------------------------------
 // the versions
 
-// between which ranks of the sample the threshold lies: as in the trainer's dropit_select, and checked against it
-typedef struct {
-    unsigned high, low;
-    bool low_is_zero;
-} Ranks;
+static DropChoice choice_of(const Tensor& t) { return {t.x.device, t.d, t.rule}; }
 
-static Ranks sample_ranks(const Tensor& t) {
-    const double q = (double)t.d.k / t.d.n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
-    const bool low_is_zero = kept + margin > DROPIT_TILE - 1;
-    return {kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin), low_is_zero};
+// as the trainer's kernels of mink see it. gamma is of the other strategies: k says it
+static Selections selections_of(const Tensor& t, bool list) {
+    const DropChoice choice = choice_of(t);
+    Selections all = {};
+    all.of[0] = dropit_selection(&choice, &t.s, 0.0);
+    if (!list) { all.of[0].list_capacity = 0; }
+    return all;
 }
 
-static void launch_range1(const Tensor& t) {
-    dropit_tile_kernel<false><<<2, DROPIT_THREADS, 0, main_stream>>>(t.s.range, NULL, t.s.sample, (size_t)2 * DROPIT_TILE - 1, DropRule{},
-                                                                     sample_ranks(t).high, sample_ranks(t).low);
+static void launch_range(const Tensor& t) {
+    dropit_range_kernel<<<dim3(2, 1), RANGE_THREADS, 0, main_stream>>>(selections_of(t, true));
     kernelCheck();
 }
 
-static void launch_range3(const Tensor& t) {
-    block_kernel<4, false><<<2, THREADS, BLOCK_BYTES(4), main_stream>>>(t.s.range, NULL, NULL, NULL, NULL, t.s.sample,
-        (size_t)2 * DROPIT_TILE - 1, sample_ranks(t).high, sample_ranks(t).low);
-    kernelCheck();
-}
-
-// with the clearing of 24 bytes before it: the list's length is an input, too
-static void launch_candidates(const Tensor& t, int version) {
-    const unsigned tiles = (unsigned)dropit_tiles(t.d.n);
-    const size_t capacity = dropit_list_capacity(t.d.n);
-    cudaCheck(cudaMemsetAsync(t.s.search, 0, sizeof(TensorSearch), main_stream));
-    if (version == 1) {
-        dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, main_stream>>>(t.s.list_keys, t.s.list_indices, t.s.search, t.s.tile_counts,
-            t.s.not_finite, t.x.device, t.d.n, t.s.range, sample_ranks(t).low_is_zero, capacity);
-    } else {
-        candidates_kernel3<<<tiles, THREADS, 0, main_stream>>>(t.s.list_keys, t.s.list_indices, t.s.search, t.s.tile_counts, t.s.not_finite,
-            t.x.device, t.d.n, t.s.range, sample_ranks(t).low_is_zero, capacity);
-    }
+// with the clearing of 4 bytes before it: the list's length is an input, too
+static void launch_candidates(const Tensor& t) {
+    cudaCheck(cudaMemsetAsync(&t.s.search->candidates, 0, sizeof(unsigned), main_stream));
+    dropit_candidates_kernel<<<(unsigned)dropit_tiles(t.d.n), DROPIT_THREADS, 0, main_stream>>>(selections_of(t, true));
     kernelCheck();
 }
 
 static void launch_histogram(const Tensor& t, bool first) {
     const unsigned tiles = (unsigned)dropit_tiles(t.d.n), full = 16 * num_multiprocessors, blocks = tiles < full ? tiles : full;
-    dropit_histogram_kernel<<<blocks, DROPIT_THREADS, 0, main_stream>>>(t.s.histogram, t.s.search, t.s.list_keys, t.x.device, t.d.n, first);
+    dropit_histogram_kernel<<<dim3(blocks, 1), DROPIT_THREADS, 0, main_stream>>>(selections_of(t, true), first);
     kernelCheck();
 }
 
-static void launch_pack(const Tensor& t, int version) {
-    const unsigned tiles = (unsigned)dropit_tiles(t.d.n);
-    if (version == 3) {
-        pack_kernel3<<<tiles, THREADS, TILE_BYTES, main_stream>>>(t.d.values, t.d.bitmap, t.d.offsets, t.x.device, t.d.thresholds,
-                                                                  t.s.tile_offsets, t.d.n);
-    } else {
-        dropit_pack_kernel<false><<<tiles, DROPIT_THREADS, 0, main_stream>>>(t.d.values, t.d.bitmap, t.d.offsets, t.x.device, t.d.thresholds,
-                                                                             t.s.tile_offsets, t.d.n, DropRule{MINK, 0, 0}, 0);
-    }
+static void launch_pack(const Tensor& t) {
+    dropit_pack_kernel<false><<<(unsigned)dropit_tiles(t.d.n), PACK_THREADS, 0, main_stream>>>(selections_of(t, true));
     kernelCheck();
 }
 
-// up to where the histograms begin: in the list, or (version 2) in x
+// up to where the histograms begin: in the list, or (version 2, which has no room for one) in x
 static void start(const Tensor& t, int version) {
-    const unsigned tiles = (unsigned)dropit_tiles(t.d.n);
-    size_t capacity = 0; // no room for a list
-    if (version == 2) {
-        cudaCheck(cudaMemsetAsync(t.s.search, 0, sizeof(TensorSearch), main_stream));
-        cudaCheck(cudaMemsetAsync(t.s.tile_counts, 0, tiles * sizeof(uint2), main_stream));
-    } else {
-        capacity = dropit_list_capacity(t.d.n);
-        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(t.s.sample, t.x.device, t.d.n);
+    const Selections all = selections_of(t, version == 1);
+    if (version == 1) {
+        dropit_sample_kernel<<<dim3(DROPIT_TILE / 4 / 64, 1), 64, 0, main_stream>>>(all);
         kernelCheck();
-        launch_range3(t);
-        launch_candidates(t, version);
+        launch_range(t);
+        launch_candidates(t);
+    } else {
+        cudaCheck(cudaMemsetAsync(t.s.search, 0, sizeof(TensorSearch), main_stream));
+        cudaCheck(cudaMemsetAsync(t.s.tile_counts, 0, dropit_tiles(t.d.n) * sizeof(uint2), main_stream));
     }
-    dropit_start_kernel<<<1, 256, 0, main_stream>>>(t.s.search, t.s.histogram, t.s.tile_counts, tiles, (unsigned)t.d.k, t.s.range,
-                                                    sample_ranks(t).low_is_zero, capacity);
+    dropit_start_kernel<<<1, 256, 0, main_stream>>>(all);
     kernelCheck();
 }
 
 static void mink(const Tensor& t, int version) {
     if (version == 1) {
-        dropit_select(&t.d, &t.s, t.x.device, 0.0, DropRule{MINK, 0, 0}, main_stream); // gamma is of the other strategies: k says it
+        const DropChoice choice = choice_of(t);
+        dropit_select(&choice, 1, &t.s, 0.0, main_stream);
         return;
     }
-    const unsigned tiles = (unsigned)dropit_tiles(t.d.n);
+    const Selections all = selections_of(t, false);
     start(t, version);
     for (int digit = 0; digit < (sizeof(floatX) == 2 ? 2 : 3); digit++) {
         launch_histogram(t, digit == 0);
-        dropit_search_kernel<<<1, 256, 0, main_stream>>>(t.s.search, t.s.histogram);
+        dropit_search_kernel<<<1, 256, 0, main_stream>>>(all);
     }
-    dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, main_stream>>>(t.s.tile_counts, t.s.search, t.s.list_keys, t.s.list_indices, t.x.device, t.d.n);
-    dropit_offsets_kernel<<<1, 256, 0, main_stream>>>(t.d.thresholds, t.s.tile_offsets, t.s.tile_counts, t.s.search, t.x.device, t.d.n);
+    dropit_count_kernel<<<(unsigned)dropit_tiles(t.d.n), DROPIT_THREADS, 0, main_stream>>>(all);
+    dropit_offsets_kernel<<<1, OFFSETS_THREADS, 0, main_stream>>>(all);
     kernelCheck();
-    launch_pack(t, version);
+    launch_pack(t);
 }
 
 static void fastmink(const Tensor& t, double gamma, int version) {
     const unsigned tiles = (unsigned)dropit_tiles(t.d.n);
     const unsigned k_tile = (unsigned)dropit_keep(DROPIT_TILE, gamma), k_last = (unsigned)dropit_keep(t.d.n % DROPIT_TILE, gamma);
     if (version == 1) {
-        dropit_select(&t.d, &t.s, t.x.device, gamma, DropRule{FASTMINK, 0, 0}, main_stream);
+        const DropChoice choice = choice_of(t);
+        dropit_select(&choice, 1, &t.s, gamma, main_stream);
     } else if (version == 2) {
-        block_kernel<1, true><<<tiles, THREADS, BLOCK_BYTES(1), main_stream>>>(t.d.thresholds, t.s.not_finite, t.d.values, t.d.bitmap,
+        block_kernel<1><<<tiles, THREADS, BLOCK_BYTES(1), main_stream>>>(t.d.thresholds, t.s.not_finite, t.d.values, t.d.bitmap,
                                                                                t.d.offsets, t.x.device, t.d.n, k_tile, k_last);
     } else {
-        block_kernel<4, true><<<tiles, THREADS, BLOCK_BYTES(4), main_stream>>>(t.d.thresholds, t.s.not_finite, t.d.values, t.d.bitmap,
+        block_kernel<4><<<tiles, THREADS, BLOCK_BYTES(4), main_stream>>>(t.d.thresholds, t.s.not_finite, t.d.values, t.d.bitmap,
                                                                                t.d.offsets, t.x.device, t.d.n, k_tile, k_last);
     }
     kernelCheck();
@@ -440,7 +366,6 @@ static void keep_first(Expected* e, size_t which, const size_t* order, const flo
 static void forget(const Tensor& t) {
     cudaCheck(cudaMemset(t.values.device, 0xff, t.values.n * sizeof(floatX)));
     cudaCheck(cudaMemset(t.thresholds.device, 0xff, t.thresholds.n * sizeof(Threshold)));
-    cudaCheck(cudaMemset(t.range.device, 0xff, t.range.n * sizeof(Threshold)));
     for (const Array<unsigned>& a : {t.offsets, t.bitmap}) { cudaCheck(cudaMemset(a.device, 0xff, a.n * sizeof(unsigned))); }
     for (const Array<unsigned>& a : t.scratch) { cudaCheck(cudaMemset(a.device, 0xff, a.n * sizeof(unsigned))); }
     cudaCheck(cudaMemset(t.not_finite.device, 0, sizeof(unsigned)));
@@ -485,8 +410,7 @@ static void check_mink(int kind, size_t n) {
         to_device(t.x);
         if (j == 0) { sort_range(order, t.x.host, 0, n); }
         keep_first(&e, 0, order, t.x.host, ks[j]);
-        unsigned candidates = 0;
-        for (int version = 1; version <= 3; version++) {
+        for (int version = 1; version <= 2; version++) {
             char what[80];
             snprintf(what, sizeof(what), "mink %d, n %zu k %zu %s", version, n, ks[j], input_names[kind]);
             forget(t);
@@ -494,9 +418,7 @@ static void check_mink(int kind, size_t n) {
             compare(t, e, what);
             to_host(t.search);
             const TensorSearch* search = t.search.host;
-            if (version == 1) { candidates = search->candidates; }
             if (version == 2) { check(search->listed == 0, "%s: %u are listed", what, search->listed); }
-            if (version == 3) { check(search->candidates == candidates, "%s: %u candidates, version 1 has %u", what, search->candidates, candidates); }
             // the checks must not pass because nothing ever comes to the list
             if (version != 2 && kind == GAUSS && n == 50000 && j == 0) { check(search->listed > 0, "%s: nothing is listed", what); }
         }
@@ -548,16 +470,15 @@ static void time_all(size_t n, const char* name, double gamma) {
     array_free(t.x);
     t.x = array_normal<floatX>(n, 1, 1.0);
     cudaCheck(cudaMemset(t.s.not_finite, 0, sizeof(unsigned)));
-    for (int version = 1; version <= 3; version++) { time_kernel("mink", version, shape, x_bytes + kept_bytes(t), 0.0, [&] { mink(t, version); }); }
-    // the last ran in the list: its sample, range, tile offsets and threshold stand, and kernels of version 1 can run on them
-    for (int version : {1, 3}) { time_kernel("mink: pack", version, shape, x_bytes + kept_bytes(t), 0.0, [&] { launch_pack(t, version); }); }
-    time_kernel("mink: range in the sample", 1, shape, 2.0 * DROPIT_TILE * sizeof(floatX), 0.0, [&] { launch_range1(t); });
-    time_kernel("mink: range in the sample", 3, shape, 2.0 * DROPIT_TILE * sizeof(floatX), 0.0, [&] { launch_range3(t); });
+    for (int version : {2, 1}) { time_kernel("mink", version, shape, x_bytes + kept_bytes(t), 0.0, [&] { mink(t, version); }); }
+    // the last ran in the list: its sample, range, tile offsets and threshold stand, and single kernels can run on them
+    time_kernel("mink: pack", 1, shape, x_bytes + kept_bytes(t), 0.0, [&] { launch_pack(t); });
+    time_kernel("mink: range in the sample", 1, shape, DROPIT_TILE * sizeof(floatX), 0.0, [&] { launch_range(t); });
     to_host(t.search);
     const double listed = t.search.host->candidates;
-    for (int version : {1, 3}) { time_kernel("mink: candidates", version, shape, x_bytes + 8.0 * listed, 0.0, [&] { launch_candidates(t, version); }); }
-    start(t, 3); // the search is over; a new one begins
-    time_kernel("mink: first histogram", 1, shape, 4.0 * listed, 0.0, [&] { launch_histogram(t, true); });
+    time_kernel("mink: candidates", 1, shape, x_bytes + (4.0 + sizeof(floatX)) * listed, 0.0, [&] { launch_candidates(t); });
+    start(t, 1); // the search is over; a new one begins
+    time_kernel("mink: first histogram", 1, shape, sizeof(floatX) * listed, 0.0, [&] { launch_histogram(t, true); });
     start(t, 2);
     time_kernel("mink: first histogram", 2, shape, x_bytes, 0.0, [&] { launch_histogram(t, true); });
     const Array<floatX> x = t.x;
@@ -575,10 +496,8 @@ static void time_all(size_t n, const char* name, double gamma) {
 
 int main(int argc, char** argv) {
     bench_open(argc, argv);
-    cudaCheck(cudaFuncSetAttribute(pack_kernel3, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_BYTES));
-    cudaCheck(cudaFuncSetAttribute(block_kernel<1, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, BLOCK_BYTES(1)));
-    cudaCheck(cudaFuncSetAttribute(block_kernel<4, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, BLOCK_BYTES(4)));
-    cudaCheck(cudaFuncSetAttribute(block_kernel<4, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, BLOCK_BYTES(4)));
+    cudaCheck(cudaFuncSetAttribute(block_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, BLOCK_BYTES(1)));
+    cudaCheck(cudaFuncSetAttribute(block_kernel<4>, cudaFuncAttributeMaxDynamicSharedMemorySize, BLOCK_BYTES(4)));
     const size_t sizes[] = {1, 31, 33, DROPIT_TILE + 1, 50000};
     for (int kind = 0; kind < NUM_INPUTS; kind++) {
         for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {

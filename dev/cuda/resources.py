@@ -23,9 +23,9 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
 # threads of a block. Verified against the launches in the source
 THREADS = {
-    "dropit_sample_kernel": 64, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
-    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 256, "dropit_tile_kernel": 64,
-    "dropit_pack_kernel": 64, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
+    "dropit_sample_kernel": 64, "dropit_range_kernel": 512, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
+    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 512, "dropit_tile_kernel": 64,
+    "dropit_pack_kernel": 256, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
     "bias_add_kernel": 256, "column_sum_kernel": 64, "column_sum_finish_kernel": 64,
     "cross_entropy_kernel": 64, "loss_sum_kernel": 64, "sum_squares_kernel": 128, "norm_kernel": 1, "adamw_kernel": 256, "sgd_kernel": 256,
     "ema_kernel": 256, "round_kernel": 256, "drop_path_scales_kernel": 64, "drop_path_kernel": 256,
@@ -50,8 +50,6 @@ MEMORY_BOUND = [
 STACK = {
     "dropit_tile_kernel<true>": "-s random: a loop over 32 hashes of ten rounds is not unrolled, and so it indexes an array",
     "dropit_pack_kernel<true>": "the same",
-    "dropit_candidates_kernel": "eight words of masks, written and read once each: unrolling would cost 64 KB of code (dev/cuda/dropit_select.cu, 3)",
-    "dropit_pack_kernel<false>": "the same, on sm_80",
     "augment_kernel<4, 4>": "16 bytes of four pixels of four channels, whose loops are not unrolled; no published model has four channels",
     "patchify_kernel<1, true>": "sine and cosine of random erasing, for angles that do not occur",
     "patchify_kernel<8, true>": "the same, and eight pixels that a branch of random erasing indexes in a loop: unrolling would write Philox out eight times",

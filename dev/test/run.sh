@@ -73,8 +73,10 @@ t checkpoints 600 dev/test/checkpoint.sh ./train_deit
 t finetune 300 dev/test/finetune.sh ./train_deit
 if command -v python3 >/dev/null; then
     t tensorboard 300 python3 dev/test/test_events.py ./train_deit
+    t predicted_cost 60 python3 dev/cuda/predict.py --check
+    t predicted_launches 900 python3 dev/test/test_launches.py $fp32
 else
-    echo "not run: TensorBoard's event files (no python3 here)"
+    echo "not run: TensorBoard's event files, DropIT's cost and launches as predicted (no python3 here)"
 fi
 
 python=

@@ -60,13 +60,17 @@ template <class T> static T* device(size_t n) {
 
 // zeros wherever the search for a threshold takes its sample: found by sampling two tensors whose elements name their places
 static void mislead(floatX* x, size_t n) {
-    floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(2 * DROPIT_TILE);
+    floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(DROPIT_TILE);
     floatX* sampled = (floatX*)malloc(DROPIT_TILE * sizeof(floatX));
     size_t* index = (size_t*)calloc(DROPIT_TILE, sizeof(size_t));
     for (size_t unit = 1; unit < n; unit *= 256) { // bf16 holds integers up to 256
         for (size_t i = 0; i < n; i++) { place[i] = (floatX)(float)(i / unit % 256); }
         cudaCheck(cudaMemcpy(on_device, place, n * sizeof(floatX), cudaMemcpyHostToDevice));
-        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(sample, on_device, n);
+        Selections all = {};
+        all.of[0].x = on_device;
+        all.of[0].d.n = n;
+        all.of[0].s.sample = sample;
+        dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(all);
         kernelCheck();
         cudaCheck(cudaMemcpy(sampled, sample, DROPIT_TILE * sizeof(floatX), cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < DROPIT_TILE; i++) { index[i] += unit * (size_t)(float)sampled[i]; }
@@ -109,12 +113,13 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device<floatX>(k + 1)};
     const size_t list = dropit_list_capacity(n);
     DropScratch s = {device<TensorSearch>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
-                     device<floatX>(2 * DROPIT_TILE), device<Threshold>(2), device<unsigned>(list), device<unsigned>(list), device<unsigned>(1)};
+                     device<floatX>(DROPIT_TILE), device<unsigned>(2), device<floatX>(list), device<unsigned>(list), device<unsigned>(1)};
     TensorSearch search;
     unsigned not_finite = 0;
     cudaCheck(cudaMemcpy(dx, x, n * sizeof(floatX), cudaMemcpyHostToDevice));
     cudaCheck(cudaMemset(s.not_finite, 0, sizeof(unsigned)));
-    dropit_select(&d, &s, dx, gamma, rule, main_stream);
+    const DropChoice choice = {dx, d, rule};
+    dropit_select(&choice, 1, &s, gamma, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(&not_finite, s.not_finite, sizeof(unsigned), cudaMemcpyDeviceToHost));
     check(not_finite == bad, "n %zu k %zu %s strategy %d: %u values that are not finite reported, expected %zu", n, k, input_names[kind], strategy,
@@ -151,7 +156,7 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
         check(same_bits(got, expected, n), "n %zu k %zu %s strategy %d: masking in chunks of %zu", n, k, input_names[kind], strategy, cuts[c]);
     }
     void* const on_device[] = {dx, out, d.thresholds, d.offsets, d.bitmap, d.values, s.search, s.histogram, s.tile_counts, s.tile_offsets,
-                               s.sample, s.range, s.list_keys, s.list_indices, s.not_finite};
+                               s.sample, s.range, s.list_values, s.list_indices, s.not_finite};
     for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++) { cudaCheck(cudaFree(on_device[i])); }
     free(x);
     free((void*)expected);
@@ -159,6 +164,98 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     free(kept);
     free(index);
     free(bitmap);
+}
+
+static DropScratch scratch_new(size_t tiles, size_t list) {
+    return {device<TensorSearch>(MAX_SELECTIONS), device<unsigned>(MAX_SELECTIONS * DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
+            device<floatX>(MAX_SELECTIONS * DROPIT_TILE), device<unsigned>(MAX_SELECTIONS * 2), device<floatX>(list), device<unsigned>(list),
+            device<unsigned>(1)};
+}
+
+static void scratch_free(const DropScratch& s) {
+    void* const all[] = {s.search, s.histogram, s.tile_counts, s.tile_offsets, s.sample, s.range, s.list_values, s.list_indices, s.not_finite};
+    for (void* p : all) { cudaCheck(cudaFree(p)); }
+}
+
+// four tensors in the same launches, the third of which stores its threshold alone, get the bits that each gets by itself
+static void test_together(int strategy) {
+    const size_t sizes[4] = {50000, 33, 16384 + 1, 3 * 16384};
+    const double gamma = 0.7;
+    size_t tiles = 0, list = 0;
+    for (size_t n : sizes) {
+        tiles += dropit_tiles(n);
+        list += align_up(dropit_list_capacity(n));
+    }
+    const DropScratch s = scratch_new(tiles, list);
+    DropChoice choices[4], alone[4];
+    for (int i = 0; i < 4; i++) {
+        const size_t n = sizes[i];
+        floatX* x = device<floatX>(n);
+        for (size_t j = 0; j < n; j++) { x[j] = input_value(i == 1 ? FEW : GAUSS, j + 1000 * i, n); }
+        for (DropChoice* c : {&choices[i], &alone[i]}) {
+            Dropped d = {n, dropit_k(n, gamma, strategy), device<Threshold>(dropit_tiles(n)), i == 2 ? NULL : device<unsigned>(dropit_segments(n)),
+                         device<unsigned>(dropit_words(n)), device<floatX>(n + 1)};
+            cudaCheck(cudaMemset(d.bitmap, 0, dropit_words(n) * sizeof(unsigned)));
+            cudaCheck(cudaMemset(d.values, 0, (n + 1) * sizeof(floatX)));
+            *c = {x, d, DropRule{strategy, 77ull + i, 5}};
+        }
+    }
+    dropit_select(choices, 4, &s, gamma, main_stream);
+    for (int i = 0; i < 4; i++) { dropit_select(&alone[i], 1, &s, gamma, main_stream); }
+    cudaCheck(cudaDeviceSynchronize());
+    for (int i = 0; i < 4; i++) {
+        const size_t n = sizes[i], thresholds = (strategy == MINK ? 1 : dropit_tiles(n)) * sizeof(Threshold);
+        const Dropped a = choices[i].d, b = alone[i].d;
+        const bool same = memcmp(a.thresholds, b.thresholds, thresholds) == 0 && memcmp(a.bitmap, b.bitmap, dropit_words(n) * sizeof(unsigned)) == 0 &&
+                          same_bits(a.values, b.values, n + 1) &&
+                          (i == 2 || memcmp(a.offsets, b.offsets, dropit_segments(n) * sizeof(unsigned)) == 0);
+        check(same, "strategy %d: tensor %d of four chosen together", strategy, i);
+        for (const Dropped& d : {a, b}) {
+            void* const all[] = {d.thresholds, d.offsets, d.bitmap, (void*)d.values};
+            for (void* p : all) { cudaCheck(cudaFree(p)); }
+        }
+        cudaCheck(cudaFree((void*)choices[i].x));
+    }
+    scratch_free(s);
+}
+
+// GELU and LayerNorm that mask as they write give what masking their outputs gives, in chunks, with many ties at the threshold or none
+static void test_masking_kernels(size_t rows, size_t C, bool coarse, double gamma) {
+    const size_t n = rows * C, parts[] = {rows, 3};
+    const DropRule rule = {MINK, 0, 0};
+    const DropScratch s = scratch_new(dropit_tiles(n), dropit_list_capacity(n));
+    floatX *inp = device<floatX>(n), *out = device<floatX>(n), *masked = device<floatX>(n), *weight = device<floatX>(C), *bias = device<floatX>(C);
+    float *mean = device<float>(rows), *rstd = device<float>(rows);
+    Dropped d = {n, dropit_k(n, gamma, MINK), device<Threshold>(1), NULL, NULL, NULL};
+    for (size_t i = 0; i < n; i++) {
+        const float g = (float)input_value(GAUSS, i, n);
+        inp[i] = (floatX)(coarse ? rintf(2.0f * g) / 2.0f : g);
+    }
+    for (size_t c = 0; c < C; c++) { weight[c] = (floatX)1.25f, bias[c] = (floatX)0.1f; }
+    for (int kind = 0; kind < 2; kind++) {
+        auto run = [&](floatX* to, size_t begin, size_t count, bool mask) {
+            const KeepLargest keep = {d.thresholds, begin * C};
+            const floatX* from = inp + begin * C;
+            if (kind == 0 && mask) { gelu_forward(to, from, count * C, keep); }
+            else if (kind == 0) { gelu_forward(to, from, count * C); }
+            else if (mask) { layernorm_forward(to, mean, rstd, from, weight, bias, count, C, C, keep); }
+            else { layernorm_forward(to, mean, rstd, from, weight, bias, count, C, C); }
+        };
+        run(out, 0, rows, false);
+        const DropChoice choice = {out, d, rule};
+        dropit_select(&choice, 1, &s, gamma, main_stream);
+        dropit_mask(out, &d, 0, n, rule, main_stream);
+        for (size_t part : parts) {
+            cudaCheck(cudaMemset(masked, 0xff, n * sizeof(floatX)));
+            for (size_t begin = 0; begin < rows; begin += part) { run(masked + begin * C, begin, rows - begin < part ? rows - begin : part, true); }
+            cudaCheck(cudaDeviceSynchronize());
+            check(same_bits(masked, out, n), "%s of %zu x %zu, %s, gamma %g, %zu rows at a time: masked as it is written", kind == 0 ? "gelu" : "layernorm",
+                  rows, C, coarse ? "few values" : "gauss", gamma, part);
+        }
+    }
+    void* const all[] = {(void*)inp, (void*)out, (void*)masked, (void*)weight, (void*)bias, mean, rstd, d.thresholds};
+    for (void* p : all) { cudaCheck(cudaFree(p)); }
+    scratch_free(s);
 }
 
 int main(int argc, char** argv) {
@@ -181,6 +278,8 @@ int main(int argc, char** argv) {
             }
         }
     }
+    for (int strategy : {MINK, FASTMINK, RANDOM}) { test_together(strategy); }
+    for (int i = 0; i < 8; i++) { test_masking_kernels(i & 1 ? 40 : 7, i & 2 ? 64 : 37, (i & 4) != 0, i == 3 ? 0.99999 : 0.7); }
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
