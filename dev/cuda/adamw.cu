@@ -154,7 +154,7 @@ static void test_update(size_t n, bool adamw, double clip) {
     const size_t all = n + 64;
     const char* const name = adamw ? "adamw" : "sgd";
     const float norm = 3.0f;
-    const OptimizerConfig o = {adamw, 0.05, 0.9, 0.99, 0.01, 0.1, 0.8, clip};
+    const OptimizerConfig o = {adamw, 0.05, 0.9, 0.99, 0.01, 0.1, 0.8, clip, false};
     State first = {};
     for (int version = 1; version <= 3; version++) {
         State s = state_new(all, norm);
@@ -205,7 +205,7 @@ int main(int argc, char** argv) {
         const size_t n = 22050688; // DeiT-S, 1,000 classes
         State s = state_new(n, 3.0f);
         for (int adamw = 1; adamw >= 0; adamw--) {
-            const OptimizerConfig o = {adamw == 1, 1e-4, 0.9, 0.999, 1e-8, 0.05, 0.9, 1.0};
+            const OptimizerConfig o = {adamw == 1, 1e-4, 0.9, 0.999, 1e-8, 0.05, 0.9, 1.0, false};
             // gradient, master and moments are read, all but the gradient written; a bf16 parameter is an array of its own
             const double bytes = n * ((adamw ? 7.0 : 5.0) * sizeof(float) + (sizeof(floatX) == 2 ? sizeof(floatX) : 0));
             for (int version = 1; version <= 3; version++) {
