@@ -5265,6 +5265,19 @@ Evaluation evaluate(DeitModel* model, Loader* loader) {
     return Evaluation{r.loss / images, (double)r.top1 / images, (double)r.top5 / images};
 }
 
+// of the weights, or of their moving average: a line on stdout, in main.log and in TensorBoard's file (both may be NULL)
+void report_evaluation(Evaluation e, bool averaged, int step, int epoch, FILE* log, FILE* events) {
+    const double top1 = 100.0 * e.top1, top5 = 100.0 * e.top5;
+    printf("eval %s epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", averaged ? "EMA" : "", epoch, e.loss, top1, top5);
+    if (log != NULL) {
+        fprintf(log, averaged ? "s:%d etel:%.9g etop1:%.9g etop5:%.9g\n" : "s:%d tel:%.9g top1:%.9g top5:%.9g\n", step, e.loss, top1, top5);
+        fflush(log);
+    }
+    events_write(events, step, averaged ? "val/ema_loss" : "val/loss", e.loss);
+    events_write(events, step, averaged ? "val/ema_top1" : "val/top1", top1);
+    events_write(events, step, averaged ? "val/ema_top5" : "val/top5", top5);
+}
+
 // Prints for each image of a shard the (up to) five best classes with their probabilities: softmax of the logits, in double; of two classes
 // with the same logit the lower comes first. Every rank goes through all images, rank 0 is heard
 void predict(DeitModel* model, Loader* loader) {
@@ -5337,6 +5350,68 @@ void write_sheet(const char* path, const DeitModel* model, PixelStats stats) {
            CH == channels ? "" : CH == 2 ? ", the first of 2 channels" : ", the first 3 of 4 channels");
     free(sheet.pixels);
     free(patches);
+}
+
+// the table of all memory, and a line of it for programs; limit > 0: also the largest batch that fits into so many bytes
+void report_plan(DeitModel* model, size_t limit) {
+    deit_plan(model);
+    require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)", model->too_large);
+    plan_print(&model->plan);
+    printf("plan");
+    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s=%zu", category_names[c], model->plan.bytes[c]); }
+    if (limit > 0) { printf(" max_batch=%zu", deit_largest_batch(model->options, limit)); }
+    printf(" total=%zu\n", plan_total(&model->plan));
+}
+
+// times so many steps on random images, after two that warm up; free_before: bytes that were free before the model was allocated
+void bench_steps(DeitModel* model, OptimizerConfig optimizer, int steps, size_t free_before) {
+    const DeitConfig c = model->options.config;
+    const size_t B = model->options.B, bytes = numel(B, c.image_size, c.image_size, c.image_channels);
+    uint8_t* pixels = (uint8_t*)malloc(bytes);
+    int* zeros = (int*)calloc(B, sizeof(int));
+    double* ms = (double*)malloc(steps * sizeof(double));
+    require(pixels != NULL && zeros != NULL && ms != NULL, "out of host memory for a batch of %zu images", B);
+    for (size_t i = 0; i < bytes; i++) { pixels[i] = (uint8_t)philox(model->options.seed, RNG_AUGMENT, 0, i).x; }
+    cudaCheck(cudaMemcpy(model->images, pixels, bytes, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(model->next_labels, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(model->flips, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
+    const PixelStats no_stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
+    for (int step = -2; step < steps; step++) {
+        const double start = seconds();
+        deit_zero_gradients(model);
+        deit_patchify(model, no_stats, NULL, B);
+        deit_forward(model, B, true);
+        deit_loss(model, B, 0.0f, 1.0f, 1.0f / B);
+        deit_backward(model);
+        deit_update(model, optimizer, 0.0, step + 3);
+        deit_result(model);
+        if (step >= 0) { ms[step] = 1e3 * (seconds() - start); }
+    }
+    qsort(ms, steps, sizeof(double), by_value);
+    size_t free_now, total_bytes;
+    cudaCheck(cudaMemGetInfo(&free_now, &total_bytes));
+    printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f bytes_planned=%zu bytes_used=%zu\n", ms[0], ms[steps / 2], 1e3 * B / ms[steps / 2],
+           plan_total(&model->plan), free_before - free_now);
+    free(pixels);
+    free(zeros);
+    free(ms);
+}
+
+// times loading and augmentation of so many batches, after two that warm up
+void bench_loader(DeitModel* model, Loader* loader, int batches) {
+    const size_t B = model->options.B;
+    double start = 0.0;
+    for (int batch = 0; batch < batches + 2; batch++) {
+        if (batch == 2) {
+            cudaCheck(cudaStreamSynchronize(main_stream));
+            start = seconds();
+        }
+        loader_batch(loader, batch);
+        const BatchAugment mix = batch_augment(model, loader, batch);
+        take_batch(model, loader, set_stats(&loader->set), &mix, B);
+    }
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    printf("data images_per_s=%.1f batches=%d batch=%zu threads=%d\n", (double)batches * B / (seconds() - start), batches, B, loader->num_readers);
 }
 
 int main(int argc, char** argv) {
@@ -5465,15 +5540,8 @@ int main(int argc, char** argv) {
     const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip, nesterov == 1};
 
     if (strcmp(plan, "0") != 0) {
-        const size_t limit = strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan);
         o->staging_bytes = crop || floor(o->config.image_size / crop_pct) != o->config.image_size ? PIECE_BYTES : 0;
-        deit_plan(model);
-        require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch (-b)", model->too_large);
-        plan_print(&model->plan);
-        printf("plan");
-        for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s=%zu", category_names[c], model->plan.bytes[c]); }
-        if (limit > 0) { printf(" max_batch=%zu", deit_largest_batch(*o, limit)); }
-        printf(" total=%zu\n", plan_total(&model->plan));
+        report_plan(model, strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan));
         return EXIT_SUCCESS;
     }
 
@@ -5515,7 +5583,7 @@ int main(int argc, char** argv) {
     const int num_metadata = options_metadata(metadata, 8, options, num_options, " -m -b -a -e -l -opt -wd -beta1 -beta2 -momentum -nesterov "
         "-unscale_lr -schedule -warmup -warmup_epochs -warmup_lr -min_lr -cooldown -clip -smoothing -drop_path -ema -flip -crop -scale -crop_pct "
         "-repeats -aa -reprob -mixup -cutmix -mixup_prob -mixup_switch -g -s -g_all -seed -size -patch -chans -classes ");
-    size_t free_before, free_now, total_bytes;
+    size_t free_before, total_bytes;
     cudaCheck(cudaMemGetInfo(&free_before, &total_bytes));
     deit_allocate(model);
     if (found >= 0) {
@@ -5544,31 +5612,7 @@ int main(int argc, char** argv) {
     printf(" total %.1f MiB; chunks of %zu images\n", plan_total(&model->plan) / MiB, model->chunk_images);
 
     if (bench > 0) {
-        const size_t bytes = (size_t)B * o->config.image_size * o->config.image_size * o->config.image_channels;
-        uint8_t* pixels = (uint8_t*)malloc(bytes);
-        int* zeros = (int*)calloc(B, sizeof(int));
-        double* ms = (double*)malloc(bench * sizeof(double));
-        require(pixels != NULL && zeros != NULL && ms != NULL, "out of host memory for a batch of %d images", B);
-        for (size_t i = 0; i < bytes; i++) { pixels[i] = (uint8_t)philox(seed, RNG_AUGMENT, 0, i).x; }
-        cudaCheck(cudaMemcpy(model->images, pixels, bytes, cudaMemcpyHostToDevice));
-        cudaCheck(cudaMemcpy(model->next_labels, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
-        cudaCheck(cudaMemcpy(model->flips, zeros, B * sizeof(int), cudaMemcpyHostToDevice));
-        const PixelStats no_stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
-        for (int step = -2; step < bench; step++) { // two steps warm up
-            const double start = seconds();
-            deit_zero_gradients(model);
-            deit_patchify(model, no_stats, NULL, B);
-            deit_forward(model, B, true);
-            deit_loss(model, B, 0.0f, 1.0f, 1.0f / B);
-            deit_backward(model);
-            deit_update(model, optimizer_config, 0.0, step + 3);
-            deit_result(model);
-            if (step >= 0) { ms[step] = 1e3 * (seconds() - start); }
-        }
-        qsort(ms, bench, sizeof(double), by_value);
-        cudaCheck(cudaMemGetInfo(&free_now, &total_bytes));
-        printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f bytes_planned=%zu bytes_used=%zu\n", ms[0], ms[bench / 2],
-               1e3 * B / ms[bench / 2], plan_total(&model->plan), free_before - free_now);
+        bench_steps(model, optimizer_config, bench, free_before);
         ranks_close();
         return EXIT_SUCCESS;
     }
@@ -5578,22 +5622,9 @@ int main(int argc, char** argv) {
            val_set.num_shards > 1 ? "s" : "", o->staging_bytes > 0 ? "resized on the device" : "of the model's size");
     const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks, &model->augmenter};
     if (bench_data > 0) {
-        const PixelStats train_stats = set_stats(&train_set);
-        double start = 0.0;
         loader_open(&train, train_set, train_data, target, train_staging, threads);
-        for (int batch = -2; batch < bench_data; batch++) { // two batches warm up
-            if (batch == 0) {
-                cudaCheck(cudaStreamSynchronize(main_stream));
-                start = seconds();
-            }
-            loader_batch(&train, batch + 2);
-            const BatchAugment batch_mix = batch_augment(model, &train, batch + 2);
-            take_batch(model, &train, train_stats, &batch_mix, B);
-        }
-        cudaCheck(cudaStreamSynchronize(main_stream));
-        const double rate = (double)bench_data * B / (seconds() - start);
+        bench_loader(model, &train, bench_data);
         loader_close(&train);
-        printf("data images_per_s=%.1f batches=%d batch=%d threads=%d\n", rate, bench_data, B, threads);
         ranks_close();
         return EXIT_SUCCESS;
     }
@@ -5693,16 +5724,9 @@ int main(int argc, char** argv) {
         require(isfinite(loss) && r.not_finite == 0, "step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
                 "Lower the learning rate (-l) or clip (-clip)", step + 1, loss, r.not_finite, deit_not_finite(model));
         if (evaluates) {
-            const int epoch = (int)(step / epoch_steps);
+            const int epoch = (int)(step / epoch_steps) + 1;
             result = evaluate(model, &val);
-            printf("eval  epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
-            if (log != NULL) {
-                fprintf(log, "s:%d tel:%.9g top1:%.9g top5:%.9g\n", step + 1, result.loss, 100.0 * result.top1, 100.0 * result.top5);
-                fflush(log);
-            }
-            events_write(events, step + 1, "val/loss", result.loss);
-            events_write(events, step + 1, "val/top1", 100.0 * result.top1);
-            events_write(events, step + 1, "val/top5", 100.0 * result.top5);
+            report_evaluation(result, false, step + 1, epoch, log, events);
             if (save_every > 0 && 100.0 * result.top1 > strtod(metadata[7].value, NULL)) {
                 // What -x added may write the file, but later checkpoints are as if it had not been: the same bits as without -x
                 StMetadata before[2] = {metadata[6], metadata[7]};
@@ -5715,16 +5739,9 @@ int main(int argc, char** argv) {
             }
             if (ema > 0.0) {
                 deit_ema_enter(model);
-                const Evaluation e = evaluate(model, &val);
+                const Evaluation averaged = evaluate(model, &val);
                 deit_ema_leave(model);
-                printf("eval EMA epoch %d | loss %8.6f | top-1 %6.2f%% | top-5 %6.2f%%\n", epoch + 1, e.loss, 100.0 * e.top1, 100.0 * e.top5);
-                if (log != NULL) {
-                    fprintf(log, "s:%d etel:%.9g etop1:%.9g etop5:%.9g\n", step + 1, e.loss, 100.0 * e.top1, 100.0 * e.top5);
-                    fflush(log);
-                }
-                events_write(events, step + 1, "val/ema_loss", e.loss);
-                events_write(events, step + 1, "val/ema_top1", 100.0 * e.top1);
-                events_write(events, step + 1, "val/ema_top5", 100.0 * e.top5);
+                report_evaluation(averaged, true, step + 1, epoch, log, events);
             }
         }
         if (save_every > 0 && ((step + 1) % save_every == 0 || step + 1 == steps)) {

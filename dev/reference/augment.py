@@ -1,4 +1,4 @@
-"""Makes dev/reference/augment.safetensors, with which dev/test/test_augment.cu compares the trainer's augmentation:
+"""Makes dev/reference/fixtures/augment.safetensors, with which dev/test/test_augment.cu compares the trainer's augmentation:
 
     python3 dev/reference/augment.py        (Pillow 13, timm 1.0, PyTorch, safetensors, numpy)
 
@@ -140,7 +140,7 @@ def main():
     mixes(tensors, rng)
     boxes(tensors)
     erasing(tensors)
-    path = os.path.join(here, "augment.safetensors")
+    path = os.path.join(here, "fixtures", "augment.safetensors")
     save_file(tensors, path)
     print(f"{path}: {os.path.getsize(path)} bytes; Pillow {Image.__version__}, {len(tensors)} tensors, python {sys.version.split()[0]}")
 

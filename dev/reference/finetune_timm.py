@@ -2,7 +2,7 @@
 """Fine-tunes a model that timm saved, in timm and in the trainer, and compares the losses.
 
     finetune_timm.py [--trainer ./train_deit]     weights by timm, 10 steps here and there
-    finetune_timm.py --fixture                    also writes dumps/timm_*, for dev/test/finetune.sh
+    finetune_timm.py --fixture                    also writes fixtures/timm_*, for dev/test/finetune.sh
 
 Model, initial values, weight-decay groups and optimizers are timm's and torch's; the weights are
 written by the published safetensors package; the batches come from rng.py's order. None of deit.py's
@@ -135,17 +135,17 @@ def main():
             print(f"{name}: losses {losses[name][0]:.6f} -> {losses[name][-1]:.6f} in timm, {found[0]:.6f} -> {found[-1]:.6f} in the "
                   f"trainer, largest relative difference {difference.max():.1e}")
         if options.fixture:
-            dumps = os.path.join(HERE, "dumps")
-            with open(weights, "rb") as file, open(os.path.join(dumps, "timm_nano.safetensors.gz"), "wb") as packed:
+            fixtures = os.path.join(HERE, "fixtures")
+            with open(weights, "rb") as file, open(os.path.join(fixtures, "timm_nano.safetensors.gz"), "wb") as packed:
                 packed.write(gzip.compress(file.read(), mtime=0))
-            with open(images, "rb") as file, open(os.path.join(dumps, "timm_images.bin"), "wb") as copy:
+            with open(images, "rb") as file, open(os.path.join(fixtures, "timm_images.bin"), "wb") as copy:
                 copy.write(file.read())
-            with open(os.path.join(dumps, "timm_losses.txt"), "w") as file:
+            with open(os.path.join(fixtures, "timm_losses.txt"), "w") as file:
                 file.write("# made by dev/reference/finetune_timm.py --fixture; optimizer, losses of ten steps : the trainer's flags\n")
                 for name in OPTIMIZERS:
                     file.write(f"{name} {' '.join(f'{loss:.9g}' for loss in losses[name])} : {' '.join(flags(name))}\n")
-            print("wrote", ", ".join(f"{name} ({os.path.getsize(os.path.join(dumps, name))} bytes)"
-                                     for name in sorted(os.listdir(dumps)) if name.startswith("timm_")))
+            print("wrote", ", ".join(f"{name} ({os.path.getsize(os.path.join(fixtures, name))} bytes)"
+                                     for name in sorted(os.listdir(fixtures)) if name.startswith("timm_")))
     sys.exit(0 if passed else "finetune_timm.py: DIFFERENT")
 
 

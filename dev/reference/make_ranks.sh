@@ -1,5 +1,5 @@
 #!/bin/bash
-# Remakes dumps/ranks_g70.txt: the losses of 10 steps in which DropIT selects on each of 2 and 3 ranks, by deit.py, from the trainer's
+# Remakes fixtures/ranks_g70.txt: the losses of 10 steps in which DropIT selects on each of 2 and 3 ranks, by deit.py, from the trainer's
 # initial weights on the bundled images; beside them the losses where it selects over the whole batch of a step. dev/test/ranks.sh
 # compares the trainer with them. PYTHON names an interpreter with PyTorch (1.13 is enough).
 #   make train_deit DEVICE=cpu && dev/reference/make_ranks.sh
@@ -25,5 +25,5 @@ done >"$work/losses"
     echo "# made by dev/reference/make_ranks.sh; -b 16 $flags"
     echo "# strategy, ranks, step, loss where each rank selects, loss where one selection spans the whole batch"
     cat "$work/losses"
-} >dev/reference/dumps/ranks_g70.txt
-echo "wrote dev/reference/dumps/ranks_g70.txt: $(wc -l <"$work/losses") losses"
+} >dev/reference/fixtures/ranks_g70.txt
+echo "wrote dev/reference/fixtures/ranks_g70.txt: $(wc -l <"$work/losses") losses"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes recipes.safetensors: what timm and torch make of the published recipes.
+"""Writes fixtures/recipes.safetensors: what timm and torch make of the published recipes.
 
     /path/to/python dev/reference/recipes.py     (needs torch and timm)
 
@@ -146,7 +146,7 @@ def main():
         scales, rates = path_scales(rate, depth, images, seed, step, first)
         tensors[f"path_scales.{i}"], tensors[f"path_rates.{i}"] = scales, rates
         tensors[f"path.{i}"] = np.array([rate, depth, images, seed, step, first], np.float64)
-    path = os.path.join(HERE, "recipes.safetensors")
+    path = os.path.join(HERE, "fixtures", "recipes.safetensors")
     safetensors_file.save(path, tensors, metadata)
     print(f"wrote {path}: {len(tensors)} tensors, {os.path.getsize(path)} bytes")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What Pillow, torchvision and timm make of images, crops and epochs: the fixture of dev/test/test_resize.cu.
 
-    python3 dev/reference/resize.py [dev/reference/dumps/resize.safetensors]
+    python3 dev/reference/resize.py [dev/reference/fixtures/resize.safetensors]
 
 Needs Pillow, torch, torchvision and timm; the test needs none of them. Tensors:
   image.K      uint8 (H, W, C)
@@ -89,7 +89,7 @@ class Draws:
 
 
 def main():
-    path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "dumps", "resize.safetensors")
+    path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures", "resize.safetensors")
     shapes = [(97, 131, 3), (131, 97, 1), (32, 32, 3), (28, 28, 1), (1, 1, 3), (3, 150, 3), (64, 48, 2), (50, 41, 4), (200, 9, 1)]
     for k, shape in enumerate(shapes):
         tensors[f"image.{k}"] = picture(*shape)

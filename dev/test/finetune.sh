@@ -5,12 +5,12 @@
 set -u
 program=$1
 . "$(dirname "$0")/verdict.sh"
-dumps=$(dirname "$0")/../reference/dumps
-gzip -dc "$dumps/timm_nano.safetensors.gz" >"$work/timm.safetensors"
+fixtures=$(dirname "$0")/../reference/fixtures
+gzip -dc "$fixtures/timm_nano.safetensors.gz" >"$work/timm.safetensors"
 while read -r optimizer line; do
     # timm's "sgd" is Nesterov's: compared where the trainer has it
     [ "$optimizer" = '#' ] || ! "$program" -h | grep -q -w "$optimizer" && continue
-    timeout 120 "$program" ${line#*: } -w "$work/timm.safetensors" -i "$dumps/timm_images.bin" -j "$dumps/timm_images.bin" -o "$work/$optimizer" \
+    timeout 120 "$program" ${line#*: } -w "$work/timm.safetensors" -i "$fixtures/timm_images.bin" -j "$fixtures/timm_images.bin" -o "$work/$optimizer" \
         >"$work/stdout" 2>"$work/stderr" </dev/null
     verdict $? "$optimizer: $(cat "$work/stderr")"
     echo ${line%:*} | tr ' ' '\n' >"$work/expected"
@@ -19,7 +19,7 @@ while read -r optimizer line; do
         END { printf "largest difference %.1e, %d steps\n", worst, NR; exit bad || NR != 10 }' >"$work/difference"
     verdict $? "$optimizer, against timm: $(cat "$work/difference")"
     echo "$optimizer: $(cat "$work/difference")"
-done <"$dumps/timm_losses.txt"
+done <"$fixtures/timm_losses.txt"
 [ $passed -ge 4 ] || [ $failed -gt 0 ]
 verdict $? "SGD and AdamW were both compared"
 echo "$passed passed, $failed failed"

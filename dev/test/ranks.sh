@@ -74,7 +74,7 @@ for strategy in mink random; do
     for ranks in 2 3; do
         run $ranks -x 10 -v 0 -warmup 5 -flip 1 -g 0.7 -s $strategy -b 16 -o "$work/per_rank"
         sed -n 's/.* trl:\([^ ]*\) .*/\1/p' "$work/per_rank/main.log" >"$work/losses"
-        grep "^$strategy $ranks " "$(dirname "$0")/../reference/dumps/ranks_g70.txt" | paste -d ' ' - "$work/losses" | awk -v limit=$limit '
+        grep "^$strategy $ranks " "$(dirname "$0")/../reference/fixtures/ranks_g70.txt" | paste -d ' ' - "$work/losses" | awk -v limit=$limit '
             function abs(x) { return x < 0 ? -x : x }
             { e = abs($6 - $4) / $4; w = abs($6 - $5) / $5; if (NF != 6 || !(e <= limit)) bad = 1; if (e > worst) worst = e; if (w > whole) whole = w }
             END { printf "largest difference %.1e per rank, %.1e over the whole batch, %d steps\n", worst, whole, NR; exit bad || NR != 10 || !(whole > 10 * limit) }' \

@@ -509,7 +509,7 @@ static void test_noise(void) {
 
 int main(void) {
     device_open();
-    const Safetensors* st = safetensors_open("dev/reference/augment.safetensors");
+    const Safetensors* st = safetensors_open("dev/reference/fixtures/augment.safetensors");
     Distance distances[NUM_AUGMENTS] = {};
     for (int picture = 0; picture < 3; picture++) { test_operations(st, picture, distances); }
     for (int op = 1; op < NUM_AUGMENTS; op++) {

@@ -1,5 +1,5 @@
 /*
-The recipes of train_deit.cu against what timm and torch make of the published commands: dev/reference/recipes.safetensors, which
+The recipes of train_deit.cu against what timm and torch make of the published commands: dev/reference/fixtures/recipes.safetensors, which
 dev/reference/recipes.py writes. Learning rates of every epoch, optimizers, the moving average, weight-decay groups, drop-path. And what belongs to
 no reference: learning rates by steps, peaks of GPUs, operations of a step.
 
@@ -224,7 +224,7 @@ static void test_peaks(void) {
 
 int main(void) {
     device_open();
-    fixture = safetensors_open("dev/reference/recipes.safetensors");
+    fixture = safetensors_open("dev/reference/fixtures/recipes.safetensors");
     const size_t n = sizeof(deit_recipes) / sizeof(deit_recipes[0]);
     check(n == 5, "%zu recipes", n);
     for (size_t i = 0; i < n; i++) { test_recipe(deit_recipes[i][0], deit_recipes[i][1]); }

@@ -3,7 +3,7 @@ Resizing and the data loader of a trainer. Resized images, random crops, the eva
 what Pillow, torchvision and timm made of the same input (dev/reference/resize.py); batches of sets of images of mixed sizes with plain loops,
 with any number of readers and ranks and with pieces so small that they wrap around.
 
-    test_resize [-quick] [dev/reference/dumps/resize.safetensors]
+    test_resize [-quick] [dev/reference/fixtures/resize.safetensors]
 */
 
 #include <sys/wait.h>
@@ -443,7 +443,7 @@ static void test_refused(void) {
 
 int main(int argc, char** argv) {
     bool quick = false;
-    const char* path = "dev/reference/dumps/resize.safetensors";
+    const char* path = "dev/reference/fixtures/resize.safetensors";
     for (int i = 1; i < argc; i++) { if (strcmp(argv[i], "-quick") == 0) { quick = true; } else { path = argv[i]; } }
     require(mkdtemp(folder) != NULL, "cannot make %s: %m", folder);
     make_sets();
