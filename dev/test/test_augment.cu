@@ -177,13 +177,13 @@ static void test_batch(int S, int CH) {
     uint8_t *images = noise_images(n * bytes), *whole = to_device(images, n * bytes), *halves = to_device(images, n * bytes);
     int *flips = (int*)calloc(n, sizeof(int)), *device_flips = to_device(flips, n);
     EraseBox boxes[9];
-    augment_batch(&a, &o, whole, device_flips, 5, 2, 100, n, S, CH, mean, main_stream);
+    augment_batch(&a, &o, whole, device_flips, 5, 2, 100, 3, n, S, CH, mean, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     memcpy(boxes, a.host_erased, sizeof(boxes));
-    augment_batch(&a, &o, halves, device_flips, 5, 2, 100, half, S, CH, mean, main_stream);
+    augment_batch(&a, &o, halves, device_flips, 5, 2, 100, 3, half, S, CH, mean, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     check(memcmp(boxes, a.host_erased, half * sizeof(EraseBox)) == 0, "boxes of a half batch");
-    augment_batch(&a, &o, halves + half * bytes, device_flips, 5, 2, 100 + half, n - half, S, CH, mean, main_stream);
+    augment_batch(&a, &o, halves + half * bytes, device_flips, 5, 2, 100 + 3 * half, 3, n - half, S, CH, mean, main_stream);
     cudaCheck(cudaDeviceSynchronize());
     check(memcmp(boxes + half, a.host_erased, (n - half) * sizeof(EraseBox)) == 0, "boxes of the other half");
     uint8_t *out = to_host(whole, n * bytes), *again = to_host(halves, n * bytes);
@@ -309,7 +309,7 @@ static void test_erase(int B, int S, int P, int CH, float lam, bool cut) {
     }
     int* device_flips = to_device(flips, B);
     EraseBox* device_boxes = to_device(boxes, B);
-    const BatchAugment a = {device_boxes, 8, 1ull << 31, 4, B, lam, cut, S / 3, S - 1, 2, S / 2};
+    const BatchAugment a = {device_boxes, 8, 1ull << 31, 3, 4, B, lam, cut, S / 3, S - 1, 2, S / 2};
     floatX *patches, *out;
     cudaCheck(cudaMalloc((void**)&patches, n * sizeof(floatX)));
     patchify(patches, device_images, device_flips, stats, &a, B, S, P, CH);
@@ -324,7 +324,7 @@ static void test_erase(int B, int S, int P, int CH, float lam, bool cut) {
                 const EraseBox e = boxes[i];
                 x[k] = (images[(((size_t)i * S + h) * S + (flips[i] ? S - 1 - w : w)) * CH + c] / 255.0 - stats.mean[c]) / stats.std[c];
                 if (h >= e.top && h < e.top + e.height && w >= e.left && w < e.left + e.width) {
-                    const uint4 u = philox(8, RNG_ERASE, 4, ((1ull << 31) + i) << 32 | (unsigned)(h * S + w));
+                    const uint4 u = philox(8, RNG_ERASE, 4, ((1ull << 31) + 3 * i) << 32 | (unsigned)(h * S + w));
                     const double length = sqrt(-2.0 * log(uniform(c < 2 ? u.x : u.z))), turn = 2.0 * M_PI * (c < 2 ? u.y : u.w) / 4294967296.0;
                     x[k] = length * (c % 2 ? sin(turn) : cos(turn));
                 }
@@ -479,7 +479,7 @@ static void test_noise(void) {
     const EraseBox all = {0, 0, S, S};
     EraseBox* box = to_device(&all, 1);
     const PixelStats stats = {{0, 0, 0, 0}, {1, 1, 1, 1}};
-    const BatchAugment a = {box, 1, 0, 0, 1, 1.0f, false, 0, 0, 0, 0};
+    const BatchAugment a = {box, 1, 0, 1, 0, 1, 1.0f, false, 0, 0, 0, 0};
     floatX* patches;
     cudaCheck(cudaMalloc((void**)&patches, count * sizeof(floatX)));
     patchify(patches, images, flips, stats, &a, 1, S, P, CH);
