@@ -5,8 +5,8 @@
     dev/plot.py dense=log0 gamma_0.9=log9 -o both.png   names for the legend, before a =
 
 Left: the loss of every step (pale), its running mean, and the test loss as points. Right: top-1 accuracy,
-and the learning rate, dashed, by the scale on the right. Needs numpy and Pillow. Lines that are
-damaged are skipped and counted.
+and the learning rate, dashed, by the scale on the right. Evaluations of the weights' moving average (-ema) are
+pale points. Needs numpy and Pillow. Lines that are damaged are skipped and counted.
 """
 import argparse
 import math
@@ -24,6 +24,7 @@ NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
 REST = rf"(?: \w+:{NUMBER})*\n"  # a line without its end was cut off
 TRAIN = re.compile(rf"s:(\d{{1,15}}) trl:{NUMBER} lr:{NUMBER}{REST}")
 TEST = re.compile(rf"s:(\d{{1,15}}) tel:{NUMBER} top1:{NUMBER}{REST}")
+AVERAGE = re.compile(rf"s:(\d{{1,15}}) etel:{NUMBER} etop1:{NUMBER}{REST}")
 
 WIDTH, HEIGHT = 1500, 620
 COLUMNS = 3  # of the legend
@@ -37,7 +38,8 @@ def fail(message):
 
 
 class Run:
-    """train: steps, losses, rates; test: steps, losses, accuracies. A step that comes again, after a resumed run, counts as it came last."""
+    """train: steps, losses, rates; test, and average for the moving average: steps, losses, accuracies. A step that comes again, after a
+    resumed run, counts as it came last."""
 
     def __init__(self, argument):
         name, equals, path = argument.rpartition("=")
@@ -45,7 +47,7 @@ class Run:
             name, equals, path = "", "", argument
         self.name = name if equals else os.path.basename(os.path.abspath(path[:-len("/main.log")] if path.endswith("/main.log") else path))
         file_name = os.path.join(path, "main.log") if os.path.isdir(path) else path
-        train, test, self.damaged = {}, {}, 0
+        train, test, average, self.damaged = {}, {}, {}, 0
         try:
             with open(file_name, encoding="utf-8", errors="replace") as file:
                 for line in file:
@@ -53,6 +55,8 @@ class Run:
                         train[int(match[1])] = float(match[2]), float(match[3])
                     elif match := TEST.fullmatch(line):
                         test[int(match[1])] = float(match[2]), float(match[3])
+                    elif match := AVERAGE.fullmatch(line):
+                        average[int(match[1])] = float(match[2]), float(match[3])
                     else:
                         self.damaged += 1
         except OSError as error:
@@ -61,6 +65,7 @@ class Run:
             fail(f"{file_name} has no line of a step or an evaluation; give a directory that a trainer wrote with -o")
         self.train = np.array([(step, *train[step]) for step in sorted(train)]).reshape(-1, 3).T
         self.test = np.array([(step, *test[step]) for step in sorted(test)]).reshape(-1, 3).T
+        self.average = np.array([(step, *average[step]) for step in sorted(average)]).reshape(-1, 3).T
 
 
 def running_mean(y):
@@ -244,7 +249,8 @@ def draw_runs(runs):
 
     means = [running_mean(run.train[1]) for run in runs]
     # single steps may lie far off: they do not set the scale, the mean does
-    bounds = [b for b in [finite_range(means + [run.test[1] for run in runs]), finite_range([run.train[1] for run in runs], 0.5, 99.5)] if b]
+    tests = [part for run in runs for part in (run.test, run.average)]
+    bounds = [b for b in [finite_range(means + [test[1] for test in tests]), finite_range([run.train[1] for run in runs], 0.5, 99.5)] if b]
     y_range = padded(min(b[0] for b in bounds), max(b[1] for b in bounds)) if bounds else (0, 1)
     loss = Panel(image, (76, top, 700, bottom), x_range, y_range)
     loss.grid()
@@ -253,11 +259,12 @@ def draw_runs(runs):
     for run, mean, color in zip(runs, means, COLORS):
         loss.line(run.train[0], mean, color, 2)
     for run, color in zip(runs, COLORS):
-        loss.line(run.test[0], run.test[1], color, 1)
-        loss.dots(run.test[0], run.test[1], color, 4.5)
+        for part, shade in (run.average, pale(color, 0.45)), (run.test, color):
+            loss.line(part[0], part[1], shade, 1)
+            loss.dots(part[0], part[1], shade, 4.5)
     loss.finish("loss: training (line), test (points)")
 
-    accuracies = finite_range([run.test[2] for run in runs])
+    accuracies = finite_range([test[2] for test in tests])
     y_range = padded(*accuracies) if accuracies else (0, 100)
     y_range = (max(y_range[0], 0), min(y_range[1], 100 + 0.02 * (100 - y_range[0])))
     rates = finite_range([run.train[2] for run in runs])
@@ -268,8 +275,9 @@ def draw_runs(runs):
         for run, color in zip(runs, COLORS):
             accuracy.line(run.train[0], run.train[2], pale(color, 0.5), 1.3, rate_range, dashed=True)
     for run, color in zip(runs, COLORS):
-        accuracy.line(run.test[0], run.test[2], color, 2)
-        accuracy.dots(run.test[0], run.test[2], color, 4.5)
+        for part, shade in (run.average, pale(color, 0.45)), (run.test, color):
+            accuracy.line(part[0], part[2], shade, 2)
+            accuracy.dots(part[0], part[2], shade, 4.5)
     accuracy.finish("top-1 accuracy of the test set, %", rate_range, "learning rate (dashed)")
 
     draw, face = ImageDraw.Draw(image), font(16)
