@@ -142,12 +142,12 @@ spawn() {
 }
 
 # ---- build: only what the parts need
-tests='test_deit dev/test/test_kernels dev/test/test_dropit'
+tests='test_deit dev/test/test_kernels dev/test/test_dropit dev/test/test_augment dev/test/test_resize'
 workbench=$(for f in dev/cuda/*.cu; do [ ! -e "$f" ] || echo "${f%.cu}"; done)
 wanted=
 for part in $parts; do
     case $part in
-        tests) wanted+=" train_deit $tests dev/test/test_files dev/test/test_cpu_libs $workbench" ;;
+        tests) wanted+=" train_deit $tests dev/test/test_files dev/test/test_recipes dev/test/test_cpu_libs $workbench" ;;
         sanitize) wanted+=" $tests" ;;
         kernels) wanted+=" $workbench" ;;
         bench) wanted+=" train_deit" ;;
@@ -237,11 +237,12 @@ part_tests() {
         directory=$fp32
         [ $precision = fp32 ] || directory=$bf16
         spawn counted deit_$precision 120 $directory/test_deit $dumps
-        for test in kernels dropit files; do spawn counted ${test}_$precision 120 $directory/dev/test/test_$test; done
+        for test in kernels dropit augment resize files; do spawn counted ${test}_$precision 120 $directory/dev/test/test_$test; done
         for program in $workbench; do spawn counted "$(basename "$program")_$precision" 120 "$directory/$program"; done
         for gamma in 0 0.7 0.9; do spawn same_losses $precision $gamma; done
         spawn quick $precision
     done
+    spawn counted recipes 120 $fp32/dev/test/test_recipes
     # it checks the CPU's cuBLAS; on a GPU, what it expects of one
     spawn counted cpu_libs 120 $fp32/dev/test/test_cpu_libs
     wait
@@ -282,6 +283,8 @@ part_sanitize() {
             if [ -z "$sanitizer" ]; then emit 'not run' ${tool}_$precision "compute-sanitizer is not installed" 0; continue; fi
             spawn sanitized ${tool}_dropit_$precision $tool $directory/dev/test/test_dropit -quick
             spawn sanitized ${tool}_kernels_$precision $tool $directory/dev/test/test_kernels
+            spawn sanitized ${tool}_augment_$precision $tool $directory/dev/test/test_augment
+            [ $precision = bf16 ] || spawn sanitized ${tool}_resize $tool $directory/dev/test/test_resize -quick # bytes in both
             spawn sanitized ${tool}_deit_$precision $tool $directory/test_deit -steps $dump
         done
     done
