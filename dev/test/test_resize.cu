@@ -251,7 +251,9 @@ static const char* in_folder(const char* name) {
 
 // the bytes, labels and flips of `count` batches from `first` on: a checksum of each batch
 static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t first, size_t count, int readers, bool small_pieces, bool compare) {
+    Augmenter augmenter = {}; // nothing is augmented here
     LoaderTarget target = {};
+    target.augmenter = &augmenter;
     const size_t pixels = numel(o.S, o.S, o.CH), planned = loader_staging_bytes(&set, &o), staging = planned == 0 ? 0 : small_pieces ? 84000 : planned;
     cudaCheck(cudaMalloc(&target.images, o.B * pixels));
     cudaCheck(cudaMalloc(&target.labels, o.B * sizeof(int)));
@@ -313,7 +315,7 @@ static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t fir
 static void test_loader(bool quick) {
     const ShardSet mixed = shards_open(in_folder("mixed")), equal = shards_open(in_folder("equal.bin"));
     check(mixed.num_shards == 3 && mixed.images == 61 && mixed.verified, "three shards of 61 images");
-    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1};
+    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, {}};
     LoaderOptions variants[6] = {o, o, o, o, o, o};
     variants[1].repeats = 3;
     variants[2].crop = false;       // training images of other sizes: the evaluation transform
@@ -376,7 +378,7 @@ static void refused(const char* path, int how, int code, const char* pattern) {
         uint32_t sums[32];
         if (how == READ_LATE) {
             set.verified = false;
-            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1};
+            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, {}};
             run_loader(sums, set, o, 0, 9, 2, true, false);
         }
         _exit(0);
