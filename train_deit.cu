@@ -1709,7 +1709,7 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
 #pragma unroll
         for (int q = 0; q < PACK_SEGMENTS; q++) {
             const Pack<8> p = *(const Pack<8>*)(from + q * DROPIT_SEGMENT); // again, from cache: in registers they would leave room for few warps
-            const unsigned bits = words[q / 4] >> q % 4 * 8 & 255;
+            const unsigned bits = words[q / 4] >> q % 4 * 8; // the lowest 8 are this segment's
             unsigned at = shift + segment_starts[q] + field(before, q);
             bytes[q * 32] = (uint8_t)bits;
 #pragma unroll
