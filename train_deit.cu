@@ -1230,22 +1230,28 @@ __device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_D
 __device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
 
 // One digit of the search. histogram (2^11) counts, by their next digit, the elements that share the prefix; the
-// search moves to the largest digit d with at least `remaining` elements at or above it. All threads of the block call.
+// search moves to the largest digit d with at least `remaining` elements at or above it. All threads of the block call, each for its
+// bins, from `first` down: they count `mine` elements, and the bins above them `above`. `now` is the search before the digit.
 // remaining == 0 keeps nothing: all digits are ones, and no key lies above
+__device__ inline void search_bins(Search* search, const Search& now, const unsigned* histogram, int first, unsigned above, unsigned mine) {
+    const int bits = digit_bits(&now);
+    if (now.remaining == 0) {
+        if (first == DROPIT_BINS - 1) { *search = {now.low, now.bits - bits, now.prefix << bits | ((1u << bits) - 1), 0}; }
+    } else if (above < now.remaining && now.remaining <= above + mine) {
+        int d = first;
+        while (above + histogram[d] < now.remaining) { above += histogram[d--]; }
+        *search = {now.low, now.bits - bits, now.prefix << bits | (unsigned)d, now.remaining - above};
+    }
+}
+
+// the same by the whole block, which may go on with the search
 __device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
-    const Search s = *search;
-    const int bits = digit_bits(&s), per_thread = DROPIT_BINS / blockDim.x;
-    const int first = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
+    const Search now = *search;
+    const int per_thread = DROPIT_BINS / blockDim.x, first = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
     unsigned mine = 0, sum;
     for (int j = 0; j < per_thread; j++) { mine += histogram[first - j]; }
-    unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
-    if (s.remaining == 0) {
-        if (threadIdx.x == 0) { *search = {s.low, s.bits - bits, s.prefix << bits | ((1u << bits) - 1), 0}; }
-    } else if (above < s.remaining && s.remaining <= above + mine) {
-        int d = first;
-        while (above + histogram[d] < s.remaining) { above += histogram[d--]; }
-        *search = {s.low, s.bits - bits, s.prefix << bits | (unsigned)d, s.remaining - above};
-    }
+    const unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
+    search_bins(search, now, histogram, first, above, mine);
     __syncthreads();
 }
 
@@ -1327,27 +1333,41 @@ __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     }
 }
 
-// range[0] and range[1] = the rank_high-th and rank_low-th largest key of the sample: a block of 512 threads for each, two for
-// a tensor (blockIdx.y), with 8 KiB of shared memory
-#define RANGE_THREADS 512 // one word of the sample each
+// range[0] and range[1] = the rank_high-th and rank_low-th largest key of the sample, the one with ones and the other with zeros in place of
+// the bits that two digits leave open (10 of the 32): a wider range is a longer list, by very little, and never a wrong one.
+// One block a tensor finds both, with 16 KiB of shared memory: after the first digit, which they share, each has a histogram
+#define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
-    __shared__ unsigned counts[DROPIT_BINS];
-    __shared__ unsigned warp_sums[32];
-    __shared__ Search search;
-    const Selection& s = all.of[blockIdx.y];
+    __shared__ unsigned counts[2][DROPIT_BINS];
+    __shared__ unsigned long long pair_sums[32];
+    __shared__ Search search[2];
+    const Selection& s = all.of[blockIdx.x];
+    const int per_thread = DROPIT_BINS / RANGE_THREADS, first_bin = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread;
+    Search high = {0, 32, 0, s.rank_high}, low = {0, 32, 0, s.rank_low};
+    if (threadIdx.x == 0) { s.s.search->candidates = 0; }
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
+    __syncthreads();
+    for (int digit = 0; digit < 2; digit++) {
+        const unsigned* low_counts = counts[digit];
+        for (int w = threadIdx.x; w < TILE_WORDS; w += RANGE_THREADS) {
+            count_word<false>(counts[0], NULL, s.s.sample, w * 32, DROPIT_TILE, DropRule{}, high, digit == 0);
+            if (digit > 0) { count_word<false>(counts[1], NULL, s.s.sample, w * 32, DROPIT_TILE, DropRule{}, low, false); }
+        }
+        __syncthreads();
+        unsigned long long mine = 0, sum; // of the lower's histogram << 32 | of the higher's
+        for (int j = 0; j < per_thread; j++) { mine += (unsigned long long)low_counts[first_bin - j] << 32 | counts[0][first_bin - j]; }
+        const unsigned long long above = block_exclusive_sum(mine, pair_sums, &sum);
+        search_bins(&search[0], high, counts[0], first_bin, (unsigned)above, (unsigned)mine);
+        search_bins(&search[1], low, low_counts, first_bin, above >> 32, mine >> 32);
+        for (int j = 0; j < per_thread; j++) { counts[0][first_bin - j] = 0; } // nobody else reads them any more
+        __syncthreads();
+        high = search[0];
+        low = search[1];
+    }
     if (threadIdx.x == 0) {
-        search = {0, 32, 0, blockIdx.x == 0 ? s.rank_high : s.rank_low};
-        if (blockIdx.x == 0) { s.s.search->candidates = 0; }
+        s.s.range[0] = search_key(&high) | ((1u << high.bits) - 1);
+        s.s.range[1] = search_key(&low);
     }
-    for (bool first = true; first || search.bits > KEY_ZEROS; first = false) {
-        for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[b] = 0; }
-        __syncthreads();
-        const Search now = search;
-        count_word<false>(counts, NULL, s.s.sample, threadIdx.x * 32, DROPIT_TILE, DropRule{}, now, first);
-        __syncthreads();
-        search_digit(&search, counts, warp_sums);
-    }
-    if (threadIdx.x == 0) { s.s.range[blockIdx.x] = search_key(&search); }
 }
 
 // tile_counts[tile] = (elements above the sampled range, 0); lists the elements within the range, in any order. Counts NaN and Inf.
@@ -1527,8 +1547,8 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
     }
 }
 
-// the end of a search: threshold, and how many kept elements lie before each tile. One block of 512 threads a tensor
-#define OFFSETS_THREADS 512 // one word of a tile each
+// the end of a search: threshold, and how many kept elements lie before each tile. One block of 256 threads a tensor
+#define OFFSETS_THREADS 256
 __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
@@ -1589,7 +1609,7 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
     if (done.remaining > 0) { find_tie<HASHED>(&threshold->tie_end, s.x, begin, n, s.rule, search_key(&done), done.remaining, warp_sums); }
 }
 
-// Packing gives a warp 8 segments, a lane 8 neighbouring elements of each, so that its accesses are whole lines. Bit b of a mask belongs
+// Packing gives a warp 16 segments, a lane 8 neighbouring elements of each, so that its accesses are whole lines. Bit b of a mask belongs
 // to element b % 8 of the lane's part of segment b / 8, of 4 segments: this is where it lies from the lane's first element on
 __device__ inline size_t pack_place(int b) { return (size_t)(b / 8) * DROPIT_SEGMENT + b % 8; }
 
@@ -1603,38 +1623,46 @@ __device__ inline unsigned below_mask(size_t first, size_t end) {
     return mask;
 }
 
-// kept elements of 8 segments, in fields of 16 bits: of the first four, of the last four
+// Kept elements of 16 segments, in fields of 8 bits: of a lane, or of the lanes before it (248 at most). With the lane's own there may be
+// 256, which carries into the next field; subtracting the lane's own takes that back
 struct SegmentCounts {
-    unsigned long long of[2];
+    unsigned of[4];
 };
 struct AddSegmentCounts {
-    __device__ SegmentCounts operator()(SegmentCounts a, SegmentCounts b) const { return {{a.of[0] + b.of[0], a.of[1] + b.of[1]}}; }
+    __device__ SegmentCounts operator()(SegmentCounts a, SegmentCounts b) const {
+        return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2], a.of[3] + b.of[3]}};
+    }
 };
-__device__ inline unsigned field(const SegmentCounts& c, int q) { return (unsigned)(c.of[q / 4] >> q % 4 * 16) & 0xffff; }
-__device__ inline unsigned add_fields(unsigned long long f) {
-    return (unsigned)((f & 0xffff) + (f >> 16 & 0xffff) + (f >> 32 & 0xffff) + (f >> 48));
+__device__ inline unsigned field(const SegmentCounts& c, int q) { return c.of[q / 4] >> q % 4 * 8 & 255; }
+
+// the bits of each byte, counted
+__device__ inline unsigned byte_counts(unsigned word) {
+    word -= word >> 1 & 0x55555555;
+    word = (word & 0x33333333) + (word >> 2 & 0x33333333);
+    return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// Bitmap, offsets and values of the kept elements. One block of 256 threads a tile. A warp lines its values up in shared memory (20 KiB
+// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. A warp lines its values up in shared memory (20 KiB
 // for the block; fp32: 40) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, go to their places one by one
-#define PACK_THREADS 256
-#define MAX_STAGED 1280
-template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 4) dropit_pack_kernel(const __grid_constant__ Selections all) {
+#define PACK_THREADS 128
+#define PACK_SEGMENTS 16 // of a warp
+#define MAX_STAGED 2560
+template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
     __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8]; // room for alignment, and a place a lane for what is not kept
-    __shared__ SegmentCounts warp_counts[PACK_THREADS / 32];
+    __shared__ unsigned starts[PACK_THREADS / 32][PACK_SEGMENTS + 1];          // values of the warp before each segment; all of them
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
     const Threshold t = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
     const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
     const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE, n = s.d.n;
-    const size_t first = begin + (own_warp * 8 * DROPIT_SEGMENT + lane * 8); // the lane's first element
+    const size_t warp_first = begin + own_warp * PACK_SEGMENTS * DROPIT_SEGMENT, first = warp_first + lane * 8; // the lane's first element
     // ties end before this tile or behind it, but for one tile: a single comparison decides
     const bool ties_end_here = begin < t.tie_end && t.tie_end < end, all_ties = t.tie_end >= end;
-    unsigned words[2];
-    SegmentCounts counts = {};
+    unsigned words[PACK_SEGMENTS / 4];
+    SegmentCounts counts;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
+    for (int h = 0; h < PACK_SEGMENTS / 4; h++) {
         const size_t i = first + h * 4 * DROPIT_SEGMENT;
         floatX v[32];
         unsigned keys[32];
@@ -1652,37 +1680,44 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 4) dropit
         else if (all_ties && t.key == 0) { words[h] = ~0u; }
         else { words[h] = above_mask(keys, t.key - all_ties); }
         if (end > n) { words[h] &= below_mask(i, n); }
-        for (int q = 0; q < 4; q++) { counts.of[h] |= (unsigned long long)__popc(words[h] >> 8 * q & 255) << 16 * q; }
+        counts.of[h] = byte_counts(words[h]);
     }
-    const SegmentCounts before = cg::inclusive_scan(warp, counts, AddSegmentCounts()); // with the lane's own
-    if (lane == 31) { warp_counts[own_warp] = before; }
+    SegmentCounts before = cg::inclusive_scan(warp, counts, AddSegmentCounts());
+    for (int h = 0; h < PACK_SEGMENTS / 4; h++) { before.of[h] -= counts.of[h]; }
+    if (lane == 31) {
+        unsigned start = 0;
+#pragma unroll
+        for (int q = 0; q < PACK_SEGMENTS; q++) {
+            starts[own_warp][q] = start;
+            start += field(before, q) + field(counts, q);
+        }
+        starts[own_warp][PACK_SEGMENTS] = start;
+    }
     __syncthreads();
-    unsigned long long earlier = 0; // a field holds up to 8 warps' two segments
-    for (int w = 0; w < own_warp; w++) { earlier += warp_counts[w].of[0] + warp_counts[w].of[1]; }
-    const unsigned tile_offset = s.rule.strategy == MINK ? s.s.tile_offsets[tile] : tile * s.k_tile;
-    const unsigned run = tile_offset + add_fields(earlier); // where the warp's values begin
-    const unsigned count = add_fields(warp_counts[own_warp].of[0] + warp_counts[own_warp].of[1]);
-    const SegmentCounts sums = warp_counts[own_warp];
-    const size_t segment = first / DROPIT_SEGMENT;
+    const unsigned* segment_starts = starts[own_warp];
+    const unsigned count = segment_starts[PACK_SEGMENTS];
+    unsigned run = s.rule.strategy == MINK ? s.s.tile_offsets[tile] : tile * s.k_tile; // where the warp's values begin
+    for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_SEGMENTS]; }
+    if (lane < PACK_SEGMENTS && warp_first + lane * DROPIT_SEGMENT < n) {
+        s.d.offsets[warp_first / DROPIT_SEGMENT + lane] = run + segment_starts[lane];
+    }
     const floatX* from = s.x + first;
     uint8_t* bytes = (uint8_t*)s.d.bitmap + first / 8;
     if (end <= n && count <= MAX_STAGED) {
         const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // places in shared memory and in values are aligned alike
         floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
-        unsigned start = shift;
 #pragma unroll
-        for (int q = 0; q < 8; q++) {
+        for (int q = 0; q < PACK_SEGMENTS; q++) {
             const Pack<8> p = *(const Pack<8>*)(from + q * DROPIT_SEGMENT); // again, from cache: in registers they would leave room for few warps
-            unsigned bits = words[q / 4] >> q % 4 * 8 & 255, at = start + field(before, q) - __popc(bits);
+            const unsigned bits = words[q / 4] >> q % 4 * 8; // the lowest 8 are this segment's
+            unsigned at = shift + segment_starts[q] + field(before, q);
             bytes[q * 32] = (uint8_t)bits;
-            if (lane == q) { s.d.offsets[segment + q] = run + start - shift; }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const unsigned bit = bits >> j & 1;
                 own[bit ? at : unused] = p.v[j]; // no branches
                 at += bit;
             }
-            start += field(sums, q);
         }
         __syncwarp();
         for (unsigned i = lane * 8; i < shift + count; i += 32 * 8) {
@@ -1693,17 +1728,12 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 4) dropit
             }
         }
     } else {
-        unsigned start = run;
 #pragma unroll
-        for (int q = 0; q < 8; q++) {
+        for (int q = 0; q < PACK_SEGMENTS; q++) {
             unsigned bits = words[q / 4] >> q % 4 * 8 & 255;
-            floatX* to = s.d.values + start + field(before, q) - __popc(bits);
-            if (first - lane * 8 + q * DROPIT_SEGMENT < n) {
-                bytes[q * 32] = (uint8_t)bits;
-                if (lane == q) { s.d.offsets[segment + q] = start; }
-            }
+            floatX* to = s.d.values + run + segment_starts[q] + field(before, q);
+            if (warp_first + q * DROPIT_SEGMENT < n) { bytes[q * 32] = (uint8_t)bits; }
             for (; bits != 0; bits &= bits - 1) { *to++ = from[q * DROPIT_SEGMENT + __ffs((int)bits) - 1]; }
-            start += field(sums, q);
         }
     }
 }
@@ -1842,7 +1872,7 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
     const unsigned tiles = place_tiles(&all, count), stored_tiles = place_tiles(&stored, num_stored);
     if (strategy == MINK) {
         dropit_sample_kernel<<<dim3(DROPIT_TILE / 4 / 64, count), 64, 0, stream>>>(all);
-        dropit_range_kernel<<<dim3(2, count), RANGE_THREADS, 0, stream>>>(all);
+        dropit_range_kernel<<<count, RANGE_THREADS, 0, stream>>>(all);
         dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(all);
         dropit_start_kernel<<<count, 256, 0, stream>>>(all);
         const unsigned full = 16 * num_multiprocessors, blocks = most_tiles < full ? most_tiles : full; // each ends with up to 2,048 additions

@@ -241,7 +241,7 @@ static Selections selections_of(const Tensor& t, bool list) {
 }
 
 static void launch_range(const Tensor& t) {
-    dropit_range_kernel<<<dim3(2, 1), RANGE_THREADS, 0, main_stream>>>(selections_of(t, true));
+    dropit_range_kernel<<<1, RANGE_THREADS, 0, main_stream>>>(selections_of(t, true));
     kernelCheck();
 }
 

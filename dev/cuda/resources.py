@@ -23,9 +23,9 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
 # threads of a block. Verified against the launches in the source
 THREADS = {
-    "dropit_sample_kernel": 64, "dropit_range_kernel": 512, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
-    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 512, "dropit_tile_kernel": 64,
-    "dropit_pack_kernel": 256, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
+    "dropit_sample_kernel": 64, "dropit_range_kernel": 128, "dropit_candidates_kernel": 64, "dropit_start_kernel": 256, "dropit_histogram_kernel": 64,
+    "dropit_search_kernel": 256, "dropit_count_kernel": 64, "dropit_offsets_kernel": 256, "dropit_tile_kernel": 64,
+    "dropit_pack_kernel": 128, "dropit_unpack_kernel": 256, "dropit_mask_kernel": 256,
     "bias_add_kernel": 256, "column_sum_kernel": 64, "column_sum_finish_kernel": 64,
     "cross_entropy_kernel": 64, "loss_sum_kernel": 64, "sum_squares_kernel": 128, "norm_kernel": 1, "adamw_kernel": 256, "sgd_kernel": 256,
     "ema_kernel": 256, "round_kernel": 256, "drop_path_scales_kernel": 64, "drop_path_kernel": 256,
