@@ -51,7 +51,7 @@ refused 'give one of them' -eval 1 -sheet sheet.png
 refused '-crop must be between' -crop 2
 refused '-scale must be between' -crop 1 -scale 0
 refused '-crop_pct must be between' -crop_pct 1.1
-refused 'leave out -bench and -eval' -bench_data 3 -eval 1
+refused 'give one of them' -bench_data 3 -eval 1
 refused '-repeats must be between' -repeats 0
 refused '-threads must be between' -threads 1000
 refused 'has 9984 images in an epoch, fewer than the 9999' -b 9999 -repeats 3
