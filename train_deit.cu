@@ -39,6 +39,7 @@ V classes, CH image channels, P patch side, OC output channels of a linear layer
 #include <time.h>
 #include <unistd.h>
 #include <initializer_list>
+#include <type_traits>
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 #include <cooperative_groups/scan.h>
@@ -1609,9 +1610,14 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
     if (done.remaining > 0) { find_tie<HASHED>(&threshold->tie_end, s.x, begin, n, s.rule, search_key(&done), done.remaining, warp_sums); }
 }
 
-// Packing gives a warp 16 segments, a lane 8 neighbouring elements of each, so that its accesses are whole lines. Bit b of a mask belongs
-// to element b % 8 of the lane's part of segment b / 8, of 4 segments: this is where it lies from the lane's first element on
-__device__ inline size_t pack_place(int b) { return (size_t)(b / 8) * DROPIT_SEGMENT + b % 8; }
+// Packing gives a warp 4,096 elements, in groups of 32 runs: a lane has a run of neighbours in each. In bf16 a run has 8 elements, so that a
+// warp's accesses are whole lines; in fp32, where products take ten times as long and bandwidth is no concern, 32, which costs a CPU less.
+// Bit b of a mask belongs to element b % PACK_RUN of the lane's run in group b / PACK_RUN of the mask's: this is where it lies from the
+// lane's first element on
+#define PACK_THREADS 128
+#define PACK_RUN (sizeof(floatX) == 2 ? 8 : 32)
+#define PACK_GROUPS (128 / PACK_RUN) // of a warp
+__device__ inline size_t pack_place(int b) { return (size_t)(b / PACK_RUN) * 32 * PACK_RUN + b % PACK_RUN; }
 
 // of the 32 elements of a mask those whose index is below end
 __device__ inline unsigned below_mask(size_t first, size_t end) {
@@ -1623,47 +1629,50 @@ __device__ inline unsigned below_mask(size_t first, size_t end) {
     return mask;
 }
 
-// Kept elements of 16 segments, in fields of 8 bits: of a lane, or of the lanes before it (248 at most). With the lane's own there may be
-// 256, which carries into the next field; subtracting the lane's own takes that back
-struct SegmentCounts {
+// Kept elements of a warp's groups, of a lane or of the lanes before it. bf16: 16 fields of 8 bits, 248 at most; with the lane's own there
+// may be 256, which carries into the next field, and subtracting the lane's own takes that back. fp32: 4 of 32 bits
+struct GroupCounts {
     unsigned of[4];
 };
-struct AddSegmentCounts {
-    __device__ SegmentCounts operator()(SegmentCounts a, SegmentCounts b) const {
+struct AddGroupCounts {
+    __device__ GroupCounts operator()(GroupCounts a, GroupCounts b) const {
         return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2], a.of[3] + b.of[3]}};
     }
 };
-__device__ inline unsigned field(const SegmentCounts& c, int q) { return c.of[q / 4] >> q % 4 * 8 & 255; }
+// bits of a word that belong to group q, at the lowest places; what is above them is of other groups
+__device__ inline unsigned group_bits(const unsigned* words, int q) { return words[q * PACK_RUN / 32] >> q * PACK_RUN % 32; }
+__device__ inline unsigned group_count(const GroupCounts& c, int q) { return PACK_RUN == 8 ? group_bits(c.of, q) & 255 : c.of[q]; }
 
-// the bits of each byte, counted
-__device__ inline unsigned byte_counts(unsigned word) {
+// the bits of each run in a word, counted
+__device__ inline unsigned run_counts(unsigned word) {
+    if (PACK_RUN == 32) { return __popc(word); }
     word -= word >> 1 & 0x55555555;
     word = (word & 0x33333333) + (word >> 2 & 0x33333333);
     return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. A warp lines its values up in shared memory (20 KiB
-// for the block; fp32: 40) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, go to their places one by one
-#define PACK_THREADS 128
-#define PACK_SEGMENTS 16 // of a warp
+// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines its values up in shared memory (20 KiB
+// for the block) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, and those of fp32 go to their places one by one
 #define MAX_STAGED 2560
 template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
-    __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8]; // room for alignment, and a place a lane for what is not kept
-    __shared__ unsigned starts[PACK_THREADS / 32][PACK_SEGMENTS + 1];          // values of the warp before each segment; all of them
+    typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits;
+    const int most = PACK_RUN == 8 ? MAX_STAGED : 0;
+    __shared__ Pack<8> staged[PACK_THREADS / 32][most / 8 + 1 + 32 / 8]; // room for alignment, and a place a lane for what is not kept
+    __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1];      // values of the warp before each group; all of them
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
     const Threshold t = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
     const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
     const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE, n = s.d.n;
-    const size_t warp_first = begin + own_warp * PACK_SEGMENTS * DROPIT_SEGMENT, first = warp_first + lane * 8; // the lane's first element
+    const size_t first = begin + own_warp * 4096 + lane * PACK_RUN; // the lane's first element
     // ties end before this tile or behind it, but for one tile: a single comparison decides
     const bool ties_end_here = begin < t.tie_end && t.tie_end < end, all_ties = t.tie_end >= end;
-    unsigned words[PACK_SEGMENTS / 4];
-    SegmentCounts counts;
+    unsigned words[4];
+    GroupCounts counts;
 #pragma unroll
-    for (int h = 0; h < PACK_SEGMENTS / 4; h++) {
-        const size_t i = first + h * 4 * DROPIT_SEGMENT;
+    for (int h = 0; h < 4; h++) {
+        const size_t i = first + h * 1024;
         floatX v[32];
         unsigned keys[32];
         if (end <= n) {
@@ -1680,38 +1689,42 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
         else if (all_ties && t.key == 0) { words[h] = ~0u; }
         else { words[h] = above_mask(keys, t.key - all_ties); }
         if (end > n) { words[h] &= below_mask(i, n); }
-        counts.of[h] = byte_counts(words[h]);
+        counts.of[h] = run_counts(words[h]);
     }
-    SegmentCounts before = cg::inclusive_scan(warp, counts, AddSegmentCounts());
-    for (int h = 0; h < PACK_SEGMENTS / 4; h++) { before.of[h] -= counts.of[h]; }
+    GroupCounts before = cg::inclusive_scan(warp, counts, AddGroupCounts());
+    for (int h = 0; h < 4; h++) { before.of[h] -= counts.of[h]; }
     if (lane == 31) {
         unsigned start = 0;
 #pragma unroll
-        for (int q = 0; q < PACK_SEGMENTS; q++) {
+        for (int q = 0; q < PACK_GROUPS; q++) {
             starts[own_warp][q] = start;
-            start += field(before, q) + field(counts, q);
+            start += group_count(before, q) + group_count(counts, q);
         }
-        starts[own_warp][PACK_SEGMENTS] = start;
+        starts[own_warp][PACK_GROUPS] = start;
     }
     __syncthreads();
-    const unsigned* segment_starts = starts[own_warp];
-    const unsigned count = segment_starts[PACK_SEGMENTS];
+    const unsigned* group_starts = starts[own_warp];
+    const unsigned count = group_starts[PACK_GROUPS];
     unsigned run = s.rule.strategy == MINK ? s.s.tile_offsets[tile] : tile * s.k_tile; // where the warp's values begin
-    for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_SEGMENTS]; }
-    if (lane < PACK_SEGMENTS && warp_first + lane * DROPIT_SEGMENT < n) {
-        s.d.offsets[warp_first / DROPIT_SEGMENT + lane] = run + segment_starts[lane];
-    }
+    for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
-    uint8_t* bytes = (uint8_t*)s.d.bitmap + first / 8;
-    if (end <= n && count <= MAX_STAGED) {
-        const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // places in shared memory and in values are aligned alike
+    RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
+    if (first % DROPIT_SEGMENT == 0) {
+#pragma unroll
+        for (int q = 0; q < PACK_GROUPS; q++) {
+            const size_t i = first + q * 32 * PACK_RUN;
+            if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group_count(before, q); }
+        }
+    }
+    if (PACK_RUN == 8 && end <= n && count <= MAX_STAGED) {
+        const unsigned shift = run % 8, unused = most + 8 + lane; // places in shared memory and in values are aligned alike
         floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
 #pragma unroll
-        for (int q = 0; q < PACK_SEGMENTS; q++) {
-            const Pack<8> p = *(const Pack<8>*)(from + q * DROPIT_SEGMENT); // again, from cache: in registers they would leave room for few warps
-            const unsigned bits = words[q / 4] >> q % 4 * 8; // the lowest 8 are this segment's
-            unsigned at = shift + segment_starts[q] + field(before, q);
-            bytes[q * 32] = (uint8_t)bits;
+        for (int q = 0; q < PACK_GROUPS; q++) {
+            const Pack<8> p = *(const Pack<8>*)(from + q * 32 * PACK_RUN); // again, from cache: in registers they would leave room for few warps
+            const unsigned bits = group_bits(words, q);
+            unsigned at = shift + group_starts[q] + group_count(before, q);
+            bits_to[q * 32] = (RunBits)bits;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const unsigned bit = bits >> j & 1;
@@ -1729,11 +1742,11 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
         }
     } else {
 #pragma unroll
-        for (int q = 0; q < PACK_SEGMENTS; q++) {
-            unsigned bits = words[q / 4] >> q % 4 * 8 & 255;
-            floatX* to = s.d.values + run + segment_starts[q] + field(before, q);
-            if (warp_first + q * DROPIT_SEGMENT < n) { bytes[q * 32] = (uint8_t)bits; }
-            for (; bits != 0; bits &= bits - 1) { *to++ = from[q * DROPIT_SEGMENT + __ffs((int)bits) - 1]; }
+        for (int q = 0; q < PACK_GROUPS; q++) {
+            RunBits bits = (RunBits)group_bits(words, q);
+            floatX* to = s.d.values + run + group_starts[q] + group_count(before, q);
+            if ((first + q * 32 * PACK_RUN) / DROPIT_SEGMENT * DROPIT_SEGMENT < n) { bits_to[q * 32] = bits; }
+            for (; bits != 0; bits &= bits - 1) { *to++ = from[q * 32 * PACK_RUN + __ffs((int)bits) - 1]; }
         }
     }
 }
