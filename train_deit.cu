@@ -1559,14 +1559,15 @@ __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     const unsigned key = search_key(&s.s.search->search), ties = s.s.search->search.remaining;
     Threshold* threshold = s.d.thresholds;
     if (threadIdx.x == 0) { *threshold = {key, 0}; }
-    const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread;
+    const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread, last = min(first + per_thread, s.tiles);
     unsigned long long mine = 0, sum; // above << 32 | equal
-    for (unsigned tile = first; tile < first + per_thread && tile < s.tiles; tile++) {
+#pragma unroll 4
+    for (unsigned tile = first; tile < last; tile++) {
         mine += (unsigned long long)s.s.tile_counts[tile].x << 32 | s.s.tile_counts[tile].y;
     }
     const unsigned long long before = block_exclusive_sum(mine, pair_sums, &sum);
     unsigned above = before >> 32, equal = (unsigned)before;
-    for (unsigned tile = first; tile < first + per_thread && tile < s.tiles; tile++) {
+    for (unsigned tile = first; tile < last; tile++) {
         const uint2 count = s.s.tile_counts[tile];
         s.s.tile_offsets[tile] = above + min(equal, ties);
         if (equal < ties && ties <= equal + count.y) {
@@ -1651,9 +1652,9 @@ __device__ inline unsigned run_counts(unsigned word) {
     return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines its values up in shared memory (20 KiB
+// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines its values up in shared memory (19 KiB
 // for the block) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, and those of fp32 go to their places one by one
-#define MAX_STAGED 2560
+#define MAX_STAGED 2304
 template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
     typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits;
     const int most = PACK_RUN == 8 ? MAX_STAGED : 0;

@@ -57,7 +57,7 @@ DROPIT_GROUPS = ["select", "pack", "unpack"]
 INSTRUCTIONS = {
     "layernorm_forward_kernel": 24, "layernorm_backward_kernel": 27, "layernorm_weight_kernel": 10, "column_sum_kernel": 3,
     "gelu_forward_kernel": 31, "gelu_backward_kernel": 45, "softmax_forward_kernel": 31, "softmax_backward_kernel": 31,
-    "dropit_candidates_kernel": 15, "dropit_pack_kernel": 21, "dropit_unpack_kernel": 23, "dropit_mask_kernel": 13, "adamw_kernel": 70, "sum_squares_kernel": 3,
+    "dropit_candidates_kernel": 15, "dropit_pack_kernel": 18, "dropit_unpack_kernel": 23, "dropit_mask_kernel": 13, "adamw_kernel": 70, "sum_squares_kernel": 3,
     "patchify_kernel": 60, "embed_kernel": 25, "embed_backward_tokens_kernel": 12, "embed_backward_positions_kernel": 5,
     "drop_path_kernel": 8, "ema_kernel": 6, # estimated
     "keep_largest_gelu": 5, "keep_largest_layernorm": 6, "column_sum_finish_kernel": 6, "bias_add_kernel": 15, "cross_entropy_kernel": 15, "dropit_histogram_kernel": 15, "dropit_count_kernel": 17,
@@ -178,8 +178,8 @@ class Step:
         margin = 5.0 * math.sqrt(kept * (1.0 - q)) + 2.0
         listed = n * min(1.0, 2.0 * margin / TILE)
         self.launch("dropit_sample_kernel", "select", count * TILE * 2 * self.x)
-        # 16 warps: 32 additions of each to shared memory, at which lanes collide and the block's share a unit; two or three digits
-        self.launch("dropit_range_kernel", "select", 2 * count * TILE * self.x, chain=10e-6)
+        # 4 warps: 128 additions of each to shared memory, at which lanes collide and the block's share a unit; two digits, and three reads of 4 words
+        self.launch("dropit_range_kernel", "select", count * TILE * self.x, chain=10e-6)
         # a listed element is read again, from the L1 cache: it has just been read
         self.launch("dropit_candidates_kernel", "select", n * self.x + (4 + self.x) * listed, n=n)
         self.launch("dropit_start_kernel", "select", sum(tiles) * 8, chain=(3 + ceil_div(max(tiles), 256) / 4) * L2_LATENCY)
@@ -194,12 +194,14 @@ class Step:
             self.launch("dropit_histogram_kernel", "select", self.x * listed, n=listed, chain=2 * MEMORY_LATENCY + 10 * L2_LATENCY + 2e-6)
             self.launch("dropit_search_kernel", "select", count * 3 * BINS * 4, chain=10 * L2_LATENCY)
         self.launch("dropit_count_kernel", "select", (4 + self.x) * listed, n=listed, chain=2 * MEMORY_LATENCY)
-        # one block a tensor: the counts of all tiles twice, then a word a thread for a tie
-        self.launch("dropit_offsets_kernel", "select", sum(tiles) * 20, chain=(8 + 2 * ceil_div(max(tiles), 512)) * L2_LATENCY + MEMORY_LATENCY)
+        # one block a tensor: the counts of all tiles twice, four at once the first time; then two words a thread for a tie
+        each = ceil_div(max(tiles), 256)
+        self.launch("dropit_offsets_kernel", "select", sum(tiles) * 20, chain=(8 + each / 4 + each) * L2_LATENCY + 2 * MEMORY_LATENCY)
         stored = sum(elements for elements, is_stored in tensors if is_stored)
         if stored > 0:
-            # x comes once from memory and once from the L1 cache
-            self.launch("dropit_pack_kernel", "pack", stored * (self.x + 1 / 8 + 1 / 64 + q * self.x), n=stored)
+            # x comes once from memory and once from the L1 cache. fp32: a value at a time, each a sector of 32 bytes
+            self.launch("dropit_pack_kernel", "pack", stored * (self.x + 1 / 8 + 1 / 64 + q * self.x), n=stored,
+                        l2=0 if self.precision == "bf16" else stored * q * (32 - self.x))
 
     def dropit_unpack(self, n):
         self.launch("dropit_unpack_kernel", "unpack", n / 8 + n / 64 + n * (2.0 - self.gamma) * self.x, n=n)
