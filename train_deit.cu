@@ -1205,12 +1205,6 @@ __device__ inline unsigned between_mask(const unsigned* keys, unsigned low, unsi
     return mask;
 }
 
-// the elements i .. i+31 that are kept
-__device__ inline unsigned kept_mask(const unsigned* keys, size_t i, Threshold t) {
-    const unsigned ties = i + 32 <= t.tie_end ? ~0u : i < t.tie_end ? (1u << (t.tie_end - i)) - 1 : 0;
-    return above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & ties);
-}
-
 // sum of v over the threads of the block before this one; *sum is that over all of them.
 // warp_sums: 32 words of shared memory, which the caller may use again after a barrier
 template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T* sum) {
@@ -2352,7 +2346,7 @@ inline int resize_taps(int n, size_t full) {
     return 2.0 * support < n ? (int)ceil(2.0 * support) : n;
 }
 
-// Pillow's bicubic filter
+// Pillow's bicubic filter, and PyTorch's antialiased one: Keys' cubic, a = -0.5
 inline double resize_filter(double x) {
     x = fabs(x);
     return x < 1.0 ? ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0 : x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
@@ -3933,7 +3927,7 @@ void deit_init_parameters(DeitModel* model) {
 }
 
 // Position embeddings for a grid of side x side patches from those of another grid: out (1 + side^2, C), in (1 + old^2, C). The class
-// token's is copied, the others are interpolated along both sides with Keys' cubic (a = -0.5), widened by old / side where the grid shrinks:
+// token's is copied, the others are interpolated along both sides with resize_filter, widened by old / side where the grid shrinks:
 // timm's resample_abs_pos_embed(in, (side, side)), in PyTorch F.interpolate(in, (side, side), mode="bicubic", antialias=True)
 void deit_interpolate_positions(float* out, const float* in, size_t side, size_t old, size_t C) {
     const double scale = (double)old / side, width = scale > 1.0 ? scale : 1.0;
@@ -3944,8 +3938,7 @@ void deit_interpolate_positions(float* out, const float* in, size_t side, size_t
     for (size_t i = 0; i < side; i++) {
         double total = 0.0;
         for (size_t j = 0; j < old; j++) {
-            const double x = fabs(j + 0.5 - (i + 0.5) * scale) / width;
-            weight[i * old + j] = x < 1.0 ? (1.5 * x - 2.5) * x * x + 1.0 : x < 2.0 ? ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0 : 0.0;
+            weight[i * old + j] = resize_filter((j + 0.5 - (i + 0.5) * scale) / width);
             total += weight[i * old + j];
         }
         for (size_t j = 0; j < old; j++) { weight[i * old + j] /= total; }
@@ -5270,24 +5263,25 @@ ShardSet open_shards(const char* path, DeitConfig c, bool labelled) {
 }
 
 // the batch that the loader brought last becomes patches and labels; augment NULL: as it is
-void take_batch(DeitModel* model, const Loader* loader, PixelStats stats, const BatchAugment* augment, size_t n) {
+void take_batch(DeitModel* model, const Loader* loader, const BatchAugment* augment) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
-    deit_patchify(model, stats, augment, n);
+    deit_patchify(model, set_stats(&loader->set), augment, loader->current->n);
     cudaCheck(cudaEventRecord(loader->taken, main_stream));
 }
 
-// what patchify and the loss do to the batch that the loader brought last, `number` of the run
-BatchAugment batch_augment(const DeitModel* model, const Loader* loader, size_t number) {
+// the same for training, with erasing and mixing; `number` counts the batches of the run. Returns the weight of each image's own label
+float take_training_batch(DeitModel* model, const Loader* loader, size_t number) {
     BatchAugment a = {};
     const LoaderOptions* o = &loader->options;
-    a.erased = o->augment.erase > 0.0 ? model->augmenter.erased : NULL;
+    a.erased = model->augmenter.erased;
     a.seed = o->seed;
     a.place = loader->current->first_place;
     a.place_step = loader->current->place_step;
     a.epoch = loader->current->epoch;
     a.n = (int)o->B;
     draw_mix(&a, &o->augment, a.seed, (unsigned)number, (int)o->S);
-    return a;
+    take_batch(model, loader, &a);
+    return a.lam;
 }
 
 typedef struct {
@@ -5297,11 +5291,10 @@ typedef struct {
 // mean loss and accuracies over a whole set; ranks take turns with its batches
 Evaluation evaluate(DeitModel* model, Loader* loader) {
     const size_t images = loader->set.images, batches = loader_batches(loader), first = loader->ahead < 0 ? 0 : (size_t)loader->ahead;
-    const PixelStats stats = set_stats(&loader->set);
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     for (size_t batch = first; batch < first + batches; batch++) {
         const size_t n = loader_batch(loader, batch);
-        take_batch(model, loader, stats, NULL, n);
+        take_batch(model, loader, NULL);
         deit_forward(model, n, false);
         deit_loss(model, n, 0.0f, 1.0f, 1.0f);
     }
@@ -5326,12 +5319,11 @@ void report_evaluation(Evaluation e, bool averaged, int step, int epoch, FILE* l
 // with the same logit the lower comes first. Every rank goes through all images, rank 0 is heard
 void predict(DeitModel* model, Loader* loader) {
     const size_t batches = loader_batches(loader), B = model->options.B, V = model->options.config.num_classes;
-    const PixelStats stats = set_stats(&loader->set);
     floatX* logits = (floatX*)malloc(B * V * sizeof(floatX));
     require(logits != NULL, "out of host memory for %zu x %zu logits", B, V);
     for (size_t batch = 0, first = 0; batch < batches; batch++, first += B) {
         const size_t n = loader_batch(loader, batch);
-        take_batch(model, loader, stats, NULL, n);
+        take_batch(model, loader, NULL);
         deit_forward(model, n, false);
         cudaCheck(cudaMemcpyAsync(logits, model->acts.logits.data, n * V * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream));
         cudaCheck(cudaStreamSynchronize(main_stream));
@@ -5358,7 +5350,7 @@ void predict(DeitModel* model, Loader* loader) {
     free(logits);
 }
 
-// Writes up to 64 images of the batch that take_batch took, as the model gets them, in a grid with their labels below: level = 255 *
+// Writes up to 64 images of the batch that was taken last, as the model gets them, in a grid with their labels below: level = 255 *
 // (patches * std + mean), rounded, within 0 to 255. Of 2 channels the first is shown, of 4 the first three
 void write_sheet(const char* path, const DeitModel* model, PixelStats stats) {
     const DeitConfig c = model->options.config;
@@ -5451,8 +5443,7 @@ void bench_loader(DeitModel* model, Loader* loader, int batches) {
             start = seconds();
         }
         loader_batch(loader, batch);
-        const BatchAugment mix = batch_augment(model, loader, batch);
-        take_batch(model, loader, set_stats(&loader->set), &mix, B);
+        take_training_batch(model, loader, batch);
     }
     cudaCheck(cudaStreamSynchronize(main_stream));
     printf("data images_per_s=%.1f batches=%d batch=%zu threads=%d\n", (double)batches * B / (seconds() - start), batches, B, loader->num_readers);
@@ -5583,28 +5574,16 @@ int main(int argc, char** argv) {
     o->augment.mix_cutmix = mix_switch;
     const OptimizerConfig optimizer_config = {o->adamw, lr, beta1, beta2, 1e-8, weight_decay, momentum, clip, nesterov == 1};
 
-    if (strcmp(plan, "0") != 0) {
-        o->staging_bytes = crop || floor(o->config.image_size / crop_pct) != o->config.image_size ? PIECE_BYTES : 0;
-        report_plan(model, strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan));
-        return EXIT_SUCCESS;
-    }
-
     // everything the user gave is read and checked before anything is written
-    const bool training = bench == 0 && !evaluate_only && predict_path == NULL;
+    const bool plans = strcmp(plan, "0") != 0, training = bench == 0 && !evaluate_only && predict_path == NULL;
     Loader train, val;
     ShardSet train_set = {}, val_set = {};
-    if (bench == 0) {
+    if (bench == 0 && !plans) {
         if (training) { train_set = open_shards(train_path, o->config, true); }
         val_set = open_shards(predict_path != NULL ? predict_path : val_path, o->config, predict_path == NULL);
     }
-    device_open();
-    const size_t images = num_ranks * loader_epoch_images(train_set.images, repeats, num_ranks); // of an epoch
-    const size_t step_images = (size_t)B * num_ranks * accumulation, epoch_steps = images / step_images;
-    require(!training || epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
-            images, step_images, B, num_ranks, accumulation);
-    const bool split = predict_path == NULL; // every rank predicts all images
-    const LoaderOptions val_data = {(size_t)B, (size_t)o->config.image_size, (size_t)o->config.image_channels, split ? (size_t)num_ranks : 1,
-                                    split ? (size_t)rank : 0, o->seed, false, false, false, crop_scale, crop_pct, 1, (size_t)accumulation, o->augment};
+    LoaderOptions val_data = {(size_t)B, (size_t)o->config.image_size, (size_t)o->config.image_channels, 1, 0, o->seed, false, false, false, crop_scale,
+                              crop_pct, 1, (size_t)accumulation, o->augment};
     LoaderOptions train_data = val_data;
     train_data.training = true;
     train_data.crop = crop == 1;
@@ -5612,6 +5591,21 @@ int main(int argc, char** argv) {
     train_data.repeats = repeats;
     const size_t train_staging = loader_staging_bytes(&train_set, &train_data), val_staging = loader_staging_bytes(&val_set, &val_data);
     o->staging_bytes = train_staging > val_staging ? train_staging : val_staging;
+    if (plans) {
+        report_plan(model, strcmp(plan, "1") == 0 ? 0 : parse_bytes(plan));
+        return EXIT_SUCCESS;
+    }
+    device_open();
+    train_data.ranks = num_ranks;
+    train_data.rank = rank;
+    if (predict_path == NULL) { // every rank predicts all images
+        val_data.ranks = num_ranks;
+        val_data.rank = rank;
+    }
+    const size_t images = num_ranks * loader_epoch_images(train_set.images, repeats, num_ranks); // of an epoch
+    const size_t step_images = (size_t)B * num_ranks * accumulation, epoch_steps = images / step_images;
+    require(!training || epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step (-b %d x %d ranks x -a %d)", train_path,
+            images, step_images, B, num_ranks, accumulation);
     Safetensors* initial = weights != NULL ? safetensors_open(weights) : NULL;
     require(!training || sheet != NULL || output == NULL || resume || checkpoint_newest(output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it with "
             "-y 1 or choose another -o", output);
@@ -5665,34 +5659,27 @@ int main(int argc, char** argv) {
     printf("%s data: %u images in %d shard%s; %s\n", predict_path != NULL ? "other" : "validation", val_set.images, val_set.num_shards,
            val_set.num_shards > 1 ? "s" : "", o->staging_bytes > 0 ? "resized on the device" : "of the model's size");
     const LoaderTarget target = {model->images, model->next_labels, model->flips, model->staging, model->resize_tasks, &model->augmenter};
-    if (bench_data > 0) {
-        loader_open(&train, train_set, train_data, target, train_staging, threads);
-        bench_loader(model, &train, bench_data);
+    if (training) { loader_open(&train, train_set, train_data, target, train_staging, threads); }
+    if (bench_data > 0 || sheet != NULL) {
+        if (bench_data > 0) {
+            bench_loader(model, &train, bench_data);
+        } else {
+            loader_batch(&train, (size_t)first_step * accumulation);
+            take_training_batch(model, &train, (size_t)first_step * accumulation);
+            write_sheet(sheet, model, set_stats(&train_set));
+        }
         loader_close(&train);
         ranks_close();
         return EXIT_SUCCESS;
     }
     loader_open(&val, val_set, val_data, target, val_staging, threads);
-    if (predict_path != NULL) {
-        predict(model, &val);
-        loader_close(&val);
-        ranks_close();
-        return EXIT_SUCCESS;
-    }
-    if (evaluate_only) {
-        const Evaluation e = evaluate(model, &val);
-        printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
-        loader_close(&val);
-        ranks_close();
-        return EXIT_SUCCESS;
-    }
-    loader_open(&train, train_set, train_data, target, train_staging, threads);
-    if (sheet != NULL) {
-        loader_batch(&train, (size_t)first_step * accumulation);
-        const BatchAugment batch_mix = batch_augment(model, &train, (size_t)first_step * accumulation);
-        take_batch(model, &train, set_stats(&train_set), &batch_mix, B);
-        write_sheet(sheet, model, set_stats(&train_set));
-        loader_close(&train);
+    if (!training) {
+        if (predict_path != NULL) {
+            predict(model, &val);
+        } else {
+            const Evaluation e = evaluate(model, &val);
+            printf("final loss=%.6f top1=%.2f top5=%.2f\n", e.loss, 100.0 * e.top1, 100.0 * e.top5);
+        }
         loader_close(&val);
         ranks_close();
         return EXIT_SUCCESS;
@@ -5713,7 +5700,6 @@ int main(int argc, char** argv) {
     }
     if (found >= 0) { printf("resuming after step %d\n", found); }
     else if (resume) { printf("no checkpoint in %s: starting at the first step\n", output); }
-    const PixelStats pixel_stats = set_stats(&train.set);
     const int scheduled = (int)((epochs + cooldown) * epoch_steps), steps = max_steps > 0 && max_steps < scheduled ? max_steps : scheduled;
     const bool by_epochs = strcmp(schedule_name, "epoch") == 0;
     const Schedule schedule = {by_epochs, unscale_lr ? lr : lr * step_images / 512.0, min_lr, warmup_lr,
@@ -5733,10 +5719,9 @@ int main(int argc, char** argv) {
             const size_t batch = (size_t)step * accumulation + micro;
             if (loaded == batch) { loader_batch(&train, loaded++); }
             model->add_ranks = num_ranks > 1 && micro + 1 == accumulation;
-            const BatchAugment batch_mix = batch_augment(model, &train, batch);
-            take_batch(model, &train, pixel_stats, &batch_mix, B);
+            const float lam = take_training_batch(model, &train, batch);
             deit_forward(model, B, true);
-            deit_loss(model, B, (float)smoothing, batch_mix.lam, 1.0f / (float)step_images);
+            deit_loss(model, B, (float)smoothing, lam, 1.0f / (float)step_images);
             deit_backward(model);
             model->drop_step++;
             // the next batch is gathered and copied while the device computes; an evaluation needs its place on the device

@@ -26,7 +26,7 @@ except ImportError as error:
     sys.exit(f"data/cifar100.py: the Python package {error.name} is missing; install python3-numpy")
 
 from convert import Refused, Restricted
-from shard import Shard, ShardError, write_shard
+from shard import ShardError, write_labelled
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = "https://www.cs.toronto.edu/~kriz"
@@ -155,17 +155,6 @@ def unpack(packed, origin, classes):
     return count, *parts
 
 
-def make(path, images, labels, classes, mean, std):
-    try:
-        write_shard(path, ((image, int(label)) for image, label in zip(images, labels)), len(labels), classes, mean, std)
-        shard = Shard(path)  # read back: what is on disk is what was meant
-        if not np.array_equal(shard.index["label"], labels):
-            fail(f"{path}: the labels read back differ")
-    except (OSError, ShardError) as error:
-        fail(f"cannot write {path}: {error}")
-    print(f"wrote {path}: {len(labels)} images, {os.path.getsize(path)} bytes")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Makes data shards of CIFAR-100 or CIFAR-10.")
     parser.add_argument("--classes", type=int, choices=(10, 100), help="which set to download (default 100)")
@@ -191,7 +180,10 @@ def main():
     classes, train, test = unpack(packed, origin, options.classes)
     mean, std = STATISTICS["imagenet" if options.normalize == "imagenet" else classes]
     for part, name, given in ((train, "train", options.train_out), (test, "val", options.val_out)):
-        make(given or os.path.join(HERE, f"cifar{classes}_{name}.bin"), *part, classes, mean, std)
+        try:
+            write_labelled(given or os.path.join(HERE, f"cifar{classes}_{name}.bin"), *part, classes, mean, std)
+        except ShardError as error:
+            fail(error)
 
 
 if __name__ == "__main__":

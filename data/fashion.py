@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from shard import ShardError, Shard, write_shard
+from shard import ShardError, write_labelled
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PACKAGED = "/usr/share/datasets/fashion-mnist"
@@ -69,18 +69,6 @@ def load(part, source):
     return pixels.reshape(len(labels), 28, 28, 1), labels
 
 
-def make(path, images, labels, count):
-    items = ((images[i], int(labels[i])) for i in range(count))
-    try:
-        write_shard(path, items, count, CLASSES, [MEAN], [STD])
-        shard = Shard(path)  # read back: what is on disk is what was meant
-        if not np.array_equal(shard.index["label"], labels[:count]):
-            fail(f"{path}: the labels read back differ")
-    except (OSError, ShardError) as error:
-        fail(f"cannot write {path}: {error}")
-    print(f"wrote {path}: {count} images, {os.path.getsize(path)} bytes")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Makes data shards of Fashion-MNIST.")
     parser.add_argument("--source", default="auto", metavar="DIR",
@@ -101,8 +89,11 @@ def main():
             fail(f"{flag} {count} is not in 1 to {most}")
     # everything is read and checked before the first file is written
     train, val = load("train", source), load("t10k", source)
-    make(options.train_out, *train, options.train)
-    make(options.val_out, *val, options.val)
+    for path, count, (images, labels) in ((options.train_out, options.train, train), (options.val_out, options.val, val)):
+        try:
+            write_labelled(path, images[:count], labels[:count], CLASSES, [MEAN], [STD])
+        except ShardError as error:
+            fail(error)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,17 @@ def write_shard(path, images, count, classes, mean, std, task="classification"):
         raise
 
 
+def write_labelled(path, images, labels, classes, mean, std):
+    """A classification shard of an array of images, compared with its labels as read back; says what was written. Raises a ShardError."""
+    try:
+        write_shard(path, ((image, int(label)) for image, label in zip(images, labels)), len(labels), classes, mean, std)
+        same = np.array_equal(Shard(path).index["label"], labels)  # what is on disk is what was meant
+    except (OSError, ShardError) as error:
+        raise ShardError(f"cannot write {path}: {error}") from None
+    _require(same, path, "the labels read back differ")
+    print(f"wrote {path}: {len(labels)} images, {os.path.getsize(path)} bytes")
+
+
 def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: shard.py FILE ...")

@@ -1,6 +1,6 @@
 """Makes dev/reference/fixtures/augment.safetensors, with which dev/test/test_augment.cu compares the trainer's augmentation:
 
-    python3 dev/reference/augment.py        (Pillow 13, timm 1.0, PyTorch, safetensors, numpy)
+    python3 dev/reference/augment.py        (Pillow 13, timm 1.0, PyTorch, numpy)
 
 op.I.image, op.I.cases (N, 3: operation, level, negated), op.I.fill, op.I.expected (N, S, S, CH): timm's operations, computed by Pillow
 mix.*: timm's Mixup on normalised batches, its targets, SoftTargetCrossEntropy's loss and gradient    boxes: its cutmix boxes
@@ -13,11 +13,14 @@ import sys
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
 from timm.data import auto_augment, mixup, random_erasing
 from timm.loss import SoftTargetCrossEntropy
 
 here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, "..", "..", "data"))
+import safetensors_file  # noqa: E402
+from shard import Shard  # noqa: E402  (data/ is no package)
+
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 ENHANCE = ["ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"]
 SIGNED = ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"] + ENHANCE
@@ -38,9 +41,7 @@ def picture(rng, S, low, high):
 
 
 def fashion(i):
-    raw = np.fromfile(os.path.join(here, "../../data/fashion_val.bin"), np.uint8)
-    offset = int(raw[128 + 32 * i:136 + 32 * i].view(np.uint64)[0])
-    return raw[offset:offset + 784].reshape(28, 28, 1)
+    return Shard(os.path.join(here, "..", "..", "data", "fashion_val.bin")).image(i)
 
 
 def operations(tensors, index, image, fill):
@@ -141,7 +142,7 @@ def main():
     boxes(tensors)
     erasing(tensors)
     path = os.path.join(here, "fixtures", "augment.safetensors")
-    save_file(tensors, path)
+    safetensors_file.save(path, tensors)
     print(f"{path}: {os.path.getsize(path)} bytes; Pillow {Image.__version__}, {len(tensors)} tensors, python {sys.version.split()[0]}")
 
 
