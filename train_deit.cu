@@ -48,6 +48,7 @@ H x W pixels and CH channels of an image, P patch side, OC output channels of a 
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 #include <cooperative_groups.h>
@@ -176,17 +177,26 @@ template <class T> T* host_new(size_t n, const char* what) {
     require(p != NULL, "out of host memory for %zu elements of %s", n, what);
     return p;
 }
+
+// appends an element to a list on the host
+template <class T> void append(T** list, int* n, const T& element) {
+    if ((*n & (*n - 1)) == 0) { // at each power of two: room for twice as many
+        *list = (T*)realloc((void*)*list, (*n > 0 ? 2 * *n : 1) * sizeof(T));
+        require(*list != NULL, "out of host memory for a list of %d", *n + 1);
+    }
+    (*list)[(*n)++] = element;
+}
 // ---- end shared: base ------------------------------------------------------
 
 // ---- shared: interface -----------------------------------------------------
 // What stands behind main(): the types and functions that a model and the training loop use, as a table of contents
 
 // Several GPUs: a rank is a process with a GPU of its own; all hold the same weights and take different images
-void device_open(void);  // joins the ranks that mpirun or srun has started, chooses the GPU
+void device_open(void);                                           // joins the other ranks, chooses the GPU
 void ranks_close(void);
-void ranks_add(float* const* pieces, const size_t* sizes, int n); // sums over ranks, in place; main_stream does not wait
+void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients, in place; main_stream does not wait
 void ranks_wait(void);                                            // main_stream waits until they are added up
-void ranks_gather(void* full, const void* part, size_t bytes);    // full: every rank's part of `bytes`, in order
+void ranks_gather(void* full, const void* part, size_t bytes);    // full: all ranks' parts; part may lie in it
 void ranks_broadcast(void* device, size_t bytes);                 // all get what rank 0 has
 void ranks_sum(double* values, int n);                            // of the host: the same sums on all ranks
 void ranks_agree(uint32_t value, const char* what);               // ends the run unless all ranks have this value
@@ -205,7 +215,7 @@ enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES 
 static const char* const category_names[NUM_CATEGORIES] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
 typedef struct {
     struct Allocation* list;
-    int n, capacity;
+    int n;
     size_t bytes[NUM_CATEGORIES];
     char* blocks[NUM_CATEGORIES]; // as allocated
 } Plan;
@@ -219,9 +229,7 @@ size_t plan_total(const Plan* plan);
 
 // DropIT chooses the k elements of largest magnitude of a tensor, and stores or masks them
 enum { MINK, FASTMINK, RANDOM };
-typedef struct {
-    unsigned key, tie_end; // an element is kept when key > this key || (key == this key && index < tie_end)
-} Threshold;
+typedef struct { unsigned key, tie_end; } Threshold; // kept: key > this key || (key == this key && index < tie_end)
 typedef struct {
     size_t n, k;
     Threshold* thresholds; // (1) or, for fastmink and random, (tiles)
@@ -229,11 +237,9 @@ typedef struct {
     unsigned* bitmap;      // (words)
     floatX* values;        // (k + 1): unpacking may read one value more than there are
 } Dropped;
-// what a kernel that recomputes a tensor does with V elements from element i of its chunk on, before it stores them:
-struct KeepAll { // nothing,
-    template <int V> __device__ void apply(float*, size_t) const {}
-};
-struct KeepLargest { // or min-k's masking
+// what a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing, or min-k's masking
+struct KeepAll { template <int V> __device__ void apply(float*, size_t) const {} };
+struct KeepLargest {
     const Threshold* threshold;
     size_t begin; // element of the tensor where the chunk begins
     template <int V> __device__ void apply(float* v, size_t i) const;
@@ -245,29 +251,25 @@ static cublasHandle_t cublas_handle;
 // out = inp @ weight^T + bias (+ residual (rows, OC); NULL: none)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                     size_t rows, size_t C, size_t OC);
-// dinp = dout @ weight
+// dinp = dout @ weight; dweight += dout^T @ inp
 void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC);
-// dweight += dout^T @ inp
 void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC);
-// out (OC) += x (rows, OC) summed over rows: every SLAB_ROWS rows give one row of partial, which has as many floats as
-// column_sum_scratch says; column_sum_finish adds up those. Columns from C on go to out2
+// out (OC) += x (rows, OC) summed over rows: SLAB_ROWS rows give a row of partial (column_sum_scratch floats), and
+// column_sum_finish adds up those. Columns from C on go to out2
 #define SLAB_ROWS 64
 size_t column_sum_scratch(size_t rows, size_t OC);
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC);
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC);
 
-// What a step or an evaluation adds up on the device: the sums that model_metrics names, over images
+// What a step or an evaluation adds up on the device, over its images; model_train_metrics has the names of the sums
 #define MAX_METRICS 16
 typedef struct {
     double sums[MAX_METRICS];
     unsigned not_finite; // NaNs and Infs that DropIT met
     float norm;          // of all gradients, before clipping
 } StepResult;
-typedef struct {
-    const char* name;
-    double unit; // of the number that is printed, over the mean of an image: 100 for percent
-    int digits;  // behind the point
-} Metric;
+// a number that is printed: the mean of a sum over images, times unit (100 for percent), with so many digits
+typedef struct { const char* name; double unit; int digits; } Metric;
 typedef struct {
     bool adamw; // else SGD with momentum
     double learning_rate, beta1, beta2, eps, weight_decay, momentum;
@@ -276,9 +278,7 @@ typedef struct {
 } OptimizerConfig;
 
 // Image data: what random erasing and mixing do to a batch, and the normalisation of its pixels
-typedef struct {
-    int top, left, height, width; // height 0: nothing is erased
-} EraseBox;
+typedef struct { int top, left, height, width; } EraseBox; // height 0: nothing is erased
 typedef struct {
     const EraseBox* erased;  // (n), NULL: none
     unsigned long long seed, place, place_step; // place in the epoch of the first image, and from one to the next
@@ -288,9 +288,7 @@ typedef struct {
     bool cut;                // cutmix: the pixels of a box are the other image's; else mixup: all are a weighted mean
     int top, bottom, left, right;
 } BatchAugment;
-typedef struct {
-    float mean[4], std[4];
-} PixelStats;
+typedef struct { float mean[4], std[4]; } PixelStats;
 typedef struct Loader Loader;
 typedef struct { // what the loader has brought to the device
     uint8_t* images;      // (n, H, W, CH)
@@ -333,10 +331,7 @@ void mean_scores(const Model* model, size_t images, double* scores);
 //   BUFFER  is not trained, but moves: running statistics. fp32 in both precisions
 //   FROZEN  is as it was read
 enum { DECAY, PLAIN, FROZEN, BUFFER, NUM_KINDS };
-typedef struct {
-    enum { CONSTANT, NORMAL, UNIFORM } kind;
-    double scale; // the constant; the standard deviation; the bound
-} Init;
+typedef struct { enum { CONSTANT, NORMAL, UNIFORM } kind; double scale; } Init; // scale: value, deviation or bound
 Init constant_init(double value), normal_init(double deviation), uniform_init(size_t fan_in); // up to 1/sqrt(fan_in)
 typedef struct {
     char name[96];
@@ -347,7 +342,7 @@ typedef struct {
     floatX** param;             // the model's pointers; NULL: a kind that has no such memory
     float **grad, **buffer;
 } Parameter;
-// name: "blocks.%d.norm1.weight", %d is the copy. A tensor without elements does not exist. grad and buffer may be NULL
+// name: "blocks.%d.norm1.weight", %d is the copy. A tensor without elements does not exist
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer, const char* name,
                                             int copy, int copies, int kind, Init init, Dims... shape);
 // Gives the gradients of this copy of all tensors that have several to the ranks, to be added up while the backward pass
@@ -372,6 +367,7 @@ typedef struct {
     bool cached, dropped; // stored for the backward pass; chosen from by DropIT
     bool masked;          // the kernel that recomputes it masks it
     int id;               // among the dropped tensors
+    size_t gradient, gradient_n; // -stats: where its weight gradient lies in the memory of gradients
     char* data;           // cached and not dropped
     char* batch;          // dropped: the whole tensor until its elements are chosen; one for all copies, but under -stats
     char* chunk;          // recomputed or dropped: what the backward pass (forward, if not dropped) works on; one for all
@@ -382,7 +378,6 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
 // The kernel that recomputes `a` masks it, unless `reader`, which a layer computes from it, is recomputed too: that layer
 // needs all elements
 void mask_unless_read(const Model* model, Activation* a, const Activation* reader);
-void plan_partial(Model* model, size_t floats); // model->partial holds as many at least
 // tensors that drop_activations chooses from in one call
 void plan_selection(Model* model, std::initializer_list<const Activation*> activations);
 // where image b0 of a tensor is written in the forward pass, or recomputed and read in the backward pass
@@ -393,7 +388,7 @@ KeepLargest keep_largest(const Activation* a, size_t b0);
 void drop_activations(const Model* model, std::initializer_list<const Activation*> activations);
 // dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 of `rows` rows each. X is the tensor
 // as the backward pass has it: dense, unpacked, or recomputed and masked
-void weight_gradient(Model* model, const Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
+void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC);
 
 // Flags, one line each: X(type, field, flag, default, least, most, resume, help). Types: i int, f double, s string. The
@@ -435,7 +430,7 @@ struct Common {
     Parameter* parameters;
     Activation** activations;    // dropped or cached, in the order of the table
     int num_parameter_tensors, num_parameter_lines, num_activations, num_lines;
-    size_t num_parameters, num_decayed, num_trained; // elements with padding, of the trained; the decayed come first
+    size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
     floatX* params_memory;       // (num_parameters + num_frozen)
@@ -443,7 +438,6 @@ struct Common {
     float *master, *m, *v, *ema; // (shard_n); in fp32 master is the shard in params_memory
     float *fixed, *fixed_ema;    // (num_frozen + num_buffers) in fp32, and their moving average
     float* partial;              // of column sums
-    bool partial_planned;
     struct Scratch* scratch;     // of loader, loss, optimizer and DropIT
     StepResult* result;
     Plan plan;
@@ -453,9 +447,7 @@ struct Common {
 };
 
 // A step, and the state that it changes
-typedef struct {
-    char key[64], value[160];
-} StMetadata;
+typedef struct { char key[64], value[160]; } StMetadata;
 typedef struct {
     bool by_epochs;
     double lr, min_lr, warmup_lr;
@@ -524,7 +516,7 @@ extern const char* const model_recipes[][2];             // name, flags; {NULL, 
 // ---- end shared: interface -------------------------------------------------
 
 // ----------------------------------------------------------------------------
-// the model: configurations, flags, tensors
+// the model: configurations, tensors, flags
 
 typedef struct {
     int image_size, patch_size, image_channels, num_classes;
@@ -540,17 +532,6 @@ static const struct {
     {"deit_base",  {224, 16, 3, 1000, 768, 12, 12}},
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
-
-#define MODEL_NAMES "deit_nano, deit_tiny, deit_small, deit_base, vit_base"
-#define DEFAULT_MODEL "deit_nano"
-#define HELP_RECOMPUTE "0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block"
-#define HELP_DROP_ALL "patch embedding and head"
-#define HELP_WEIGHTS "timm's"
-// flags of this model alone, beside those of all image classifiers
-#define DEIT_SETTINGS(X) \
-    X(i, patch,     "-patch",     0,      0, 65535, SAME, "patch size, 0: the model's") \
-    X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block, linear over depth; 0: off") \
-    X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment as timm names it: none, rand-m9-mstd0.5-inc1")
 
 // X(name, name in timm, copies, shape of copy l, kind, initial value). timm initialises linear layers and positions from a
 // normal distribution, the patch embedding as PyTorch does any convolution: uniform up to 1/sqrt(inputs of an output)
@@ -596,6 +577,17 @@ static const struct {
     X(lnf_rstd,  FP32,   1,   (B),              NEVER, KEEP) \
     X(lnf,       FLOATX, 1,   (B, C),           NEVER, ALL)  /* input of the head */ \
     X(logits,    FLOATX, 1,   (B, V),           NEVER, KEEP) /* and their gradient, in the same place */
+
+#define MODEL_NAMES "deit_nano, deit_tiny, deit_small, deit_base, vit_base"
+#define DEFAULT_MODEL "deit_nano"
+#define HELP_RECOMPUTE "0 nothing, 1 norms and GELU, 2 also qkv and fc1, 3 the block"
+#define HELP_DROP_ALL "patch embedding and head"
+#define HELP_WEIGHTS "timm's"
+// flags of this model alone, beside those of all image classifiers
+#define DEIT_SETTINGS(X) \
+    X(i, patch,     "-patch",     0,      0, 65535, SAME, "patch size, 0: the model's") \
+    X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block, linear over depth; 0: off") \
+    X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment as timm names it: none, rand-m9-mstd0.5-inc1")
 
 // Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them. No T x T
 // matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the backward pass rebuilds
@@ -904,9 +896,8 @@ void model_plan(Model* model) {
     plan_add(plan, SCRATCH, "dqkv", "", "(I, T, 3*C)", &model->dqkv, I * T * 3*C * sizeof(floatX));
     plan_add(plan, SCRATCH, "dfch", "", "(I, T, 4*C)", &model->dfch, I * T * 4*C * sizeof(floatX));
     plan_add(plan, SCRATCH, "dlnf", "", "(B, C)", &model->dlnf, B * C * sizeof(floatX));
-    for (size_t floats : {column_sum_scratch(I * T, 4*C), 2 * column_sum_scratch(B, C), column_sum_scratch(B, V)}) {
-        plan_partial(model, floats);
-    }
+    plan_add(plan, SCRATCH, "sum partials", "", "fp32", &model->partial, sizeof(float) *
+             std::max({column_sum_scratch(I * T, 4*C), 2 * column_sum_scratch(B, C), column_sum_scratch(B, V)}));
     Attention* t = &model->attention;
     t->heads = (int)NH;
     t->T = (int)T;
@@ -3475,7 +3466,6 @@ void ranks_close(void) {
 #endif
 }
 
-// adds up n pieces of gradients over the ranks, in place, after what main_stream does now; main_stream does not wait
 void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     if (num_ranks == 1) { return; }
     cudaCheck(cudaEventRecord(gradients_ready, main_stream));
@@ -3492,12 +3482,10 @@ void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
 }
 
-// main_stream goes on when all that was given to ranks_add is added up
 void ranks_wait(void) {
     if (num_ranks > 1) { cudaCheck(cudaStreamWaitEvent(main_stream, gradients_reduced, 0)); }
 }
 
-// puts every rank's part of an array into its place on all: full is num_ranks parts of `bytes`; part may lie in it
 void ranks_gather(void* full, const void* part, size_t bytes) {
 #ifdef MULTI_GPU
     ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
@@ -3506,7 +3494,6 @@ void ranks_gather(void* full, const void* part, size_t bytes) {
 #endif
 }
 
-// all ranks get the bytes of device memory that rank 0 has
 void ranks_broadcast(void* device, size_t bytes) {
 #ifdef MULTI_GPU
     if (num_ranks > 1) { ncclCheck(ncclBroadcast(device, device, bytes, ncclUint8, 0, nccl_comm, main_stream)); }
@@ -3531,7 +3518,6 @@ void ranks_sum(double* values, int n) {
 #endif
 }
 
-// ends the run with a sentence unless the value is the same on all ranks
 void ranks_agree(uint32_t value, const char* what) {
 #ifdef MULTI_GPU
     uint32_t first = value;
@@ -3563,13 +3549,8 @@ __host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpos
     return make_uint4(c0, c1, c2, c3);
 }
 
-// uniform in (0, 1)
 double uniform(unsigned u) { return (u + 0.5) / 4294967296.0; }
-
-// normal, by Box and Muller
 double normal(uint4 u) { return sqrt(-2.0 * log(uniform(u.x))) * cos(2.0 * M_PI * uniform(u.y)); }
-
-// an integer from 0 to n - 1, from 32 random bits
 int draw_below(unsigned u, int n) { return (int)((unsigned long long)u * n >> 32); }
 
 // perm = a permutation of 0..n-1 (Fisher and Yates) that depends on seed and epoch alone
@@ -3595,7 +3576,9 @@ struct Allocation {
 };
 
 static void plan_line(Plan* plan, Allocation a, void** shared) {
-    for (int i = 0; shared != NULL && i < plan->n && a.shares < 0; i++) { if (plan->list[i].pointer == shared) { a.shares = i; } }
+    for (int i = 0; shared != NULL && i < plan->n; i++) {
+        if (plan->list[i].pointer == shared) { a.shares = plan->list[i].shares >= 0 ? plan->list[i].shares : i; }
+    }
     assert(shared == NULL || a.shares >= 0);
     if (a.shares >= 0) {
         Allocation* other = &plan->list[a.shares];
@@ -3605,12 +3588,7 @@ static void plan_line(Plan* plan, Allocation a, void** shared) {
         }
         a.bytes = 0;
     }
-    if (plan->n == plan->capacity) {
-        plan->capacity = plan->capacity > 0 ? 2 * plan->capacity : 256;
-        plan->list = (Allocation*)realloc(plan->list, plan->capacity * sizeof(Allocation));
-        require(plan->list != NULL, "out of host memory for a plan of %d tensors", plan->capacity);
-    }
-    plan->list[plan->n++] = a;
+    append(&plan->list, &plan->n, a);
     plan->bytes[a.category] += a.bytes;
 }
 
@@ -3634,6 +3612,8 @@ void plan_allocate(Plan* plan) {
         if (plan->bytes[c] == 0) { continue; }
         cudaCheck(cudaMalloc((void**)&plan->blocks[c], plan->bytes[c]));
         char* p = plan->blocks[c];
+        const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // its padding takes part in updates
+        if (state) { cudaCheck(cudaMemsetAsync(p, 0, plan->bytes[c], main_stream)); }
         for (int i = 0; i < plan->n; i++) {
             const Allocation* a = &plan->list[i];
             if (a->category != c || a->shares >= 0) { continue; }
@@ -5469,8 +5449,8 @@ struct Scratch {
     DropScratch drop;
     size_t drop_tiles, drop_list; // of the selections that run together, at most
     float* stats_exact;           // (num_parameters), -stats: gradients of the exact inputs
-    double* stats_sums;           // (dropped tensors, 6)
-    struct { size_t offset, n; } *stats_gradients; // of each dropped tensor, in stats_exact; n 0: none yet
+    double* stats_sums;           // (dropped tensors, 6): of x*exact, x^2, exact^2; the same of the gradients
+    size_t stats_bytes;           // of these
 };
 
 Init constant_init(double value) { return Init{Init::CONSTANT, value}; }
@@ -5495,12 +5475,7 @@ template <class... Dims> void add_parameter(Model* model, floatX** param, float*
     p.param = kind == BUFFER ? NULL : param;
     p.grad = kind == DECAY || kind == PLAIN ? grad : NULL;
     p.buffer = kind == BUFFER ? buffer : NULL;
-    const int n = model->num_parameter_tensors++;
-    if ((n & (n - 1)) == 0) { // room for twice as many, at each power of two
-        model->parameters = (Parameter*)realloc(model->parameters, (n > 0 ? 2 * n : 1) * sizeof(Parameter));
-        require(model->parameters != NULL, "out of host memory for %d tensors of parameters", n + 1);
-    }
-    model->parameters[n] = p;
+    append(&model->parameters, &model->num_parameter_tensors, p);
 }
 
 bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAIN; }
@@ -5552,7 +5527,7 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     if (copy == 0) { model->num_lines++; }
     *a = Activation{};
     if (n == 0) { return; }
-    assert(n / model->B * bits % 8 == 0 && (model->num_activations & 1023) <= 1023);
+    assert(n / model->B * bits % 8 == 0);
     a->name = name;
     a->copy = copy;
     a->copies = copies;
@@ -5563,17 +5538,13 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     a->per_image = n / model->B;
     a->cached = s->recompute < level;
     a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
-    const Activation* first = NULL; // of this line: copies share the memory of its batch and chunk
-    for (int i = model->num_activations - 1; i >= 0 && model->activations[i]->line == a->line; i--) { first = model->activations[i]; }
-    const int at = model->num_activations++;
-    if ((at & (at - 1)) == 0) {
-        model->activations = (Activation**)realloc(model->activations, (at > 0 ? 2 * at : 1) * sizeof(Activation*));
-        require(model->activations != NULL, "out of host memory for %d activations", at + 1);
-    }
-    model->activations[at] = a;
+    // copies of a line share the memory of their chunks and batches
+    const Activation* before = model->num_activations > 0 ? model->activations[model->num_activations - 1] : NULL;
+    const bool shares = before != NULL && before->line == a->line;
+    append(&model->activations, &model->num_activations, a);
     const size_t bytes = CEIL_DIV(n * bits, (size_t)8), dense = align_up(bytes);
     const size_t chunk = model->chunk_images * a->per_image * bits / 8;
-    char **chunk_of = first != NULL ? (char**)&first->chunk : NULL, **batch_of = first != NULL ? (char**)&first->batch : NULL;
+    char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }
         else { plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, dense, chunk_of); }
@@ -5598,12 +5569,6 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
 
 void mask_unless_read(const Model* model, Activation* a, const Activation* reader) {
     a->masked = a->dropped && !a->cached && model->strategy == MINK && reader->cached;
-}
-
-void plan_partial(Model* model, size_t floats) {
-    plan_add(&model->plan, SCRATCH, "sum partials", "", "fp32", &model->partial, floats * sizeof(float), 0,
-             model->partial_planned ? &model->partial : NULL);
-    model->partial_planned = true;
 }
 
 void plan_selection(Model* model, std::initializer_list<const Activation*> activations) {
@@ -5641,16 +5606,12 @@ static void plan_selections(Model* model) {
     const int num_dropped = number_dropped(model);
     if (s->drop_tiles > 0) { dropit_plan(plan, d, s->drop_tiles, s->drop_list); }
     if (model->s->stats > 0) {
-        const size_t bytes = num_dropped * 6 * sizeof(double);
+        s->stats_bytes = num_dropped * 6 * sizeof(double);
         plan_add(plan, SCRATCH, "stats exact", "", "fp32", &s->stats_exact, model->num_parameters * sizeof(float));
-        plan_add(plan, SCRATCH, "stats sums", "", "(6) a tensor, fp64", &s->stats_sums, bytes);
-        free(s->stats_gradients);
-        s->stats_gradients = (decltype(s->stats_gradients))calloc(num_dropped + 1, sizeof(*s->stats_gradients));
-        require(s->stats_gradients != NULL, "out of host memory for %d tensors", num_dropped);
+        plan_add(plan, SCRATCH, "stats sums", "", "(6) a tensor, fp64", &s->stats_sums, s->stats_bytes);
     }
 }
 
-// where image b0 of a tensor is written in the forward pass, or recomputed and read in the backward pass
 char* activation_at(const Model*, const Activation* a, size_t b0, bool backward) {
     const size_t offset = b0 * a->per_image * a->bits / 8;
     if (a->cached && !a->dropped) { return a->data + offset; }
@@ -5699,13 +5660,12 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
 
 // -stats: adds a chunk of a dropped tensor, x as DropIT has it and exact as it was (rows, C), and what the exact one gives
 // for the gradient that dweight (OC, C) is of
-static void stats_add(Model* model, const Activation* a, const floatX* x, const floatX* exact, const float* dweight,
+static void stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, const float* dweight,
                       const floatX* dout, size_t rows, size_t C, size_t OC) {
     Scratch* s = model->scratch;
-    const size_t offset = dweight - model->grads_memory;
-    s->stats_gradients[a->id].offset = offset;
-    s->stats_gradients[a->id].n = C * OC;
-    linear_backward_weight(s->stats_exact + offset, dout, exact, rows, C, OC);
+    a->gradient = dweight - model->grads_memory;
+    a->gradient_n = C * OC;
+    linear_backward_weight(s->stats_exact + a->gradient, dout, exact, rows, C, OC);
     dot_kernel<floatX><<<1, 128, 0, main_stream>>>(s->stats_sums + 6 * a->id, x, exact, rows * C);
     kernelCheck();
 }
@@ -5713,10 +5673,9 @@ static void stats_add(Model* model, const Activation* a, const floatX* x, const 
 // prints what DropIT kept of a tensor, and what that does to its weight gradient, which is complete
 static void stats_report(Model* model, const Activation* a) {
     Scratch* s = model->scratch;
-    const size_t offset = s->stats_gradients[a->id].offset, n = s->stats_gradients[a->id].n;
-    double* device = s->stats_sums + 6 * a->id;
-    double sums[6];
-    dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, model->grads_memory + offset, s->stats_exact + offset, n);
+    double *device = s->stats_sums + 6 * a->id, sums[6];
+    dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, model->grads_memory + a->gradient, s->stats_exact + a->gradient,
+                                                  a->gradient_n);
     kernelCheck();
     cudaCheck(cudaMemcpyAsync(sums, device, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
@@ -5725,7 +5684,7 @@ static void stats_report(Model* model, const Activation* a) {
            100.0 * sums[1] / sums[2], sums[3] / sqrt(sums[4] * sums[5]));
 }
 
-void weight_gradient(Model* model, const Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
+void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC) {
     floatX* x = (floatX*)activation_at(model, a, b0, true);
     if (a->dropped) {
@@ -5769,10 +5728,7 @@ void zero_gradients(Model* model) {
     for (int i = 0; i < model->num_parameter_tensors; i++) { model->parameters[i].added = false; }
     if (model->stats_now) {
         cudaCheck(cudaMemsetAsync(model->scratch->stats_exact, 0, bytes, main_stream));
-        for (int i = 0; i < model->num_activations; i++) {
-            const Activation* a = model->activations[i];
-            if (a->dropped) { cudaCheck(cudaMemsetAsync(model->scratch->stats_sums + 6 * a->id, 0, 6 * sizeof(double), main_stream)); }
-        }
+        cudaCheck(cudaMemsetAsync(model->scratch->stats_sums, 0, model->scratch->stats_bytes, main_stream));
     }
 }
 // ---- end shared: tensors ---------------------------------------------------
@@ -5791,14 +5747,12 @@ Model* model_new(void) {
     return model;
 }
 
-// fills the plan: the model's tables and scratch, and what every model has
 void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
     plan->n = 0;
     memset(plan->bytes, 0, sizeof(plan->bytes));
     model->num_parameter_tensors = model->num_parameter_lines = model->num_activations = model->num_lines = 0;
-    model->partial_planned = false;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5864,13 +5818,6 @@ void model_allocate(Model* model) {
         if (p->grad != NULL) { *p->grad = model->grads_memory + p->offset; }
         if (p->buffer != NULL) { *p->buffer = model->fixed + (p->offset - model->num_parameters); }
     }
-    const size_t floats = model->num_parameters * sizeof(float), shard = model->shard_n * sizeof(float);
-    const size_t params = (model->num_parameters + model->num_frozen) * sizeof(floatX);
-    cudaCheck(cudaMemsetAsync(model->params_memory, 0, params, main_stream)); // padding takes part in updates
-    cudaCheck(cudaMemsetAsync(model->grads_memory, 0, floats, main_stream));
-    cudaCheck(cudaMemsetAsync(model->m, 0, shard, main_stream));
-    if (model->v != NULL) { cudaCheck(cudaMemsetAsync(model->v, 0, shard, main_stream)); }
-    cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
     model->scratch->drop.not_finite = &model->result->not_finite;
     cudaCheck(cudaStreamSynchronize(main_stream));
 }
@@ -5880,7 +5827,6 @@ void model_free(Model* model) {
     free(model->plan.list);
     free(model->parameters);
     free(model->activations);
-    free(model->scratch->stats_gradients);
     free(model->scratch);
     free(model->s);
     free(model);
