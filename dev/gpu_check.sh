@@ -13,7 +13,8 @@
 # A row is a line: ok, NOT OK or not run; name; value; seconds. It is printed as soon as it is known and appended to
 # OUT/gpu_check.jsonl, together with the workbench's and PyTorch's own lines; OUT/gpu_check.log has what the commands
 # printed. So nothing is lost when a time limit ends the script, and there are only two files to fetch. At the end the
-# rows that are NOT OK are named again, the last line counts, and the exit code is 1 if there are any. No network is needed.
+# rows that are NOT OK are named again, the last line counts, and the exit code is 1 if there are any. No network is
+# needed.
 #
 #   OUT               where the two files go (build/gpu_check)
 #   ARCH              what nvcc builds for (sm_NN of the GPU found)
