@@ -1,15 +1,13 @@
 /*
 Times a trainer without training: steps on random images, or the loading and augmentation of batches.
 
-    dev/bench steps N [flags of the trainer]    N training steps on one batch of random images, after two that warm up
-    dev/bench data N [flags of the trainer]     N batches brought to the device and augmented, after two that warm up
+    dev/bench steps N [flags of the trainer]    N training steps on one batch of random images
+    dev/bench data N [flags of the trainer]     N batches brought to the device and augmented
 
-    make bench builds it as build/DEVICE-PRECISION/dev/bench; by hand: make build/cpu-fp32/dev/bench
-
-`steps` ends with
+Two more, which are not timed, warm up. `make DEVICE=cpu build/cpu-fp32/dev/bench` builds it. `steps` ends with
     bench ms_min=A ms_median=B images_per_s=C bytes_planned=D bytes_used=E
-where C belongs to the median, D is the total of -plan 1, and E is what the device had less after the allocation.
-`data` ends with
+where C belongs to the median, D is the total of -plan 1, and E is by how much the allocation of the model
+reduced the device's free memory. `data` ends with
     data images_per_s=A batches=N batch=B threads=T
 */
 #define TESTING
@@ -26,7 +24,8 @@ static size_t free_bytes(void) {
     return free_now;
 }
 
-// B images of uniform random bytes, not mirrored, all of class 0: allocated on the device, labels in the model's place
+// B images of uniform random bytes, not mirrored, all of class 0. Images lie in memory of their own, labels in
+// the model's
 static Batch random_batch(Model* model) {
     const size_t bytes = numel(model->B, model->S, model->S, model->CH);
     uint8_t* host = host_new<uint8_t>(bytes, "random pixels");
@@ -39,12 +38,14 @@ static Batch random_batch(Model* model) {
     cudaCheck(cudaMemset(flips, 0, model->B * sizeof(int)));
     cudaCheck(cudaMemset(model->labels, 0, model->B * sizeof(int)));
     free(host);
-    Batch batch = {images, flips, model->B, {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}}, {}};
+    const PixelStats stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
+    Batch batch = {images, flips, model->B, stats, {}};
     batch.augment.lam = 1.0f; // no mixing
     return batch;
 }
 
-// The learning rate is 0: every step computes the same. result: reading the loss waits for the device
+// One training step. Its learning rate is 0, so that every step computes the same; reading the result waits
+// for the device
 static void one_step(Model* model, const Batch* batch, OptimizerConfig optimizer, int step) {
     zero_gradients(model);
     model_input(model, batch);
@@ -59,10 +60,10 @@ static void bench_steps(Model* model, int steps) {
     const Settings* s = model->s;
     const size_t free_before = free_bytes();
     model_allocate(model);
-    const size_t bytes_used = free_before - free_bytes(); // now: modules that are loaded later take memory too
+    const size_t bytes_used = free_before - free_bytes(); // read here: modules loaded later take memory too
     init_parameters(model);
-    const OptimizerConfig optimizer = {model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay, s->momentum, s->clip,
-                                       s->nesterov == 1};
+    const OptimizerConfig optimizer = {model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay,
+                                       s->momentum, s->clip, s->nesterov == 1};
     const Batch batch = random_batch(model);
     double* ms = host_new<double>(steps, "times");
     for (int step = -2; step < steps; step++) {
@@ -72,8 +73,8 @@ static void bench_steps(Model* model, int steps) {
     }
     qsort(ms, steps, sizeof(double), ascending);
     const double median = ms[steps / 2];
-    printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f bytes_planned=%zu bytes_used=%zu\n", ms[0], median,
-           1e3 * model->B / median, plan_total(&model->plan), bytes_used);
+    printf("bench ms_min=%.3f ms_median=%.3f images_per_s=%.2f ", ms[0], median, 1e3 * model->B / median);
+    printf("bytes_planned=%zu bytes_used=%zu\n", plan_total(&model->plan), bytes_used);
     free(ms);
 }
 
@@ -93,8 +94,8 @@ static void bench_data(Model* model, int batches) {
         take_batch(model, loader, number, &batch);
     }
     cudaCheck(cudaStreamSynchronize(main_stream));
-    printf("data images_per_s=%.1f batches=%d batch=%zu threads=%d\n", batches * model->B / (seconds() - start), batches,
-           model->B, model->s->threads);
+    const double rate = batches * model->B / (seconds() - start);
+    printf("data images_per_s=%.1f batches=%d batch=%zu threads=%d\n", rate, batches, model->B, model->s->threads);
     loader_close(loader);
 }
 
@@ -102,7 +103,7 @@ int main(int argc, char** argv) {
     const char* mode = argc > 2 ? argv[1] : "";
     const int n = argc > 2 ? atoi(argv[2]) : 0;
     require((strcmp(mode, "steps") == 0 || strcmp(mode, "data") == 0) && n > 0,
-            "usage: %s steps N [flags of the trainer], or data N [flags]; N counts timed steps or batches", argv[0]);
+            "usage: %s steps N or data N, then flags of the trainer; N: how many steps or batches are timed", argv[0]);
     argv[2] = argv[0]; // the trainer's flags follow the name of the program
     Model* model = model_new();
     Run run = {};

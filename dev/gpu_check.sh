@@ -6,15 +6,15 @@
 #
 #   bench      training steps (dev/bench), memory planned and used, PyTorch's rows where it has CUDA, and the goals
 #   kernels    the workbench's times (tables in the log)
-#   tests      every test of the trainer, its kernels and the workbench, fp32 and bf16; the same bits in two runs and at
-#              every -r; the first losses beside the CPU build's; the quick start to 80 % top-1
+#   tests      every test of the trainer, its kernels and the workbench, fp32 and bf16; the same bits in two
+#              runs and at every -r; the first losses beside the CPU build's; the quick start to 80 % top-1
 #   sanitize   compute-sanitizer's four tools
 #
-# A row is a line: ok, NOT OK or not run; name; value; seconds. It is printed as soon as it is known and appended to
-# OUT/gpu_check.jsonl, together with the workbench's and PyTorch's own lines; OUT/gpu_check.log has what the commands
-# printed. So nothing is lost when a time limit ends the script, and there are only two files to fetch. At the end the
-# rows that are NOT OK are named again, the last line counts, and the exit code is 1 if there are any. No network is
-# needed.
+# A row is a line: ok, NOT OK or not run; name; value; seconds. It is printed as soon as it is known and
+# appended to OUT/gpu_check.jsonl, together with the workbench's and PyTorch's own lines;
+# OUT/gpu_check.log has what the commands printed. So nothing is lost when a time limit ends the script,
+# and there are only two files to fetch. At the end the rows that are NOT OK are named again, the last
+# line counts, and the exit code is 1 if there are any. No network is needed.
 #
 #   OUT               where the two files go (build/gpu_check)
 #   ARCH              what nvcc builds for (sm_NN of the GPU found)
@@ -141,8 +141,8 @@ trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null; stopped=1; exit 1' INT TERM
 # ---- rows
 now() { echo "${EPOCHREALTIME/./}"; } # microseconds
 
-# emit VERDICT NAME VALUE MICROSECONDS [FIELDS [MORE]]: prints a row and keeps it. FIELDS are more of the JSON, MORE are
-# lines below the row
+# emit VERDICT NAME VALUE MICROSECONDS [FIELDS [MORE]]: prints a row and keeps it. FIELDS are more of the
+# JSON, MORE are lines below the row
 emit() {
     local seconds value=${3//\\/\\\\}
     seconds=$(($4 / 1000000)).$(($4 / 100000 % 10))
@@ -153,8 +153,8 @@ emit() {
         "$1" "$part" "$2" "${value//[[:cntrl:]]/ }" $seconds "${5:+, $5}" >>"$rows"
 }
 
-# run NAME SECONDS COMMAND...: its output goes to $log and to the log of all, its exit code to $code, its time to $us.
-# Code 125: the time of this call was over before it began, or while it ran
+# run NAME SECONDS COMMAND...: its output goes to $log and to the log of all, its exit code to $code, its
+# time to $us. Code 125: the time of this call was over before it began, or while it ran
 call_over="the $call_seconds s of this call are over"
 run() {
     local name=$1 limit=$2 left=$((call_seconds - SECONDS)) began
@@ -195,12 +195,15 @@ excerpt() {
         awk '!seen[$0]++ { print "        " $0 }'
 }
 
-# reject NAME VALUE MICROSECONDS: a row that is NOT OK, with an excerpt of the last command's log; or that is not run,
-# because the time of the call was over
+# reject NAME VALUE MICROSECONDS: a row that is NOT OK, with an excerpt of the last command's log; or that is
+# not run, because the time of the call was over
 reject() {
-    if [ $code -eq 125 ]; then emit 'not run' "$1" "$call_over" "$3"; return; fi
+    if [ $code -eq 125 ]; then not_run "$1" "$call_over" "$3"; return; fi
     emit 'NOT OK' "$1" "$2" "$3" '' "$(excerpt)"
 }
+
+# not_run NAME REASON [MICROSECONDS]
+not_run() { emit 'not run' "$1" "$2" "${3:-0}"; }
 
 # counted NAME SECONDS PROGRAM...: a test whose last line is "N passed, M failed"
 counted() {
@@ -251,8 +254,8 @@ plain_make() {
         nvcc $options {}.cu -o $directory/{} -lcublas -lcublasLt"
 }
 
-# build NAME PRECISION DIRECTORY FLAGS PROGRAMS: a program that cannot be built leaves the others alone, and no older
-# one in its place
+# build NAME PRECISION DIRECTORY FLAGS PROGRAMS: a program that cannot be built leaves the others alone, and
+# no older one in its place
 build() {
     local directory=$3 targets lost='' programs
     programs=$(tr ' ' '\n' <<<"$5" | sort -u) # words, as $flags and others below: shellcheck -e SC2086
@@ -360,21 +363,22 @@ part_tests() {
     wait
     for gamma in 0 0.7; do
         close_losses bf16_by_fp32_g$gamma "$work/losses_bf16_g$gamma.0" "$work/losses_fp32_g$gamma.0" 2e-2
-        [ -x build/cpu-fp32/train_deit ] || { emit 'not run' fp32_by_cpu_g$gamma "there is no CPU build" 0; continue; }
+        [ -x build/cpu-fp32/train_deit ] || { not_run fp32_by_cpu_g$gamma "there is no CPU build"; continue; }
         run cpu_g$gamma 120 build/cpu-fp32/train_deit -b 50 -x $steps -g $gamma -o "$work/cpu_g$gamma"
         close_losses fp32_by_cpu_g$gamma "$work/losses_fp32_g$gamma.0" "$work/cpu_g$gamma" 1e-3
     done
 }
 
 # ---- sanitize
-# cuBLAS's own kernels are left out of racecheck and initcheck: what they do with padding and shared memory is not for
-# this project to judge. racecheck gets the names of the kernels that the source has. initcheck must see every kernel,
-# for before compute-sanitizer 2026.4 it would take what cuBLAS writes for memory that nobody wrote; its reports are
-# sorted by kernel afterwards
+# cuBLAS's own kernels are left out of racecheck and initcheck: what they do with padding and shared memory
+# is not for this project to judge. racecheck gets the names of the kernels that the source has, as they
+# stand in mangled names: 18dropit_pack_kernel. initcheck must see every kernel, for before compute-sanitizer
+# 2026.4 it would take what cuBLAS writes for memory that nobody wrote; its reports are sorted afterwards
 own_kernels=$(sed -nE 's/.*__global__ void( __launch_bounds__\([^)]*\))? (\w+)\(.*/\2/p' train_deit.cu test_deit.cu \
     dev/test/*.cu | sort -u | tr '\n' ' ')
 only_own=()
-for kernel in $own_kernels; do only_own+=(--kernel-name "kernel_substring=_Z${#kernel}$kernel"); done
+for kernel in $own_kernels; do only_own+=(--kernel-name "kernel_substring=${#kernel}$kernel"); done
+[ ${#only_own[@]} -gt 20 ] || { echo "the kernels' names were not found in train_deit.cu" >&2; exit 1; }
 
 most_reports=100000 # that initcheck prints
 # foreign_reports: how many of initcheck's reports in $log are about kernels that the source does not have
@@ -402,15 +406,15 @@ sanitized() {
     total=$(grep -oE 'SUMMARY: [0-9]+' <<<"$summary" | grep -oE '[0-9]+')
     [ "$tool" != initcheck ] || foreign=$(foreign_reports)
     if [ $code -eq 124 ] || [ $code -eq 137 ]; then
-        emit 'not run' "$name" "no verdict in $sanitize_each s" $us
+        not_run "$name" "no verdict in $sanitize_each s" $us
     elif grep -q 'Device not supported' "$log"; then
-        emit 'not run' "$name" "compute-sanitizer: Device not supported" $us
+        not_run "$name" "compute-sanitizer: Device not supported" $us
     elif [ $code -eq 0 ] && [[ $summary =~ SUMMARY:\ 0\ (errors|hazards) ]]; then
         emit ok "$name" "$summary" $us
     elif [ $code -eq 99 ] && [ "$foreign" -gt 0 ] && [ "$total" = "$foreign" ]; then
         emit ok "$name" "$summary, all $foreign of them in cuBLAS's kernels" $us
     elif [ $code -eq 99 ] && [ "$foreign" -ge $most_reports ]; then
-        emit 'not run' "$name" "$summary; the first $foreign are all in cuBLAS's kernels" $us
+        not_run "$name" "$summary; the first $foreign are all in cuBLAS's kernels" $us
     else
         reject "$name" "exit code $code: ${summary:-$(tail -n 1 "$log")}" $us
     fi
@@ -422,7 +426,7 @@ part_sanitize() {
         directory=$fp32
         [ $precision = fp32 ] || directory=$bf16
         for tool in memcheck racecheck initcheck synccheck; do
-            [ -n "$sanitizer" ] || { emit 'not run' ${tool}_$precision "there is no compute-sanitizer" 0; continue; }
+            [ -n "$sanitizer" ] || { not_run ${tool}_$precision "there is no compute-sanitizer"; continue; }
             spawn sanitized ${tool}_dropit_$precision $tool $directory/dev/test/test_dropit -quick
             spawn sanitized ${tool}_kernels_$precision $tool $directory/dev/test/test_kernels
             spawn sanitized ${tool}_augment_$precision $tool $directory/dev/test/test_augment
@@ -437,7 +441,7 @@ part_sanitize() {
 # ---- kernels
 part_kernels() {
     local timed
-    [ -n "$workbench" ] || emit 'not run' workbench "dev/cuda has no program" 0
+    [ -n "$workbench" ] || not_run workbench "dev/cuda has no program"
     for precision in bf16 fp32; do
         directory=$fp32
         [ $precision = fp32 ] || directory=$bf16
@@ -470,10 +474,10 @@ number() { sed -n "s/.*$2=\([0-9.]*\).*/\1/p" <<<"$1"; }
 # own MODEL GAMMA LEVEL: times the trainer in bf16
 own() {
     local name=$1_g$2_r$3 planned used line mfu share value fields ms_min
-    [ $SECONDS -lt $deadline ] || { emit 'not run' "$name" "the $bench_seconds s of this part are over" 0; return; }
+    [ $SECONDS -lt $deadline ] || { not_run "$name" "the $bench_seconds s of this part are over"; return; }
     run "$name" 60 $bf16/dev/bench steps $bench_steps -m "$1" -b "${batch[$1]}" -g "$2" -r "$3"
     line=$(tail -n 1 "$log")
-    if grep -q 'bytes of device memory are needed' "$log"; then emit 'not run' "$name" "$line" $us; return; fi
+    if grep -q 'bytes of device memory are needed' "$log"; then not_run "$name" "$line" $us; return; fi
     if [ $code -ne 0 ] || [[ $line != "bench ms_min="* ]]; then reject "$name" "$(complaint)" $us; return; fi
     rate[$name]=$(number "$line" images_per_s)
     median[$name]=$(number "$line" ms_median)
@@ -497,7 +501,7 @@ own() {
 # PyTorch's rows: each line of JSON as it comes
 peers() {
     local line name value memory='' began last='' limit=$((call_seconds - SECONDS - 20))
-    [ $limit -ge 10 ] || { emit 'not run' PyTorch "$call_over" 0; return; }
+    [ $limit -ge 10 ] || { not_run PyTorch "$call_over"; return; }
     [ $limit -le $peer_seconds ] || limit=$peer_seconds
     began=$(now)
     while IFS= read -r line; do
@@ -507,7 +511,7 @@ peers() {
         last=$line
         if [[ $line == *'"not_run"'* ]]; then
             line=${line#*not_run\": \"}
-            emit 'not run' "$name" "PyTorch: ${line%\"*}" $(($(now) - began))
+            not_run "$name" "PyTorch: ${line%\"*}" $(($(now) - began))
         else
             line=${line//\"/}
             line=${line//: /=}
@@ -526,7 +530,7 @@ peers() {
         head -c 100000 "$work/peer.log"
     } >>"$out/gpu_check.log"
     if [ -z "$last" ] && grep -q '^not run: ' "$work/peer.log"; then
-        emit 'not run' PyTorch "$(sed -n 's/^not run: //p' "$work/peer.log")" $(($(now) - began))
+        not_run PyTorch "$(sed -n 's/^not run: //p' "$work/peer.log")" $(($(now) - began))
     elif [ -z "$last" ] || [ -e "$work/peer.code" ]; then
         value="bench_deit.py: $(cat "$work/peer.code" 2>/dev/null) $(tail -n 1 "$work/peer.log")"
         emit 'NOT OK' PyTorch "$value" $(($(now) - began))
@@ -538,7 +542,7 @@ goal() {
     local ratio goal='' verdict=ok
     [ -z "${printed[$1]:-}" ] || return
     if [ -z "$2" ] || [ -z "$3" ]; then
-        [ -z "$last_chance" ] || emit 'not run' "$1" "one of the two numbers is not there" 0
+        [ -z "$last_chance" ] || not_run "$1" "one of the two numbers is not there"
         return
     fi
     printed[$1]=1
@@ -565,7 +569,7 @@ goals() {
 # memory_goal MODEL: of all of its rows
 memory_goal() {
     local verdict=ok
-    [ -n "${worst[$1]:-}" ] || { emit 'not run' "$1_memory" "no row tells bytes_planned and bytes_used" 0; return; }
+    [ -n "${worst[$1]:-}" ] || { not_run "$1_memory" "no row tells bytes_planned and bytes_used"; return; }
     awk -v w="${worst[$1]}" 'BEGIN { exit !(w >= 0.98 && w <= 1.02) }' || verdict='NOT OK'
     emit "$verdict" "$1_memory" "bytes used over planned: worst ${worst[$1]}, goal: within 2 %" 0 \
         "\"ratio\": ${worst[$1]}"

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """
-What the compiler makes of a trainer's kernels, without a GPU: registers, spills, stack, shared memory, warps on a
-multiprocessor, and the widths of global loads and stores in the machine code.
+What the compiler makes of a trainer's kernels, without a GPU: registers, spills, stack, shared
+memory, warps on a multiprocessor, and the widths of global loads and stores in the machine code.
 
     dev/cuda/resources.py                      tables for sm_80 and sm_90, bf16
     dev/cuda/resources.py train_deit.cu --arch sm_90 --precision fp32
-    dev/cuda/resources.py --check              no tables: exit code 1 and a sentence for each rule that a kernel breaks
+    dev/cuda/resources.py --check              exit code 1 and a sentence for each rule that a kernel breaks
 
-The rules: no kernel spills; no kernel uses stack memory; every kernel, in its version for vectors, has a load or
-store of 16 bytes. STACK and NARROW below name the exceptions, each with its reason. Everything else comes from the
-compiled program, and the threads of a block from the launches in the preprocessed source. Needs nvcc and nvdisasm (in
-PATH, beside nvcc, or named by NVDISASM; `pip install nvidia-cuda-nvdisasm` brings one); exit code 3: one is missing.
+The rules: no kernel spills; no kernel uses stack memory; every kernel, in its version for vectors,
+has a load or store of 16 bytes. STACK and NARROW below name the exceptions, each with its reason.
+Everything else comes from the compiled program, and the threads of a block from the launches in the
+preprocessed source. Needs nvcc and nvdisasm (in PATH, beside nvcc, or named by NVDISASM; `pip
+install nvidia-cuda-nvdisasm` brings one); exit code 3: one is missing.
 """
 import argparse
 import glob
@@ -23,29 +24,32 @@ import tempfile
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
-# kernels, or single versions, that need not move 16 bytes at a time, with the reason. Sizes are of DeiT-S, batch 256
+# kernels, or single versions, that need not move 16 bytes at a time, with the reason; sizes of DeiT-S, batch 256
 NARROW = {
     "dropit_sample_kernel": "reads 16,384 elements that are far apart",
-    "dropit_pack_kernel<true>": "-s random: in fp32 it reads only the elements whose hash says that they are kept",
-    "dropit_start_kernel": "a few words a selection", "dropit_search_kernel": "2,048 counters a selection",
+    "dropit_pack_kernel<true>": "-s random: in fp32 it reads only elements that their hash keeps",
+    "dropit_start_kernel": "a few words a selection",
+    "dropit_search_kernel": "2,048 counters a selection",
     "bias_add_kernel": "runs only for sizes that do not divide into vectors",
     "column_sum_finish_kernel": "3 % of the bytes that the first step of the sum reads",
-    "cross_entropy_kernel": "2 MiB of a step", "loss_sum_kernel": "one number an image", "norm_kernel": "256 numbers",
+    "cross_entropy_kernel": "2 MiB of a step", "loss_sum_kernel": "one number an image",
+    "norm_kernel": "256 numbers",
     "resize_columns_kernel": "bytes, of which each thread needs a different window",
     "resize_turn_kernel": "transposes 8 x 8 bytes, in rows of 8",
     "augment_table_kernel": "a histogram of bytes", "augment_kernel": "gathers bytes at rotated places",
-    "embed_backward_positions_kernel": "40 MiB of a step", "drop_path_scales_kernel": "two numbers a block and image",
+    "embed_backward_positions_kernel": "40 MiB of a step",
+    "drop_path_scales_kernel": "two numbers a block and image",
     "attention_pointers_kernel": "pointers, 8 bytes each", "dot_kernel": "runs under -stats only",
 }
 
 # versions that may use stack memory, with the reason
 STACK = {
-    "dropit_tile_kernel<true>": "-s random: a loop over 32 hashes is not unrolled, and so it indexes an array",
+    "dropit_tile_kernel<true>": "-s random: a loop over 32 hashes is not unrolled and indexes an array",
     "dropit_pack_kernel<true>": "the same",
-    "augment_kernel<4, 4>": "four pixels of four channels, whose loops are not unrolled; no published model has four",
+    "augment_kernel<4, 4>": "loops over four channels are not unrolled; no published model has four",
     "patchify_kernel<1, true>": "sine and cosine of random erasing, for angles that do not occur",
-    "patchify_kernel<8, true>": "the same, and eight pixels that random erasing indexes in a loop: unrolled, it would "
-                                "repeat the code of Philox eight times",
+    "patchify_kernel<8, true>": "the same, and eight pixels that random erasing indexes in a loop: "
+                                "unrolled, it would repeat the code of Philox eight times",
 }
 
 # shared memory of a multiprocessor in KiB; 65,536 registers, 64 warps and 32 blocks in both
@@ -92,8 +96,8 @@ def split_arguments(text):
 
 
 def threads_of(nvcc, source_path, precision):
-    """threads of a block, {kernel: number}, from the launches in the preprocessed source, where macros are expanded;
-    the largest where launches differ. A kernel whose launches name no number is left out"""
+    """threads of a block, {kernel: number}, from the launches in the preprocessed source, where macros are
+    expanded; the largest where launches differ. A kernel whose launches name no number is left out"""
     expanded = output_of([nvcc, "-E", "-std=c++17", "-DENABLE_" + precision.upper(), source_path])
     threads = {}
     for name, launch in re.findall(r"\b(\w+)\s*(?:<[^<>;]*>)?\s*<<<([^;]*?)>>>", expanded):
@@ -106,15 +110,16 @@ def threads_of(nvcc, source_path, precision):
 def kernels_of(source):
     """{kernel: names of its template parameters}, in the order of the source"""
     found = re.findall(r"(?:template <([^>]*)>\s*)?__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\(", source)
-    return {name: [p.split()[-1] for p in parameters.split(",")] if parameters else [] for parameters, name in found}
+    return {name: [p.split()[-1] for p in parameters.split(",") if p] for parameters, name in found}
 
 
 def check_exceptions():
     """ends the program if an exception names a kernel that no trainer has"""
     sources = "".join(open(path).read() for path in glob.glob(os.path.join(ROOT, "train_*.cu")))
-    gone = [name for name in list(NARROW) + list(STACK) if not re.search(r"\b%s\(" % name.split("<")[0], sources)]
+    names = list(NARROW) + list(STACK)
+    gone = [name for name in names if not re.search(r"\b%s\(" % name.split("<")[0], sources)]
     if gone:
-        sys.exit("error: NARROW or STACK of dev/cuda/resources.py name kernels that no trainer has: " + ", ".join(gone))
+        sys.exit("error: NARROW or STACK name kernels that no trainer has: " + ", ".join(gone))
 
 
 def warps_resident(arch, threads, registers, shared):
