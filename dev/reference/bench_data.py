@@ -90,9 +90,9 @@ def peer_rate(path, workers, options):
 
 def trainer_rate(path, cores, options):
     """None where dev/bench fails."""
-    command = [options.bench, "data", str(options.batches), "-m", "deit_nano", "-size", "224", "-patch", "16", "-chans", "3", "-classes", str(CLASSES),
-               "-i", path, "-j", path, "-b", str(options.batch_size), *AUGMENTATION.split(), "-threads", str(options.threads or cores),
-               "-smoothing", "0.1"]
+    command = [options.bench, "data", str(options.batches), "-m", "deit_nano", "-size", "224", "-patch", "16",
+               "-chans", "3", "-classes", str(CLASSES), "-i", path, "-j", path, "-b", str(options.batch_size),
+               *AUGMENTATION.split(), "-threads", str(options.threads or cores), "-smoothing", "0.1"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(cores)}, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
     found = re.search(r"^data .*images_per_s=([0-9.]+)", done.stdout, re.M)
@@ -113,7 +113,8 @@ def main():
     parser.add_argument("--threads", type=int, default=0, help="the trainer's reader threads; 0: one a core")
     options = parser.parse_args()
     if not os.access(options.bench, os.X_OK):
-        sys.exit(f"bench_data.py: no program {options.bench}; build it with `make DEVICE=cpu build/cpu-fp32/dev/bench`, or name it with --bench")
+        sys.exit(f"bench_data.py: no program {options.bench}; build it with make DEVICE=cpu "
+                 "build/cpu-fp32/dev/bench, or name it with --bench")
     torch.set_num_threads(1)
     here = sorted(os.sched_getaffinity(0))
     print(f"timm {timm.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}; batch {options.batch_size}")

@@ -7,10 +7,10 @@
 
 What people do: fp32 weights, autocast to bf16, fused attention, AdamW in one kernel (fused=True).
 The rows: eager, torch.compile, eager with block checkpointing, and published DropIT (torch.topk
-over the whole tensor, values in bf16 and int32 indices), in this order for the first model. A step is forward, backward and AdamW on
-one batch of random images that stays on the device; it ends when its loss is on the host, as the
-trainer's does. `peak` is torch.cuda.max_memory_allocated of a row; `reserved` is what PyTorch's
-allocator took from the device for it. PyTorch 2.4 or newer.
+over the whole tensor, values in bf16 and int32 indices), in this order for the first model. A step
+is forward, backward and AdamW on one batch of random images that stays on the device; it ends when
+its loss is on the host, as the trainer's does. `peak` is torch.cuda.max_memory_allocated of a row;
+`reserved` is what PyTorch's allocator took from the device for it. PyTorch 2.4 or newer.
 """
 import argparse
 import gc
