@@ -1,6 +1,7 @@
 #!/bin/bash
-# CPU_LAUNCHES=FILE of the CPU device counts what a program launches: two kernels, one of them a template, whose launches, blocks and threads are
-# known. A launch that the device refuses, and a call that only sets an attribute of a kernel, count for nothing.
+# CPU_LAUNCHES=FILE of the CPU device counts what a program launches: two kernels, one of them a template,
+# whose launches, blocks and threads are known. A launch that the device refuses, and a call that only sets an
+# attribute of a kernel, count for nothing.
 #   dev/test/launches.sh
 set -u
 cd "$(dirname "$0")/../.." || exit 1
