@@ -120,10 +120,11 @@ $(BUILD)/%.cpp: %.cu build/cu2cpp
 	build/cu2cpp $(if $(VARIANT),--fibers) $< > $@
 $(BUILD)/%: $(BUILD)/%.cpp $(BUILD)/command
 	$(CXX) $(CPU_FLAGS) -MMD -MP -MF $@.d $< -o $@ $(CPU_LIBS)
--include $(wildcard $(BUILD)/*.d $(BUILD)/dev/test/*.d $(BUILD)/dev/cuda/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/dev/*.d $(BUILD)/dev/test/*.d $(BUILD)/dev/cuda/*.d)
 endif
-# a test includes its trainer
+# tests and benchmarks include their trainer
 $(foreach t,$(filter test_%,$(PROGRAMS)),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard $(t:test_%=train_%).cu)))
+$(BUILD)/dev/bench $(BUILD)/dev/bench.cpp: $(wildcard train_*.cu)
 $(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard train_*.cu dev/cuda/*.cuh dev/test/*.cuh)))
 
 # ---- tests
@@ -140,8 +141,8 @@ sync:
 PEER_PYTHON ?= python3
 compare: train_deit
 	$(PEER_PYTHON) dev/reference/compare.py
-bench: train_deit
-	$(PEER_PYTHON) dev/reference/bench_deit_cpu.py
+bench: train_deit $(BUILD)/dev/bench
+	$(PEER_PYTHON) dev/reference/bench_deit_cpu.py --bench $(BUILD)/dev/bench
 dumps:
 	PYTHON=$(PEER_PYTHON) dev/reference/make_dumps.sh
 data:

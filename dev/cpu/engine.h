@@ -18,10 +18,13 @@ arrive computes the result of all of them, and they resume in lane order.
 */
 #pragma once
 
+#include <inttypes.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <map>
+#include <string>
 #include <type_traits>
 
 #include "parallel.h"
@@ -197,6 +200,38 @@ struct Launch {
     uint64_t blocks;  // of the grid
 };
 
+// CPU_LAUNCHES=FILE counts launches. When the program ends, FILE gets a line for each kernel that ran,
+// in the order of names: the kernel, its launches, the blocks and the threads of all of them together
+struct LaunchCounts {
+    struct Count {
+        uint64_t launches, blocks, threads;
+    };
+    const char* path = getenv("CPU_LAUNCHES");
+    std::map<std::string, Count> kernels;
+    std::mutex mutex;
+
+    void add(const Launch& launch) {
+        if (path == NULL) { return; }
+        std::lock_guard<std::mutex> lock(mutex);
+        Count& count = kernels[launch.kernel];
+        count.launches++;
+        count.blocks += launch.blocks;
+        count.threads += launch.blocks * launch.threads;
+    }
+
+    ~LaunchCounts() {
+        if (path == NULL) { return; }
+        FILE* file = fopen(path, "w");
+        if (file == NULL) { die("CPU_LAUNCHES is \"%s\", which cannot be written: %m", path); }
+        for (const auto& [kernel, c] : kernels) {
+            fprintf(file, "%s %" PRIu64 " %" PRIu64 " %" PRIu64 "\n", kernel.c_str(), c.launches,
+                    c.blocks, c.threads);
+        }
+        if (fclose(file) != 0) { die("CPU_LAUNCHES is \"%s\", which cannot be written: %m", path); }
+    }
+};
+inline LaunchCounts launch_counts;
+
 // what <<<...>>> leaves for the kernel that is called next
 struct Pending {
     enum { NOTHING, LAUNCH, SET_MAX_DYNAMIC_SHARED } what;
@@ -236,6 +271,7 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
         return false;
     }
     *launch = Launch{kernel, g, b, p.shared, (unsigned)threads, (uint64_t)g.x * g.y * g.z};
+    launch_counts.add(*launch);
     return true;
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images a second of the data path alone: Pillow with timm's training transform, beside the trainer's loader and augmentation.
 
-    bench_data.py [--trainer ./train_deit] [--cores 1,2] [--batches 12] [--rounds 5]
+    bench_data.py [--bench build/cpu-fp32/dev/bench] [--cores 1,2] [--batches 12] [--rounds 5]
 
 Both read the same shard of uint8 pictures, shorter side 256 (so no JPEG is decoded on either side), and end with
 normalised, mixed float32 batches of 224 pixels: random resized crop (bicubic), flip, rand-m9-mstd0.5-inc1, erasing
@@ -89,10 +89,10 @@ def peer_rate(path, workers, options):
 
 
 def trainer_rate(path, cores, options):
-    """None where the trainer has no -bench_data."""
-    command = [options.trainer, "-m", "deit_nano", "-size", "224", "-patch", "16", "-chans", "3", "-classes", str(CLASSES),
-               "-i", path, "-j", path, "-b", str(options.batch_size), *AUGMENTATION.split(), "-threads", str(options.threads or cores),
-               "-smoothing", "0.1", "-bench_data", str(options.batches)]
+    """None where dev/bench fails."""
+    command = [options.bench, "data", str(options.batches), "-m", "deit_nano", "-size", "224", "-patch", "16",
+               "-chans", "3", "-classes", str(CLASSES), "-i", path, "-j", path, "-b", str(options.batch_size),
+               *AUGMENTATION.split(), "-threads", str(options.threads or cores), "-smoothing", "0.1"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(cores)}, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
     found = re.search(r"^data .*images_per_s=([0-9.]+)", done.stdout, re.M)
@@ -104,7 +104,7 @@ def trainer_rate(path, cores, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trainer", default=os.path.join(ROOT, "train_deit"))
+    parser.add_argument("--bench", default=os.path.join(ROOT, "build/cpu-fp32/dev/bench"))
     parser.add_argument("--cores", default="1,2")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -112,8 +112,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="the trainer's reader threads; 0: one a core")
     options = parser.parse_args()
-    if not os.access(options.trainer, os.X_OK):
-        sys.exit(f"bench_data.py: no program {options.trainer}; build it with make train_deit, or name it with --trainer")
+    if not os.access(options.bench, os.X_OK):
+        sys.exit(f"bench_data.py: no program {options.bench}; build it with make DEVICE=cpu "
+                 "build/cpu-fp32/dev/bench, or name it with --bench")
     torch.set_num_threads(1)
     here = sorted(os.sched_getaffinity(0))
     print(f"timm {timm.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}; batch {options.batch_size}")
@@ -134,7 +135,7 @@ def main():
                 if rate is not None:
                     rates["trainer"].append(rate)
                 elif not rates["trainer"]:
-                    break  # it will not learn the flag in the next round
+                    break  # it will not work in the next round either
             medians = {name: statistics.median(values) for name, values in rates.items() if values}
             for name in medians:
                 print(f"{cores} core{'s' if cores > 1 else ' '} | {name:26} | images/s median {medians[name]:7.1f}, min {min(rates[name]):7.1f}, "

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times PyTorch's training steps on a GPU: what the trainer's -bench is compared with.
+"""Times PyTorch's training steps on a GPU, to be compared with those that dev/bench times.
 
     bench_deit.py                       every row, deit_small first: a Markdown table
     bench_deit.py --json --seconds 90   a line of JSON a row, as soon as it is had; ends in time
@@ -7,10 +7,10 @@
 
 What people do: fp32 weights, autocast to bf16, fused attention, AdamW in one kernel (fused=True).
 The rows: eager, torch.compile, eager with block checkpointing, and published DropIT (torch.topk
-over the whole tensor, values in bf16 and int32 indices). A step is forward, backward and AdamW on
-one batch of random images that stays on the device; it ends when its loss is on the host, as the
-trainer's does. `peak` is torch.cuda.max_memory_allocated of a row; `reserved` is what PyTorch's
-allocator took from the device for it. PyTorch 2.4 or newer.
+over the whole tensor, values in bf16 and int32 indices), in this order for the first model. A step
+is forward, backward and AdamW on one batch of random images that stays on the device; it ends when
+its loss is on the host, as the trainer's does. `peak` is torch.cuda.max_memory_allocated of a row;
+`reserved` is what PyTorch's allocator took from the device for it. PyTorch 2.4 or newer.
 """
 import argparse
 import gc
@@ -33,7 +33,7 @@ from bench_deit_cpu import MIB, Peer, batch  # noqa: E402
 
 BATCH_SIZES = {"deit_small": 256, "deit_base": 128, "deit_tiny": 256}  # in order of importance
 KINDS = {"eager": {}, "torch.compile": {"compiled": True},
-         "published DropIT 0.7": {"gamma": 0.7}, "block checkpointing": {"checkpointing": True},
+         "block checkpointing": {"checkpointing": True}, "published DropIT 0.7": {"gamma": 0.7},
          "published DropIT 0.9": {"gamma": 0.9}}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the trainer against PyTorch on the CPU, and counts what both keep for the backward pass.
 
-    bench_deit_cpu.py speed     steps of trainer and PyTorch in turn, in one run
+    bench_deit_cpu.py speed     steps of dev/bench and PyTorch in turn, in one run
     bench_deit_cpu.py memory    bytes saved for the backward pass, DeiT-Ti 224 px, batch 64, fp32
     bench_deit_cpu.py           both
 
@@ -44,7 +44,7 @@ def build(model, gamma=0.0, fused=HAS_FUSED_ATTENTION, checkpointing=False):
 
 
 def batch(model, size):
-    """Random images of the trainer's -bench kind: uniform pixels, mean 0.5, deviation 0.25."""
+    """Random images as dev/bench draws them: uniform pixels, mean 0.5, deviation 0.25."""
     config = deit.model_config(model)
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(size, config.in_chans, config.image_size, config.image_size,
@@ -75,7 +75,7 @@ class Peer:
         return loss.item()
 
     def turn(self, steps):
-        """Milliseconds of each step; two more warm caches and allocator up, as in the trainer."""
+        """Milliseconds of each step; two more warm caches and allocator up, as in dev/bench."""
         times = []
         for i in range(steps + 2):
             began = time.perf_counter()
@@ -85,12 +85,14 @@ class Peer:
 
 
 class Trainer:
+    """Steps of the trainer, timed by dev/bench."""
+
     def __init__(self, program, model, size, gamma, recompute):
-        self.command = [program, "-m", model, "-b", str(size), "-g", str(gamma),
-                        "-r", str(recompute)]
+        self.program = program
+        self.flags = ["-m", model, "-b", str(size), "-g", str(gamma), "-r", str(recompute)]
 
     def turn(self, steps):
-        command = self.command + ["-bench", str(steps)]
+        command = [self.program, "steps", str(steps)] + self.flags
         done = subprocess.run(command, cwd=deit.ROOT, stdout=subprocess.PIPE, text=True)
         last = done.stdout.strip().rsplit("\n", 1)[-1]
         found = re.match(r"bench ms_min=(\S+) ms_median=(\S+) images_per_s=", last)
@@ -115,7 +117,7 @@ def contenders(options, model, size):
     for gamma in (0, 0.7, 0.9) if everything else (0, 0.7):
         for recompute in range(4):
             if everything or recompute < 2 or (model == "deit_tiny" and gamma == 0):
-                rows[own(gamma, recompute)] = Trainer(options.trainer, model, size, gamma,
+                rows[own(gamma, recompute)] = Trainer(options.bench, model, size, gamma,
                                                       recompute)
     return rows
 
@@ -226,7 +228,8 @@ def memory(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mode", nargs="?", choices=("speed", "memory", "both"), default="both")
-    parser.add_argument("--trainer", default="./train_deit", help="its program, built in FP32")
+    parser.add_argument("--trainer", default="./train_deit", help="for its -plan, built in FP32")
+    parser.add_argument("--bench", default="build/cpu-fp32/dev/bench", help="dev/bench, built in FP32")
     parser.add_argument("--model", choices=("both", "deit_nano", "deit_tiny"), default="both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=64, help="of the memory table")
