@@ -24,34 +24,32 @@ static size_t free_bytes(void) {
     return free_now;
 }
 
-// B images of uniform random bytes, not mirrored, all of class 0. Images lie in memory of their own, labels in
-// the model's
-static Batch random_batch(Model* model) {
-    const size_t bytes = numel(model->B, model->S, model->S, model->CH);
-    uint8_t* host = host_new<uint8_t>(bytes, "random pixels");
+// B images of uniform random bytes, not mirrored, all of class 0, in memory of their own
+static Batch random_batch(const Model* model) {
+    const size_t bytes = numel(model->B, model->H, model->W, model->CH);
+    uint8_t *host = host_new<uint8_t>(bytes, "random pixels"), *images;
+    int *labels, *flips;
     for (size_t i = 0; i < bytes; i++) { host[i] = (uint8_t)philox(model->seed, RNG_AUGMENT, 0, i).x; }
-    uint8_t* images;
-    int* flips;
     cudaCheck(cudaMalloc((void**)&images, bytes));
+    cudaCheck(cudaMalloc((void**)&labels, model->B * sizeof(int)));
     cudaCheck(cudaMalloc((void**)&flips, model->B * sizeof(int)));
     cudaCheck(cudaMemcpy(images, host, bytes, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemset(labels, 0, model->B * sizeof(int)));
     cudaCheck(cudaMemset(flips, 0, model->B * sizeof(int)));
-    cudaCheck(cudaMemset(model->labels, 0, model->B * sizeof(int)));
     free(host);
     const PixelStats stats = {{0.5f, 0.5f, 0.5f, 0.5f}, {0.25f, 0.25f, 0.25f, 0.25f}};
-    Batch batch = {images, flips, model->B, stats, {}};
+    Batch batch = {images, labels, flips, model->B, stats, 0.0f, {}, NULL};
     batch.augment.lam = 1.0f; // no mixing
     return batch;
 }
 
-// One training step. Its learning rate is 0, so that every step computes the same; reading the result waits
-// for the device
+// One training step. Its learning rate is 0, so that every step computes the same; reading the result waits for the
+// device
 static void one_step(Model* model, const Batch* batch, OptimizerConfig optimizer, int step) {
     zero_gradients(model);
-    model_input(model, batch);
-    model_forward(model, batch->n, true);
-    model_loss(model, batch->n, 0.0f, 1.0f, 1.0f / (float)batch->n);
-    model_backward(model);
+    model->last_pass = true;
+    model_train(model, batch, 1.0f / (float)batch->n);
+    gradients_done(model, -1);
     model_update(model, optimizer, 0.0, step);
     model_result(model);
 }
@@ -81,7 +79,7 @@ static void bench_steps(Model* model, int steps) {
 static void bench_data(Model* model, int batches) {
     Loader* loader = loader_new(model->s->train_path, model, true);
     model_allocate(model);
-    loader_print(loader, "training", "\n");
+    loader_print(loader, "training");
     loader_start(loader, model);
     double start = 0.0;
     for (int number = 0; number < batches + 2; number++) {
@@ -89,9 +87,8 @@ static void bench_data(Model* model, int batches) {
             cudaCheck(cudaStreamSynchronize(main_stream));
             start = seconds();
         }
-        Batch batch;
         loader_batch(loader, number);
-        take_batch(model, loader, number, &batch);
+        model_input(model, loader_take(loader));
     }
     cudaCheck(cudaStreamSynchronize(main_stream));
     const double rate = batches * model->B / (seconds() - start);
@@ -106,8 +103,8 @@ int main(int argc, char** argv) {
             "usage: %s steps N or data N, then flags of the trainer; N: how many steps or batches are timed", argv[0]);
     argv[2] = argv[0]; // the trainer's flags follow the name of the program
     Model* model = model_new();
-    Run run = {};
-    parse_settings(&run, model, argc - 2, argv + 2);
+    parse_options(model, argc - 2, argv + 2);
+    settings_derive(model);
     device_open();
     if (strcmp(mode, "steps") == 0) { bench_steps(model, n); } else { bench_data(model, n); }
     model_free(model);
