@@ -178,14 +178,18 @@ template <class T> T* host_new(size_t n, const char* what) {
     return p;
 }
 
-// appends an element to a list on the host
-template <class T> void append(T** list, int* n, const T& element) {
-    if ((*n & (*n - 1)) == 0) { // at each power of two: room for twice as many
-        *list = (T*)realloc((void*)*list, (*n > 0 ? 2 * *n : 1) * sizeof(T));
-        require(*list != NULL, "out of host memory for a list of %d", *n + 1);
+// a list on the host that grows by push: for (T& element : list)
+template <class T> struct List {
+    T* of;
+    int n;
+    T* begin() const { return of; }
+    T* end() const { return of + n; }
+    void push(const T& element) {
+        if ((n & (n - 1)) == 0) { of = (T*)realloc((void*)of, (n > 0 ? 2 * n : 1) * sizeof(T)); } // at powers of two
+        require(of != NULL, "out of host memory for a list of %d", n + 1);
+        of[n++] = element;
     }
-    (*list)[(*n)++] = element;
-}
+};
 // ---- end shared: base ------------------------------------------------------
 
 // ---- shared: interface -----------------------------------------------------
@@ -213,9 +217,9 @@ int draw_below(unsigned u, int n); // 0 to n-1
 // allocated by one cudaMalloc a category; nothing is allocated later
 enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
 static const char* const category_names[NUM_CATEGORIES] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
+struct Allocation;
 typedef struct {
-    struct Allocation* list;
-    int n;
+    List<Allocation> lines;
     size_t bytes[NUM_CATEGORIES];
     char* blocks[NUM_CATEGORIES]; // as allocated
 } Plan;
@@ -427,9 +431,9 @@ struct Common {
     size_t chunk_bytes;          // of the widest tensor in a chunk
     size_t chunk_images;         // of the chunks that the passes work in: the model's plan sets it
     size_t staging_bytes;        // for images that are resized on the device; 0: none are
-    Parameter* parameters;
-    Activation** activations;    // dropped or cached, in the order of the table
-    int num_parameter_tensors, num_parameter_lines, num_activations, num_lines;
+    List<Parameter> parameters;
+    List<Activation*> activations; // in the order of the table
+    int num_parameter_lines, num_lines; // of the tables
     size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
@@ -1344,27 +1348,35 @@ int main(int argc, char** argv) {
 // ----------------------------------------------------------------------------
 // kernels of the vision transformer, each followed by its launcher
 
-// x[q] = the normalised pixel (h, w+q), channel c, of image b, or what random erasing puts there
-template <int V, bool AUGMENT> __device__ inline void normalised_pixels(float* x, const uint8_t* images, const int* flips, const PixelStats& stats,
-                                                                        const BatchAugment& a, size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
+// x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise that random erasing puts in its
+// place. flips[b] != 0: the image is mirrored left to right, that is, its row is read backwards
+template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
+        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a,
+        size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
     const uint8_t* row = images + (b * S + h) * S * CH + c;
     const float mean = stats.mean[c], std = stats.std[c];
     const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
     for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
-    if (AUGMENT && a.erased != NULL && h - a.erased[b].top < (unsigned)a.erased[b].height) { // as unsigned numbers: not above it either
-        for (int q = 0; q < V; q++) {
-            if (w + q - a.erased[b].left < (unsigned)a.erased[b].width) { x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c); }
+    if (!AUGMENT || a.erased == NULL) { return; }
+    const EraseBox box = a.erased[b]; // a pixel above it gives a difference that is huge as an unsigned number
+    if (h - box.top >= (unsigned)box.height) { return; }
+    for (int q = 0; q < V; q++) {
+        if (w + q - box.left < (unsigned)box.width) {
+            x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
         }
     }
 }
 
-// cuts images into patches and normalises: patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c],
-// with (h, w) the pixel (kh, kw) of patch t; flips[b] != 0 mirrors the image left to right. AUGMENT: random erasing replaces some, and then
-//     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in the box
-// patches (B, N, CH*P*P) with N = (S/P)^2, images (B, S, S, CH) of less than 2^32 bytes each. A thread makes V elements; V divides P
-template <int V, bool AUGMENT> __global__ void patchify_kernel(floatX* patches, const uint8_t* images, const int* flips,
-                                                               const __grid_constant__ PixelStats stats, const __grid_constant__ BatchAugment a,
-                                                               size_t n, int S, int P, int CH) {
+// Cuts images into patches and normalises them: with (h, w) pixel (kh, kw) of patch t,
+//     patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c]
+// With AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
+//     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
+// patches (B, (S/P)^2, CH*P*P) has n elements, images (B, S, S, CH) of less than 2^32 bytes each. A
+// thread makes V neighbours in a row of one patch: V must divide P. AUGMENT is a template argument
+// because noise and the second image need registers that evaluation can do without
+template <int V, bool AUGMENT> __global__ void patchify_kernel(
+        floatX* patches, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
+        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const unsigned per_image = (unsigned)S * S * CH;
@@ -1389,12 +1401,15 @@ template <int V, bool AUGMENT> __global__ void patchify_kernel(floatX* patches, 
     }
 }
 
-// n images; augment NULL: as they are
-void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment, size_t n, int S, int P, int CH) {
+// n images; augment NULL: they are neither erased nor mixed
+void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats,
+              const BatchAugment* augment, size_t n, int S, int P, int CH) {
     const size_t elements = n * S * S * CH;
     const BatchAugment a = augment != NULL ? *augment : BatchAugment{};
     const bool augments = augment != NULL && (a.erased != NULL || a.lam < 1.0f);
-#define PATCHIFY(V, AUGMENT) patchify_kernel<V, AUGMENT><<<CEIL_DIV(elements, (size_t)256 * V), 256, 0, main_stream>>>(patches, images, flips, stats, a, elements, S, P, CH)
+    const size_t blocks = CEIL_DIV(elements, (size_t)256 * (P % VEC == 0 ? VEC : 1));
+#define PATCHIFY(V, AUGMENT) patchify_kernel<V, AUGMENT><<<blocks, 256, 0, main_stream>>>( \
+        patches, images, flips, stats, a, elements, S, P, CH)
     if (P % VEC == 0 && augments) { PATCHIFY(VEC, true); }
     else if (P % VEC == 0) { PATCHIFY(VEC, false); }
     else if (augments) { PATCHIFY(1, true); }
@@ -1403,9 +1418,10 @@ void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelSta
     kernelCheck();
 }
 
-// out[b, 0] = cls + pos[0]; out[b, t] = tokens[b, t-1] + pos[t]
-// out (B, T, C), tokens (B, T-1, C), cls (C), pos (T, C). A thread makes V elements
-template <int V> __global__ void embed_kernel(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
+// out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
+// out (B, T, C) has n elements, tokens (B, T-1, C), cls (C), pos (T, C). V divides C; a thread makes V
+template <int V> __global__ void embed_kernel(
+        floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const size_t row = i / C, b = row / T;
@@ -1418,18 +1434,17 @@ template <int V> __global__ void embed_kernel(floatX* out, const floatX* tokens,
     }
 }
 
-void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
+void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos,
+           size_t B, size_t T, size_t C) {
     const size_t n = B * T * C;
-    if (vectorizable(C, out, tokens, cls, pos)) {
-        embed_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(out, tokens, cls, pos, n, (int)T, (int)C);
-    } else {
-        embed_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, tokens, cls, pos, n, (int)T, (int)C);
-    }
-    kernelCheck();
+    const bool vector = vectorizable(C, out, tokens, cls, pos);
+    LAUNCH(embed_kernel, vector, n, 256, out, tokens, cls, pos, n, (int)T, (int)C);
 }
 
-// dtokens[b, t-1] = dout[b, t] for t > 0: the rows that the patch embedding made, next to one another. A thread copies V elements
-template <int V> __global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
+// dtokens = dout[:, 1:].contiguous(): the gradient of the patch embedding's rows, without gaps for its
+// matrix products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
+template <int V> __global__ void embed_backward_tokens_kernel(
+        floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const size_t row = i / C, b = row / (T - 1);
@@ -1439,15 +1454,12 @@ template <int V> __global__ void embed_backward_tokens_kernel(floatX* dtokens, c
 
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
-    if (vectorizable(C, dtokens, dout)) {
-        embed_backward_tokens_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(dtokens, dout, n, (int)T, (int)C);
-    } else {
-        embed_backward_tokens_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(dtokens, dout, n, (int)T, (int)C);
-    }
-    kernelCheck();
+    const bool vector = vectorizable(C, dtokens, dout);
+    LAUNCH(embed_backward_tokens_kernel, vector, n, 256, dtokens, dout, n, (int)T, (int)C);
 }
 
-// dpos[t, c] += sum over b of dout[b, t, c]; dcls[c] += the same at t = 0. One thread a (t, c)
+// dpos += dout.sum(0), dcls += dout[:, 0].sum(0). dpos (T, C), dcls (C), dout (B, T, C). A thread sums
+// one (t, c) over the images, always in the same order; neighbouring threads read neighbouring addresses
 __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
     if (i < n) {
@@ -1459,14 +1471,14 @@ __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const 
 }
 
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_backward_positions_kernel<<<CEIL_DIV(T*C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, (int)B, (int)T, (int)C);
+    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(
+        dpos, dcls, dout, (int)B, (int)T, (int)C);
     kernelCheck();
 }
 
-// mean and sum of squared deviations of n values, and how those of two sets join (Chan, Golub and LeVeque 1983)
-typedef struct {
-    float n, mean, squares;
-} Moments;
+// Mean and sum of squared deviations of n values; JoinMoments gives those of the union of two sets
+// (Chan, Golub and LeVeque 1983). A lane has n = 0 where a row has fewer packs than lanes
+typedef struct { float n, mean, squares; } Moments;
 
 struct JoinMoments {
     __device__ Moments operator()(Moments a, Moments b) const {
@@ -1475,12 +1487,16 @@ struct JoinMoments {
     }
 };
 
-// out = (inp - mean) * rstd * weight + bias over each row; in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
+// out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps);
+// in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
 // out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
-// The row is read three times, from cache after the first. Keep: DropIT's masking of out, where it is recomputed for a weight gradient alone
+// LANES threads share a row, each takes every LANES-th pack of V elements; V must divide C and stride. A
+// lane takes deviations from the mean of its own elements, so one reduction is enough. The row is read
+// three times, from cache after the first. keep: KeepAll, or KeepLargest to zero again what DropIT dropped
 #define LAYERNORM_EPS 1e-6f
-template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
-        const floatX* weight, const floatX* bias, size_t rows, int C, size_t stride, Keep keep) {
+template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+        size_t rows, int C, size_t stride, Keep keep) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1514,20 +1530,24 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     }
 }
 
-template <class Keep> void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                                                       const floatX* bias, size_t rows, size_t C, size_t stride, Keep keep) {
-    LAUNCH_ROWS(layernorm_forward_kernel, vectorizable(C | stride, out, inp, weight, bias), C, rows, out, mean, rstd, inp, weight, bias, rows,
-                (int)C, stride, keep);
+template <class Keep>
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                       const floatX* bias, size_t rows, size_t C, size_t stride, Keep keep) {
+    const bool vector = vectorizable(C | stride, out, inp, weight, bias);
+    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows,
+                out, mean, rstd, inp, weight, bias, rows, (int)C, stride, keep);
 }
 
 struct AddPairs {
     __device__ float2 operator()(float2 a, float2 b) const { return make_float2(a.x + b.x, a.y + b.y); }
 };
 
-// dinp += rstd * (g - mean(g) - norm * mean(g * norm)), with g = dout * weight and norm = (inp - mean) * rstd
-// dinp and inp have rows `stride` apart, dout (rows, C). += : dinp is the gradient of the residual stream
-template <int V, int LANES> __global__ void layernorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight,
-                                                                      const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+// dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight,
+// norm = (inp - mean) * rstd. It is added because dinp is the gradient of the residual stream. Rows of
+// dinp and inp begin `stride` apart; dout (rows, C), weight (C), mean, rstd (rows). Lanes as above
+template <int V, int LANES> __global__ void layernorm_backward_kernel(
+        floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean,
+        const float* rstd, size_t rows, int C, size_t stride) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1556,9 +1576,12 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(floatX* di
     }
 }
 
-// per slab of rows: partial[slab, c] = sum of dout * norm, partial[slab, C + c] = sum of dout. As column_sum_kernel
-template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
-                                                         const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+// First step of the gradients of weight and bias, for slabs of rows as in column_sum_kernel:
+//     partial[slab, c] = sum of dout * norm, partial[slab, C + c] = sum of dout
+// partial (slabs, 2*C), the rest as above. A thread sums V columns of a slab; V must divide C and stride
+template <int V> __global__ void layernorm_weight_kernel(
+        float* partial, const floatX* dout, const floatX* inp, const float* mean, const float* rstd,
+        size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
     if (slab * SLAB_ROWS < rows) {
@@ -1579,25 +1602,23 @@ template <int V> __global__ void layernorm_weight_kernel(float* partial, const f
     }
 }
 
-// partial holds 2 * column_sum_scratch(rows, C) floats
-void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
-                        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
+// dinp, dweight (C), dbias (C) += their gradients. partial holds 2 * column_sum_scratch(rows, C) floats
+void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
+                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
+                        size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
-    if (vector) {
-        layernorm_weight_kernel<VEC><<<CEIL_DIV(slabs * C / VEC, (size_t)64), 64, 0, main_stream>>>(partial, dout, inp, mean, rstd, rows,
-                                                                                                 (int)C, stride);
-    } else {
-        layernorm_weight_kernel<1><<<CEIL_DIV(slabs * C, (size_t)64), 64, 0, main_stream>>>(partial, dout, inp, mean, rstd, rows, (int)C,
-                                                                                           stride);
-    }
-    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, (int)C, stride);
+    const int c = (int)C;
+    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, c, stride);
+    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows,
+                dinp, dout, inp, weight, mean, rstd, rows, c, stride);
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
-    kernelCheck();
 }
 
-// out = x * Phi(x), Phi the normal distribution function; in PyTorch: F.gelu(inp). out, inp (n), V elements a thread. Keep: as for LayerNorm
-template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
+// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2
+// out, inp (n). A thread makes V elements; V must divide n. keep: as for layernorm_forward
+template <int V, class Keep>
+__global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         float x[V];
@@ -1608,7 +1629,8 @@ template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, co
     }
 }
 
-// dinp = dinp * (Phi(x) + x * phi(x)), in place, phi the normal density
+// dinp *= Phi(x) + x * phi(x), with the normal density phi(x) = exp(-x^2 / 2) / sqrt(2 pi): the gradient
+// of the output becomes that of the input, in place. dinp, inp (n). A thread makes V; V must divide n
 template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX* inp, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
@@ -1623,25 +1645,15 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
 }
 
 template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
-    if (vectorizable(n, out, inp)) {
-        gelu_forward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(out, inp, n, keep);
-    } else {
-        gelu_forward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, inp, n, keep);
-    }
-    kernelCheck();
+    LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
 }
 
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
-    if (vectorizable(n, dinp, inp)) {
-        gelu_backward_kernel<VEC><<<CEIL_DIV(n / VEC, (size_t)256), 256, 0, main_stream>>>(dinp, inp, n);
-    } else {
-        gelu_backward_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(dinp, inp, n);
-    }
-    kernelCheck();
+    LAUNCH(gelu_backward_kernel, vectorizable(n, dinp, inp), n, 256, dinp, inp, n);
 }
 
-// Drop-path (stochastic depth, Huang et al., ECCV 2016), as timm's DropPath: a branch of a block is left out for an image with the block's
-// rate, and else divided by what is kept on average
+// Drop-path (stochastic depth, Huang et al., ECCV 2016), as timm's DropPath: with the block's rate, an
+// image skips a branch of the block; else the branch is divided by 1 - rate, which keeps its mean
 
 // rate of block l of `depth`, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
@@ -1650,27 +1662,32 @@ __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
     return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
-// scales[l, branch, b] = 0 with the probability rate(l), else 1 / (1 - rate(l)); drawn by Philox(seed, RNG_DROP_PATH, step, (2l + branch, image)),
-// with image counted over all ranks. scales (L, 2, B). A thread makes one
-__global__ void drop_path_scales_kernel(float* scales, int L, int B, float last, unsigned long long seed, unsigned step, unsigned first_image) {
+// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), drawn by Philox(seed,
+// RNG_DROP_PATH, step, (2*l + branch, image)). Images are counted over all ranks, this one's from
+// first_image on, so that the number of ranks changes no scale. scales (L, 2, B). A thread makes one
+__global__ void drop_path_scales_kernel(float* scales, int L, int B, float last, unsigned long long seed,
+                                        unsigned step, unsigned first_image) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < L * 2 * B) {
         const int row = i / B;
         const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
-        const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | (first_image + (unsigned)(i % B)));
+        const unsigned image = first_image + (unsigned)(i % B);
+        const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | image);
         scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
     }
 }
 
-void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first_image) {
-    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(scales, L, B, (float)last, seed, step, first_image);
+void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step,
+                      unsigned first_image) {
+    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(
+        scales, L, B, (float)last, seed, step, first_image);
     kernelCheck();
 }
 
-// out = scales[b] * x + residual for each image b, without residual where that is NULL; in PyTorch: x * scales[:, None] + residual
-// out, x, residual (images, per_image), n elements in all, scales (images); out may be x. V divides per_image. A thread makes V elements
-template <int V> __global__ void drop_path_kernel(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n,
-                                                  size_t per_image) {
+// out = residual + scales[b] * x for each image b, without residual where it is NULL. out, x, residual
+// (images, per_image) have n elements, scales (images); out may be x. V divides per_image; a thread makes V
+template <int V> __global__ void drop_path_kernel(
+        floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t per_image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i < n) {
         const float scale = scales[i / per_image];
@@ -1682,17 +1699,16 @@ template <int V> __global__ void drop_path_kernel(floatX* out, const floatX* x, 
     }
 }
 
-void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images, size_t per_image) {
+void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales,
+               size_t images, size_t per_image) {
     const size_t n = images * per_image;
-    if (vectorizable(per_image, out, x, residual)) {
-        drop_path_kernel<VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(out, x, residual, scales, n, per_image);
-    } else {
-        drop_path_kernel<1><<<CEIL_DIV(n, (size_t)256), 256, 0, main_stream>>>(out, x, residual, scales, n, per_image);
-    }
-    kernelCheck();
+    const bool vector = vectorizable(per_image, out, x, residual);
+    LAUNCH(drop_path_kernel, vector, n, 256, out, x, residual, scales, n, per_image);
 }
 
-// one thread a (image, head). qkv and dqkv are (images, T, 3, NH, HS), out is (images, T, NH, HS)
+// Writes where each head's matrices begin, for cublasGemmBatchedEx, which so reads q, k and v where they
+// lie in qkv. qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS); dqkv NULL: there are no
+// gradients. A thread writes the pointers of one (image, head)
 __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
     if (i < images * a.heads) {
@@ -1714,12 +1730,16 @@ __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out,
     }
 }
 
-// the largest of some scores, and the sum of exp(score - largest). No -INFINITY: a lane without scores joins as (-FLT_MAX, 0)
-typedef struct {
-    float largest, sum;
-} ExpSum;
+void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
+    const int blocks = CEIL_DIV(images * a->heads, 64);
+    attention_pointers_kernel<<<blocks, 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
+    kernelCheck();
+}
 
-// one comparison, where fmaxf takes care of NaNs: here they show in the sum
+// The largest of some scores, and the sum of exp(score - largest). A lane without scores joins as
+// (-FLT_MAX, 0): two that joined as -INFINITY would subtract infinities, which gives NaN
+typedef struct { float largest, sum; } ExpSum;
+// one comparison; fmaxf has more to do, to pass over NaNs. A NaN score still shows, in the sum
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
 
 struct JoinExpSums {
@@ -1729,9 +1749,13 @@ struct JoinExpSums {
     }
 };
 
-// lse = log of the sum of exp over a row; probs = exp(scores - lse), the expression that the backward pass repeats
-// scores, probs (rows, ld), lse (rows). Columns from T to ld are padding: read with the pack they are in, never used
-template <int V, int LANES> __global__ void softmax_forward_kernel(floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
+// lse = log(sum of exp(scores)), probs = exp(scores - lse) for each row; in PyTorch:
+// scores.logsumexp(-1) and scores.softmax(-1). The backward pass makes the same probs again from lse.
+// scores, probs (rows, ld), lse (rows); probs may be scores. LANES threads share a row, each takes every
+// LANES-th pack; V must divide ld. The last pack may reach into columns T to ld, which are cleared at
+// allocation and never used as values. A lane subtracts its own largest score: one reduction is enough
+template <int V, int LANES> __global__ void softmax_forward_kernel(
+        floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1763,10 +1787,12 @@ template <int V, int LANES> __global__ void softmax_forward_kernel(floatX* probs
     if (first == 0) { lse[r] = log_sum; }
 }
 
-// probs = exp(scores - lse); dscores = probs * (dprobs - sum over the row of probs * dprobs). That sum is the one of
-// dout * out over the head, so the backward pass needs no output of attention
-template <int V, int LANES> __global__ void softmax_backward_kernel(floatX* probs, floatX* dscores, const float* scores, const float* dprobs,
-                                                                    const float* lse, size_t rows, int T, int ld) {
+// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum
+// equals that of dout * out over the head, but needs no output of attention, of which DropIT keeps only
+// a part. Shapes, lanes and padding as above; probs may be scores, and dscores may be dprobs
+template <int V, int LANES> __global__ void softmax_backward_kernel(
+        floatX* probs, floatX* dscores, const float* scores, const float* dprobs, const float* lse,
+        size_t rows, int T, int ld) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1794,50 +1820,47 @@ template <int V, int LANES> __global__ void softmax_backward_kernel(floatX* prob
     }
 }
 
-// column-major D = alpha * op(A) @ op(B) for every head of a chunk
-void attention_matmul(const Attention* a, int images, int D, int A, int B, bool transA, bool transB, int m, int n, int k, float alpha,
-                      int lda, int ldb, int ldd, cudaDataType_t D_type) {
+// Row-major D = alpha * op(X) @ op(Y) for every head of a chunk, where op transposes under transX and
+// transY. D, X and Y are rows of `pointers`; scores, probs and their gradients are (T, T) matrices, all
+// others (T, HS), so every size follows; X is transposed only where it is (T, T). cuBLAS is
+// column-major, it sees the transpose of each matrix; D^T = op(Y)^T @ op(X)^T, so X and Y change places
+void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY, float alpha) {
+    const int T = a->T, HS = a->HS, C = a->heads * HS, count = a->max_images * a->heads;
+    auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
+    auto square = [&](int p) { return fp32(p) || p == PTR_PROBS || p == PTR_DSCORES; };
+    auto stride = [&](int p) { return square(p) ? a->ld : p == PTR_OUT ? C : 3 * C; }; // from row to row
+    const cublasOperation_t op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
+    void **d = a->pointers + D * count, **x = a->pointers + X * count, **y = a->pointers + Y * count;
     const float zero = 0.0f;
-    const size_t count = (size_t)a->max_images * a->heads;
-    cublasCheck(cublasGemmBatchedEx(cublas_handle, transA ? CUBLAS_OP_T : CUBLAS_OP_N, transB ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha,
-        (const void* const*)(a->pointers + A * count), CUDA_FLOATX, lda, (const void* const*)(a->pointers + B * count), CUDA_FLOATX, ldb, &zero,
-        (void* const*)(a->pointers + D * count), D_type, ldd, images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS, &alpha,
+        y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d, fp32(D) ? CUDA_R_32F : CUDA_FLOATX,
+        stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
-    attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
-    kernelCheck();
-}
-
-// scores (T_q, T_k) = q @ k^T / sqrt(HS); row-major matrices, that cuBLAS sees as their transposes
-void attention_scores(const Attention* a, int images) {
-    const int row = 3 * a->heads * a->HS; // of qkv
-    attention_matmul(a, images, PTR_SCORES, PTR_K, PTR_Q, true, false, a->T, a->T, a->HS, 1.0f / sqrtf((float)a->HS), row, row, a->ld, CUDA_R_32F);
-}
-
-// out = softmax(q @ k^T / sqrt(HS)) @ v for each head; in PyTorch: F.scaled_dot_product_attention(q, k, v)
-// out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
+// in PyTorch: F.scaled_dot_product_attention(q, k, v), out = softmax(q @ k^T / sqrt(HS)) @ v for each head
+// out (images, T, C), lse (images, NH, T), qkv (images, T, 3*C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
-    const int T = a->T, C = a->heads * a->HS;
+    const int T = a->T, ld = a->ld;
     const size_t rows = (size_t)images * a->heads * T;
     attention_pointers(a, qkv, out, NULL, images);
-    attention_scores(a, images);
-    LAUNCH_ROWS(softmax_forward_kernel, true, T, rows, a->probs, lse, a->scores, rows, T, a->ld); // rows are padded to whole packs
-    attention_matmul(a, images, PTR_OUT, PTR_V, PTR_PROBS, false, false, a->HS, T, T, 1.0f, 3 * C, a->ld, C, CUDA_FLOATX);
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, 1.0f / sqrtf((float)a->HS));
+    // `true`: packs can always be read, because rows begin a multiple of 8 elements apart
+    LAUNCH_ROWS(softmax_forward_kernel, true, T, rows, a->probs, lse, a->scores, rows, T, ld);
+    attention_matmul(a, images, PTR_OUT, PTR_PROBS, false, PTR_V, false, 1.0f);
 }
 
-// dqkv (images, T, 3C) from dout (images, T, C), qkv and lse
+// dqkv (images, T, 3*C) = the gradient of qkv, from dout (images, T, C), qkv and the forward pass's lse
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
-    const int T = a->T, C = a->heads * a->HS, HS = a->HS, ld = a->ld;
+    const int T = a->T, ld = a->ld;
     const size_t rows = (size_t)images * a->heads * T;
-    const float scale = 1.0f / sqrtf((float)HS);
+    const float scale = 1.0f / sqrtf((float)a->HS);
     attention_pointers(a, qkv, dout, dqkv, images); // PTR_OUT is dout here
-    attention_scores(a, images);
-    attention_matmul(a, images, PTR_DPROBS, PTR_V, PTR_OUT, true, false, T, T, HS, 1.0f, 3 * C, C, ld, CUDA_R_32F);          // dout @ v^T
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, scale);    // scores = scale * q @ k^T
+    attention_matmul(a, images, PTR_DPROBS, PTR_OUT, false, PTR_V, true, 1.0f);   // dprobs = dout @ v^T
     LAUNCH_ROWS(softmax_backward_kernel, true, T, rows, a->probs, a->dscores, a->scores, a->dprobs, lse, rows, T, ld);
-    attention_matmul(a, images, PTR_DV, PTR_OUT, PTR_PROBS, false, true, HS, T, T, 1.0f, C, ld, 3 * C, CUDA_FLOATX);         // probs^T @ dout
-    attention_matmul(a, images, PTR_DQ, PTR_K, PTR_DSCORES, false, false, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);   // dscores @ k
-    attention_matmul(a, images, PTR_DK, PTR_Q, PTR_DSCORES, false, true, HS, T, T, scale, 3 * C, ld, 3 * C, CUDA_FLOATX);    // dscores^T @ q
+    attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false, 1.0f);   // dv = probs^T @ dout
+    attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false, scale); // dq = scale * dscores @ k
+    attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false, scale);  // dk = scale * dscores^T @ q
 }
 
 // ----------------------------------------------------------------------------
@@ -2150,95 +2173,129 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
 }
 
 // ---- shared: DropIT --------------------------------------------------------
-// Which elements of a cached tensor x of n elements are kept, and how they are stored.
+// DropIT (Chen et al., ICLR 2023, arXiv 2202.13808): which elements of a cached tensor x (n) are kept.
 //
-// Every element has a 32-bit key. mink and fastmink: the bits of |x|, so that keys compare as magnitudes do.
-// random: a hash of the element's index. Kept are the k elements with the largest keys, over the whole tensor
-// (mink) or over every tile of 16,384 consecutive elements (fastmink, random); of equal keys those with the
-// lowest indices. So an element is kept when
+// Every element has a 32-bit key. The elements with the largest keys are kept; of equal keys, those with
+// the lowest indices. The strategy says what the key is, and where the largest are sought:
+//     mink      the bits of |x|, which compare as magnitudes do; in the whole tensor
+//     fastmink  the bits of |x|; in each tile of 16,384 consecutive elements
+//     random    a hash of the element's index; in each tile
+// A threshold of 8 bytes describes the choice in a tensor, or in a tile. An element is kept when
 //     key > threshold.key || (key == threshold.key && index < threshold.tie_end)
-// and 8 bytes a tensor (or tile) say it all. They are found by radix histograms of 11 bits of the key at a time.
-// For a whole tensor, not of all of its keys: a sample of 16,384 elements says between which keys the threshold lies with
-// near certainty; one read of x counts the elements above and lists the few between, and the histograms run over that
-// list, of the bits in which its keys differ. Where the sample errs, or so many keys are equal that the list overflows,
-// they run over x: the choice is always exact. Atomics add integers only, and no sum depends on the list's order: the
-// choice is a function of the values alone.
 //
-// Storage: a bitmap (bit i%32 of word i/32), the kept values in index order, and for every 256 elements the number
-// of values before them. A tensor that the backward pass recomputes stores its threshold only, and is masked by it.
+// A threshold is found digit by digit. A histogram of the keys' highest 11 bits shows in which bin the
+// k-th largest key lies; of the keys in that bin, a histogram of the next 11 bits is made; and so on. In
+// a whole tensor this seldom needs all of x: a sample of 16,384 elements says between which two keys the
+// threshold almost certainly lies, one read of x counts the elements above and lists the few between,
+// and the histograms are made of the list. Where the sample errs, or the list overflows because many
+// keys are equal, they are made of x. So the choice is always exact, and it depends on the values alone:
+// atomics add only integers, and no sum depends on the order of the list.
+//
+// A bitmap (bit i % 32 of word i / 32 stands for element i), the kept values in index order, and the
+// number of values before every 256 elements are stored. A tensor that the backward pass recomputes
+// stores only its threshold, which then masks it.
 
 #define DROPIT_TILE 16384
-#define DROPIT_THREADS 64 // of every kernel below that works on tiles
-#define DROPIT_DIGIT 11 // bits
-#define DROPIT_BINS (1 << DROPIT_DIGIT)
-#define TILE_WORDS (DROPIT_TILE / 32)
-#define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words of 32 elements that a thread handles, one after the other
-#define DROPIT_SEGMENT (32 * THREAD_WORDS)         // so many elements, then: 256
-#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX))   // the lowest bits of a magnitude's key are zero: the sign's place, and what bf16 lacks
+#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in every magnitude's key: 1, bf16 17
 
-// Search for the threshold, digit by digit of 11 bits (the last may have fewer). Keys count from `low`, so as digits of key - low
-typedef struct {
-    unsigned low;
-    int bits;           // digits not yet known, in bits
-    unsigned prefix;    // the digits known
-    unsigned remaining; // how many elements with this prefix are kept
-} Search;
-
-// of a whole tensor
-typedef struct {
-    Search search;
-    unsigned candidates; // elements whose keys lie in the sampled range, listed as far as there is room
-    unsigned listed;     // all of them if the histograms run over the list, 0 if they run over x
-} TensorSearch;
-
-// what the kernels need to know of the strategy
-typedef struct {
+// the strategy, and what makes the draws of `random` differ
+struct DropRule {
     int strategy;
-    unsigned long long seed; // random: differs between tensors
+    unsigned long long seed; // another one for each tensor
     unsigned step;
-} DropRule;
+};
 
-// Scratch of the selections that run in the same launches, as those of a block's four linears do: their kernels are small, and each waits
-// for the one before. tiles, list: of all of them
-#define MAX_SELECTIONS 4
-typedef struct {
-    TensorSearch* search;   // (MAX_SELECTIONS)
-    unsigned* histogram;    // (MAX_SELECTIONS, DROPIT_BINS)
-    uint2* tile_counts;     // (tiles) elements above the threshold, elements equal to it
-    unsigned* tile_offsets; // (tiles) kept elements before each
-    floatX* sample;         // (MAX_SELECTIONS, DROPIT_TILE)
-    unsigned* range;        // (MAX_SELECTIONS, 2) keys between which the threshold lies, the higher first
-    floatX* list_values;    // (list)
-    unsigned* list_indices; // (list)
-    unsigned* not_finite;   // (1) NaNs and Infs met by selections since it was last cleared
-} DropScratch;
-
-// one tensor of a launch: what is chosen from, where the choice goes, and its part of the scratch
-typedef struct {
+// a tensor x (d.n) to choose from, by which rule, and where the choice goes
+struct DropChoice {
     const floatX* x;
     Dropped d;
     DropRule rule;
-    unsigned k_tile, k_last;      // fastmink and random: kept of each tile, of the last one where it is shorter
-    unsigned first_tile, tiles;   // its blocks in a launch with one a tile
-    unsigned rank_high, rank_low; // of the sample's keys, between which the threshold lies. rank_high 0: no key is above the range
-    bool low_is_zero;             // no key is below it
-    size_t list_capacity;
-    DropScratch s;
-} Selection;
+};
 
-typedef struct {
-    Selection of[MAX_SELECTIONS];
-} Selections;
+#define DROPIT_DIGIT 11 // bits
+#define DROPIT_BINS (1 << DROPIT_DIGIT)
+#define DROPIT_THREADS 64                          // threads of a block that searches or counts a tile
+#define TILE_WORDS (DROPIT_TILE / 32)              // a word stands for 32 consecutive elements
+#define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words that one thread handles, one after the other
+#define DROPIT_SEGMENT (32 * THREAD_WORDS)         // elements that one thread handles: 256
+
+// Search for the k-th largest key, digit by digit from the highest. The digits are those of key - low,
+// where no key is below `low`. A digit has 11 bits; the last may have fewer.
+struct Search {
+    unsigned low;
+    int bits;           // number of low bits that are not known yet
+    unsigned prefix;    // the digits that are known
+    unsigned remaining; // number of kept elements among those with this prefix
+};
+
+// of a whole tensor
+struct TensorSearch : Search {
+    unsigned candidates; // elements with keys in the sampled range; the list holds those that fit
+    unsigned listed;     // length of the list if the histograms are made of it, 0 if they are made of x
+};
+
+// Scratch of the selections that run in the same launches, as those of a block's four linears do, for
+// the kernels are small and wait for each other. The tensors' tiles and lists lie one after the other.
+#define MAX_SELECTIONS 4
+struct DropScratch {
+    TensorSearch* search;   // (MAX_SELECTIONS)
+    unsigned* histogram;    // (MAX_SELECTIONS, DROPIT_BINS)
+    uint2* tile_counts;     // (tiles) elements with a key above the threshold's, and with an equal key
+    unsigned* tile_offsets; // (tiles) kept elements before each
+    floatX* sample;         // (MAX_SELECTIONS, DROPIT_TILE)
+    unsigned* range;        // (MAX_SELECTIONS, 2) keys around the threshold's, the higher first
+    floatX* list_values;    // (list)
+    unsigned* list_indices; // (list)
+    unsigned* not_finite;   // (1) NaNs and Infs that selections met since it was last cleared
+};
+
+// one tensor of a launch, with its part of the scratch
+struct Selection : DropChoice, DropScratch {
+    unsigned k_tile, k_last;      // fastmink, random: kept of each tile, and of a last one that is shorter
+    unsigned first_tile, tiles;   // its blocks in a launch with one block a tile
+    unsigned rank_high, rank_low; // of the range's keys in the sample; rank_high 0: no key is above the range
+    bool low_is_zero;             // no key is below the range
+    size_t list_capacity;
+};
+
+struct Selections {
+    Selection tensors[MAX_SELECTIONS];
+};
+
+// the smallest magnitude that rounds to a key of at least `key`, or, if `above`, to a greater one
+__device__ inline float least_kept(unsigned key, bool above) {
+    const unsigned magnitude = (key >> KEY_ZEROS) + above; // the bits of a floatX without its sign
+    unsigned bits = magnitude;
+    if (sizeof(floatX) == 2) { // half a step lower; what is halfway between two is rounded to the even one
+        bits = magnitude > 0 ? (magnitude << 16) - 0x8000 + (magnitude & 1) : 0;
+    }
+    return __uint_as_float(min(bits, 0x7f800000u));
+}
+
+// An element is kept when its magnitude is at least the smallest one that rounds to the threshold's: one comparison. Inf
+// and NaN are kept
+template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
+    const Threshold t = *threshold;
+    const size_t first = begin + i;
+    if (first + V <= t.tie_end || first >= t.tie_end) {
+        const float least = least_kept(t.key, first >= t.tie_end);
+        for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least ? 0.0f : v[j]; }
+    } else {
+        for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least_kept(t.key, first + j >= t.tie_end) ? 0.0f : v[j]; }
+    }
+}
 
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
 size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
-size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
 size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
 
-// in double, as the published int(numel * (1 - gamma)): in float, gamma 0.9 and n 1000 give 100, not 99
+// Elements that a list has room for. The sampled range holds at most about n / 25, at gamma 0.5.
+size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
+
+// k of n elements, as the published int(numel * (1 - gamma)): in float, 1000 and 0.9 give 100, not 99
 size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
 
-// k of a whole tensor
+// k of a whole tensor of n elements
 size_t dropit_k(size_t n, double gamma, int strategy) {
     if (strategy == MINK) { return dropit_keep(n, gamma); }
     return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
@@ -2246,28 +2303,33 @@ size_t dropit_k(size_t n, double gamma, int strategy) {
 
 __device__ inline unsigned magnitude_key(float x) { return __float_as_uint(x) << 1; }
 __device__ inline unsigned magnitude_key(__nv_bfloat16 x) { return (unsigned)__bfloat16_as_ushort(x) << 17; }
-#define INFINITY_KEY 0xff000000u // of Inf; NaNs are above it
+#define INFINITY_KEY 0xff000000u // the key of Inf; those of NaNs are above it
 
-// of element i of x
+// the key of element i of x; HASHED: of strategy random
 template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, DropRule rule) {
     if constexpr (HASHED) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
     else { return magnitude_key(x); }
 }
 
-// Words: 32 consecutive elements, and masks of 32 bits with bit j for element j. Loops over words have a constant length: in
-// registers on a GPU, vectors on a CPU. A word that reaches beyond the n elements of x is filled up with zeros
-
-// reads elements i .. i+31 of x, i a multiple of 32; returns the mask of those below n
-template <class T> __device__ inline unsigned load_word(T* v, const T* x, size_t i, size_t n) {
-    if (i + 32 <= n) {
-        for (int q = 0; q < 32; q += VEC) { *(Pack<VEC, T>*)(v + q) = *(const Pack<VEC, T>*)(x + i + q); }
-        return ~0u;
-    }
-    for (int j = 0; j < 32; j++) { v[j] = i + j < n ? x[i + j] : (T)0.0f; }
-    return i < n ? (1u << (n - i)) - 1 : 0;
+// A word is 32 elements, their keys, or a mask with bit j for element j. Loops over it have a constant
+// length, so that a GPU keeps it in registers and a CPU in vectors. The elements are consecutive or,
+// with RUNS, runs of PACK_RUN elements that lie 32 runs apart (dropit_pack_kernel).
+#define PACK_RUN (sizeof(floatX) == 2 ? 8 : 32)
+template <bool RUNS> __device__ inline size_t place(int j) { // of element j, counted from the first
+    return RUNS ? (size_t)(j / PACK_RUN) * 32 * PACK_RUN + j % PACK_RUN : (size_t)j;
 }
 
-// magnitude_key of each: two of bf16 at a time, as they lie in a register
+// the mask of the elements of the word at element i whose index is below end
+template <bool RUNS> __device__ inline unsigned below_mask(size_t i, size_t end) {
+    unsigned mask = 0;
+    for (int q = 0; q < 32; q += 8) {
+        const size_t at = i + place<RUNS>(q);
+        mask |= (at + 8 <= end ? 255u : at < end ? (1u << (end - at)) - 1 : 0u) << q;
+    }
+    return mask;
+}
+
+// keys[j] = magnitude_key(v[j]); of bf16 two at a time, as they lie in a register
 __device__ inline void magnitude_keys(unsigned* keys, const float* v) {
     for (int j = 0; j < 32; j++) { keys[j] = magnitude_key(v[j]); }
 }
@@ -2280,12 +2342,23 @@ __device__ inline void magnitude_keys(unsigned* keys, const __nv_bfloat16* v) {
     }
 }
 
-template <bool HASHED> __device__ inline void word_keys(unsigned* keys, const floatX* v, size_t i, DropRule rule) {
+// v, keys = the word at element i of c.x, a multiple of 8, and its keys. Elements beyond the end of x
+// are zeros; returns the mask of the others.
+template <bool HASHED, bool RUNS = false>
+__device__ inline unsigned load_keys(floatX* v, unsigned* keys, const DropChoice& c, size_t i) {
+    const floatX* x = c.x + i;
+    const bool whole = i + place<RUNS>(31) < c.d.n;
+    if (whole) {
+        for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); }
+    } else {
+        for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < c.d.n ? x[place<RUNS>(j)] : (floatX)0.0f; }
+    }
     if constexpr (HASHED) {
-        for (int j = 0; j < 32; j++) { keys[j] = drop_key<true>(v[j], i + j, rule); }
+        for (int j = 0; j < 32; j++) { keys[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
     } else {
         magnitude_keys(keys, v);
     }
+    return whole ? ~0u : below_mask<RUNS>(i, c.d.n);
 }
 
 __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
@@ -2293,12 +2366,7 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     for (int j = 0; j < 32; j++) { mask |= keys[j] > key ? 1u << j : 0u; }
     return mask;
 }
-
-__device__ inline unsigned count_above(const unsigned* keys, unsigned key) {
-    unsigned count = 0;
-    for (int j = 0; j < 32; j++) { count += keys[j] > key; }
-    return count;
-}
+__device__ inline unsigned count_above(const unsigned* k, unsigned key) { return __popc(above_mask(k, key)); }
 
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
@@ -2307,15 +2375,16 @@ __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int
     return mask;
 }
 
-// elements whose key is low, high or between
-__device__ inline unsigned between_mask(const unsigned* keys, unsigned low, unsigned high) {
-    unsigned mask = 0;
-    for (int j = 0; j < 32; j++) { mask |= keys[j] - low <= high - low ? 1u << j : 0u; }
-    return mask;
+// *not_finite += number of NaNs and Infs among v (32)
+__device__ inline void count_not_finite(unsigned* not_finite, const floatX* v) {
+    unsigned keys[32];
+    magnitude_keys(keys, v);
+    const unsigned bad = count_above(keys, INFINITY_KEY - 1);
+    if (bad > 0) { atomicAdd(not_finite, bad); }
 }
 
-// sum of v over the threads of the block before this one; *sum is that over all of them.
-// warp_sums: 32 words of shared memory, which the caller may use again after a barrier
+// Returns the sum of v over the threads of the block before this one; *sum is the sum over all threads.
+// warp_sums (32) lies in shared memory; the caller may use it again after a barrier.
 template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T* sum) {
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     T before = cg::exclusive_scan(warp, v, cg::plus<T>());
@@ -2333,68 +2402,61 @@ template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T*
 __device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_DIGIT); }
 __device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
 
-// One digit of the search. histogram (2^11) counts, by their next digit, the elements that share the prefix; the
-// search moves to the largest digit d with at least `remaining` elements at or above it. All threads of the block call, each for its
-// bins, from `first` down: they count `mine` elements, and the bins above them `above`. `now` is the search before the digit.
-// remaining == 0 keeps nothing: all digits are ones, and no key lies above
-__device__ inline void search_bins(Search* search, const Search& now, const unsigned* histogram, int first, unsigned above, unsigned mine) {
-    const int bits = digit_bits(&now);
+// Moves the search by one digit: to the largest one that at least `remaining` elements reach. histogram
+// counts the elements that share the prefix by their next digit. The whole block calls, and may go on
+// with the search. If remaining is 0, all digits become ones, so that no key lies above.
+__device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
+    const Search now = *search;
+    const int bits = digit_bits(&now), per_thread = DROPIT_BINS / blockDim.x;
+    int d = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // the thread's bins are d, d - 1, ...
+    unsigned mine = 0, sum;
+    for (int j = 0; j < per_thread; j++) { mine += histogram[d - j]; }
+    unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
     if (now.remaining == 0) {
-        if (first == DROPIT_BINS - 1) { *search = {now.low, now.bits - bits, now.prefix << bits | ((1u << bits) - 1), 0}; }
+        const unsigned ones = (1u << bits) - 1;
+        if (threadIdx.x == 0) { *search = {now.low, now.bits - bits, now.prefix << bits | ones, 0}; }
     } else if (above < now.remaining && now.remaining <= above + mine) {
-        int d = first;
         while (above + histogram[d] < now.remaining) { above += histogram[d--]; }
         *search = {now.low, now.bits - bits, now.prefix << bits | (unsigned)d, now.remaining - above};
     }
-}
-
-// the same by the whole block, which may go on with the search
-__device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
-    const Search now = *search;
-    const int per_thread = DROPIT_BINS / blockDim.x, first = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // from the largest digit down
-    unsigned mine = 0, sum;
-    for (int j = 0; j < per_thread; j++) { mine += histogram[first - j]; }
-    const unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
-    search_bins(search, now, histogram, first, above, mine);
     __syncthreads();
 }
 
-// index after the rank-th (from 1) element with this key among x[begin .. begin + tile), found by the whole block
-template <bool HASHED> __device__ inline void find_tie(unsigned* tie_end, const floatX* x, size_t begin, size_t n, DropRule rule,
-                                                       unsigned key, unsigned rank, unsigned* warp_sums) {
-    const unsigned per_thread = TILE_WORDS / blockDim.x;
-    const size_t first = begin + threadIdx.x * per_thread * 32;
-    floatX v[32];
-    unsigned keys[32], mine = 0, sum;
-    for (unsigned w = 0; w < per_thread; w++) {
-        const unsigned valid = load_word(v, x, first + w * 32, n);
-        word_keys<HASHED>(keys, v, first + w * 32, rule);
-        mine += __popc(equal_mask(keys, key, 0) & valid);
+// *tie_end = index after the rank-th element (from 1) with this key in the tile at element `begin`.
+// The whole block calls; each thread looks through WORDS words.
+template <bool HASHED, int WORDS> __device__ inline
+void find_tie(unsigned* tie_end, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* warp_sums) {
+    const size_t first = begin + threadIdx.x * WORDS * 32;
+    unsigned equal[WORDS], mine = 0, sum;
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+        floatX v[32];
+        unsigned keys[32];
+        const unsigned valid = load_keys<HASHED>(v, keys, c, first + w * 32);
+        equal[w] = equal_mask(keys, key, 0) & valid;
+        mine += __popc(equal[w]);
     }
-    const unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
-    if (before < rank && rank <= before + mine) {
-        unsigned left = rank - before, w = 0, equal;
-        for (; ; w++) {
-            const unsigned valid = load_word(v, x, first + w * 32, n);
-            word_keys<HASHED>(keys, v, first + w * 32, rule);
-            equal = equal_mask(keys, key, 0) & valid;
-            if (left <= (unsigned)__popc(equal)) { break; }
-            left -= __popc(equal);
+    unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+        const unsigned count = __popc(equal[w]);
+        if (before < rank && rank <= before + count) {
+            unsigned left = equal[w];
+            for (unsigned i = before + 1; i < rank; i++) { left &= left - 1; } // clears the lowest bit
+            *tie_end = (unsigned)(first + w * 32 + __ffs((int)left));
         }
-        for (; left > 1; left--) { equal &= equal - 1; }
-        *tie_end = (unsigned)(first + w * 32 + __ffs((int)equal));
+        before += count;
     }
 }
 
-// Adds the elements i .. i+31 of x that share the prefix to the histogram of their next digit. first: there is
-// no prefix; then NaN and Inf are counted, unless not_finite is NULL. counts is the block's own, in shared memory
-template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* counts, unsigned* not_finite, const floatX* x, size_t i, size_t n,
-                                                                  DropRule rule, const Search& s, bool first) {
+// counts[next digit] += 1 for the elements of the word at element i that share the prefix. first: there
+// is no prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL.
+template <bool HASHED> __device__ __forceinline__
+void count_word(unsigned* counts, unsigned* not_finite, const DropChoice& c, size_t i, const Search& s, bool first) {
     floatX v[32];
     unsigned keys[32];
-    const unsigned valid = load_word(v, x, i, n);
+    const unsigned valid = load_keys<HASHED>(v, keys, c, i);
     const int bits = digit_bits(&s), shift = s.bits - bits;
-    word_keys<HASHED>(keys, v, i, rule);
     for (int j = 0; j < 32; j++) { keys[j] -= s.low; }
     if (first) {
         if (valid == ~0u) {
@@ -2402,106 +2464,103 @@ template <bool HASHED> __device__ __forceinline__ void count_word(unsigned* coun
         } else {
             for (int j = 0; j < 32 && valid >> j & 1; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
         }
-        if (not_finite != NULL) {
-            unsigned magnitudes[32];
-            word_keys<false>(magnitudes, v, i, rule);
-            const unsigned bad = count_above(magnitudes, INFINITY_KEY - 1);
-            if (bad > 0) { atomicAdd(not_finite, bad); }
-        }
+        if (not_finite != NULL) { count_not_finite(not_finite, v); }
     } else {
-        for (unsigned match = equal_mask(keys, s.prefix, s.bits) & valid; match != 0; match &= match - 1) {
-            const size_t at = i + __ffs(match) - 1; // few: read again, for an index into keys would put them all into local memory
-            atomicAdd_block(&counts[(drop_key<HASHED>(x[at], at, rule) - s.low) >> shift & ((1u << bits) - 1)], 1u);
+        unsigned match = equal_mask(keys, s.prefix, s.bits) & valid;
+        for (; match != 0; match &= match - 1) {
+            // these are few and read again: an index into keys would move keys from registers to memory
+            const size_t at = i + __ffs(match) - 1;
+            const unsigned key = drop_key<HASHED>(c.x[at], at, c.rule) - s.low;
+            atomicAdd_block(&counts[key >> shift & ((1u << bits) - 1)], 1u);
         }
     }
 }
 
 // the tensor of this block in a launch with one block a tile, and which of its tiles
 __device__ inline const Selection& selection_of(const Selections& all, unsigned block, unsigned* tile) {
-    int i = 0;
-    while (block - all.of[i].first_tile >= all.of[i].tiles) { i++; }
-    *tile = block - all.of[i].first_tile;
-    return all.of[i];
+    const Selection* s = all.tensors;
+    while (block - s->first_tile >= s->tiles) { s++; }
+    *tile = block - s->first_tile;
+    return *s;
 }
 
-// A sample of x (n): runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x. A thread copies half a run; blockIdx.y
-// is the tensor
+// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x.
+// A thread copies half a run; blockIdx.y is the tensor.
 __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
-    const Selection& s = all.of[blockIdx.y];
+    const Selection& s = all.tensors[blockIdx.y];
     const size_t n = s.d.n;
-    const unsigned parts = DROPIT_TILE / 8, half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2;
-    if (half < 2 * parts) {
-        const size_t length = n / parts, anywhere = length > 0 ? part * 2654435761u % length : 0;
-        const size_t begin = (part * n / parts + anywhere) / 8 * 8 + half % 2 * 4;
-        for (int j = 0; j < 4; j++) { s.s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
-    }
+    const unsigned half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2, parts = DROPIT_TILE / 8;
+    const size_t length = n / parts, anywhere = length > 0 ? part * 2654435761u % length : 0;
+    const size_t begin = (part * n / parts + anywhere) / 8 * 8 + half % 2 * 4;
+    for (int j = 0; j < 4; j++) { s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
 }
 
-// range[0] and range[1] = the rank_high-th and rank_low-th largest key of the sample, the one with ones and the other with zeros in place of
-// the bits that two digits leave open (10 of the 32): a wider range is a longer list, by very little, and never a wrong one.
-// One block a tensor finds both, with 16 KiB of shared memory: after the first digit, which they share, each has a histogram
+// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample. Only two digits
+// are searched: the last 10 bits become ones in range[0] and zeros in range[1], which makes the list
+// a little longer, and never wrong. One block a tensor, 16 KiB; both searches share the first histogram.
 #define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[2][DROPIT_BINS];
-    __shared__ unsigned long long pair_sums[32];
-    __shared__ Search search[2];
-    const Selection& s = all.of[blockIdx.x];
-    const int per_thread = DROPIT_BINS / RANGE_THREADS, first_bin = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread;
-    Search high = {0, 32, 0, s.rank_high}, low = {0, 32, 0, s.rank_low};
-    if (threadIdx.x == 0) { s.s.search->candidates = 0; }
-    for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
-    __syncthreads();
+    __shared__ unsigned warp_sums[32];
+    __shared__ Search searches[2];
+    const Selection& s = all.tensors[blockIdx.x];
+    DropChoice sample = s;
+    sample.x = s.sample;
+    sample.d.n = DROPIT_TILE;
+    if (threadIdx.x == 0) {
+        searches[0] = {0, 32, 0, s.rank_high};
+        searches[1] = {0, 32, 0, s.rank_low};
+        s.search->candidates = 0;
+    }
     for (int digit = 0; digit < 2; digit++) {
-        const unsigned* low_counts = counts[digit];
+        for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
+        __syncthreads();
+        const Search high = searches[0], low = searches[1];
         for (int w = threadIdx.x; w < TILE_WORDS; w += RANGE_THREADS) {
-            count_word<false>(counts[0], NULL, s.s.sample, w * 32, DROPIT_TILE, DropRule{}, high, digit == 0);
-            if (digit > 0) { count_word<false>(counts[1], NULL, s.s.sample, w * 32, DROPIT_TILE, DropRule{}, low, false); }
+            count_word<false>(counts[0], NULL, sample, w * 32, high, digit == 0);
+            if (digit > 0) { count_word<false>(counts[1], NULL, sample, w * 32, low, false); }
         }
         __syncthreads();
-        unsigned long long mine = 0, sum; // of the lower's histogram << 32 | of the higher's
-        for (int j = 0; j < per_thread; j++) { mine += (unsigned long long)low_counts[first_bin - j] << 32 | counts[0][first_bin - j]; }
-        const unsigned long long above = block_exclusive_sum(mine, pair_sums, &sum);
-        search_bins(&search[0], high, counts[0], first_bin, (unsigned)above, (unsigned)mine);
-        search_bins(&search[1], low, low_counts, first_bin, above >> 32, mine >> 32);
-        for (int j = 0; j < per_thread; j++) { counts[0][first_bin - j] = 0; } // nobody else reads them any more
-        __syncthreads();
-        high = search[0];
-        low = search[1];
+        search_digit(&searches[0], counts[0], warp_sums);
+        search_digit(&searches[1], counts[digit], warp_sums);
     }
     if (threadIdx.x == 0) {
-        s.s.range[0] = search_key(&high) | ((1u << high.bits) - 1);
-        s.s.range[1] = search_key(&low);
+        s.range[0] = search_key(&searches[0]) | ((1u << searches[0].bits) - 1);
+        s.range[1] = search_key(&searches[1]);
     }
 }
 
-// tile_counts[tile] = (elements above the sampled range, 0); lists the elements within the range, in any order. Counts NaN and Inf.
-// One block a tile. A block collects what it finds in shared memory, 8 KiB (fp32: 12), so that it waits once for a place in the
-// list, and writes there in whole lines; what does not fit goes there one by one
+// tile_counts[tile] = (elements above the sampled range, 0). list = the elements in the range, in any
+// order. not_finite += NaNs and Infs. One block a tile. It collects what it finds in 8 KiB of
+// shared memory (fp32: 12), so as to wait once for a place in the list and to write whole lines there;
+// what does not fit goes to the list at once.
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
     __shared__ floatX found_values[MAX_FOUND];
-    __shared__ unsigned short found_places[MAX_FOUND];
+    __shared__ unsigned short found_places[MAX_FOUND]; // in the tile
     __shared__ unsigned found, full, above, list_begin;
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
-    const unsigned high = s.s.range[0], low = s.low_is_zero ? 0 : s.s.range[1];
-    const size_t begin = (size_t)tile * DROPIT_TILE, n = s.d.n, capacity = s.list_capacity;
+    const unsigned high = s.range[0], low = s.low_is_zero ? 0 : s.range[1];
+    const size_t begin = (size_t)tile * DROPIT_TILE, capacity = s.list_capacity;
     unsigned mine = 0, top = 0;
     if (threadIdx.x == 0) {
         found = above = 0;
         full = MAX_FOUND;
     }
     __syncthreads();
-    // neighbours in a warp read neighbouring words; a pair is two words DROPIT_THREADS apart
+    // neighbours in a warp read neighbouring words; a thread has two at a time, DROPIT_THREADS apart
     for (int w = 0; w < THREAD_WORDS; w += 2) {
         unsigned words[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             floatX v[32];
             unsigned keys[32];
-            const unsigned valid = load_word(v, s.x, begin + ((w + h) * DROPIT_THREADS + threadIdx.x) * 32, n);
-            word_keys<false>(keys, v, 0, DropRule{});
-            words[h] = between_mask(keys, low, high) & valid;
+            const unsigned word = (w + h) * DROPIT_THREADS + threadIdx.x;
+            const unsigned valid = load_keys<false>(v, keys, s, begin + word * 32);
+            unsigned between = 0; // low <= key <= high
+            for (int j = 0; j < 32; j++) { between |= keys[j] - low <= high - low ? 1u << j : 0u; }
+            words[h] = between & valid;
             mine += count_above(keys, high);
             for (int j = 0; j < 32; j++) { top = max(top, keys[j]); }
         }
@@ -2509,8 +2568,8 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
         if (few == 0) { continue; }
         unsigned at = atomicAdd_block(&found, few);
         const bool room = at + few <= MAX_FOUND;
-        if (!room && at <= MAX_FOUND) { full = at; } // of one thread: those before it had room, those behind it have none
-        if (!room) { at = atomicAdd(&s.s.search->candidates, few); }
+        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it notes how far it is filled
+        if (!room) { at = atomicAdd(&s.search->candidates, few); }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const unsigned place0 = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
@@ -2521,93 +2580,90 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
                     found_values[at] = word_x[j];
                     found_places[at] = (unsigned short)(place0 + j);
                 } else if (at < capacity) {
-                    s.s.list_values[at] = word_x[j];
-                    s.s.list_indices[at] = (unsigned)begin + place0 + j;
+                    s.list_values[at] = word_x[j];
+                    s.list_indices[at] = (unsigned)begin + place0 + j;
                 }
             }
         }
     }
     if (mine > 0) { atomicAdd_block(&above, mine); }
-    if (top >= INFINITY_KEY) { // rare: only now are they counted
-        unsigned bad = 0;
-        for (int w = 0; w < THREAD_WORDS; w++) {
-            floatX v[32];
-            unsigned keys[32];
-            load_word(v, s.x, begin + (w * DROPIT_THREADS + threadIdx.x) * 32, n);
-            word_keys<false>(keys, v, 0, DropRule{});
-            bad += count_above(keys, INFINITY_KEY - 1);
-        }
-        atomicAdd(s.s.not_finite, bad);
+    for (int w = 0; top >= INFINITY_KEY && w < THREAD_WORDS; w++) { // rare: only now are they counted
+        floatX v[32];
+        unsigned keys[32];
+        load_keys<false>(v, keys, s, begin + (w * DROPIT_THREADS + threadIdx.x) * 32);
+        count_not_finite(s.not_finite, v);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         found = min(found, full);
-        list_begin = atomicAdd(&s.s.search->candidates, found);
-        s.s.tile_counts[tile] = make_uint2(above, 0);
+        list_begin = atomicAdd(&s.search->candidates, found);
+        s.tile_counts[tile] = make_uint2(above, 0);
     }
     __syncthreads();
     for (unsigned i = threadIdx.x; i < found && list_begin + i < capacity; i += DROPIT_THREADS) {
-        s.s.list_values[list_begin + i] = found_values[i];
-        s.s.list_indices[list_begin + i] = (unsigned)begin + found_places[i];
+        s.list_values[list_begin + i] = found_values[i];
+        s.list_indices[list_begin + i] = (unsigned)begin + found_places[i];
     }
 }
 
-// starts the search for the k largest: in the list if that holds the threshold, else in x. One block of 256 threads a tensor
+// Starts the search for the k-th largest key: in the list if it is there, else in x. One block a tensor
 __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
-    const Selection& s = all.of[blockIdx.x];
-    const unsigned k = (unsigned)s.d.k;
+    const Selection& s = all.tensors[blockIdx.x];
+    Search* search = s.search;
+    const unsigned k = (unsigned)s.d.k, low = s.low_is_zero ? 0 : s.range[1];
     unsigned mine = 0, above;
-    for (unsigned t = threadIdx.x; t < s.tiles; t += blockDim.x) { mine += s.s.tile_counts[t].x; }
+    for (unsigned t = threadIdx.x; t < s.tiles; t += blockDim.x) { mine += s.tile_counts[t].x; }
     block_exclusive_sum(mine, warp_sums, &above);
-    const unsigned candidates = s.s.search->candidates, low = s.low_is_zero ? 0 : s.s.range[1];
+    const unsigned candidates = s.search->candidates;
     const bool listed = candidates <= s.list_capacity && above < k && k - above <= candidates;
     if (threadIdx.x == 0) {
-        s.s.search->search = listed ? Search{low, 32 - __clz((int)(s.s.range[0] - low)), 0, k - above} : Search{0, 32, 0, k};
-        s.s.search->listed = listed ? candidates : 0;
+        const int bits = 32 - __clz((int)(s.range[0] - low)); // in which the list's keys differ
+        *search = listed ? Search{low, bits, 0, k - above} : Search{0, 32, 0, k};
+        s.search->listed = listed ? candidates : 0;
     }
-    for (unsigned t = threadIdx.x; t < s.tiles && !listed; t += blockDim.x) { s.s.tile_counts[t].x = 0; }
-    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.s.histogram[b] = 0; }
+    for (unsigned t = threadIdx.x; t < s.tiles && !listed; t += blockDim.x) { s.tile_counts[t].x = 0; }
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
-// one digit of the search over a whole tensor (blockIdx.y): histogram += counts. A block counts in shared memory, 8 KiB, and reads
-// 4,096 elements at a time
+// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x; blockIdx.y is the tensor.
+// A block counts in shared memory, 8 KiB, and reads pieces of 4,096 elements.
 #define HISTOGRAM_PIECE (DROPIT_TILE / 4)
 __global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
-    __shared__ uint4 counts[DROPIT_BINS / 4];
-    const Selection& s = all.of[blockIdx.y];
-    const Search now = s.s.search->search;
-    const unsigned listed = s.s.search->listed;
-    const floatX* x = listed > 0 ? s.s.list_values : s.x;
-    const size_t end = listed > 0 ? listed : s.d.n;
-    if (now.bits <= KEY_ZEROS) { return; }
-    if ((size_t)blockIdx.x * HISTOGRAM_PIECE >= end) { return; }
-    for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = make_uint4(0, 0, 0, 0); }
+    __shared__ Pack<4, unsigned> counts[DROPIT_BINS / 4];
+    const Selection& s = all.tensors[blockIdx.y];
+    const Search now = *s.search;
+    const unsigned listed = s.search->listed;
+    DropChoice from = s;
+    if (listed > 0) {
+        from.x = s.list_values;
+        from.d.n = listed;
+    }
+    const size_t own = (size_t)blockIdx.x * HISTOGRAM_PIECE; // the block's first piece
+    if (now.bits <= KEY_ZEROS || own >= from.d.n) { return; }
+    for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = {}; }
     __syncthreads();
-    for (size_t begin = (size_t)blockIdx.x * HISTOGRAM_PIECE; begin < end; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
-        for (size_t i = begin + threadIdx.x * 32; i < begin + HISTOGRAM_PIECE; i += DROPIT_THREADS * 32) {
-            count_word<false>((unsigned*)counts, NULL, x, i, end, DropRule{}, now, first);
+    for (size_t begin = own; begin < from.d.n; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
+        for (size_t i = threadIdx.x * 32; i < HISTOGRAM_PIECE; i += DROPIT_THREADS * 32) {
+            count_word<false>((unsigned*)counts, NULL, from, begin + i, now, first);
         }
-        __syncthreads(); // the block reads its pieces one after the other, and with them whole pages
+        __syncthreads(); // the block reads one piece after the other, and so whole pages of memory
     }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) {
-        const uint4 c = counts[b];
-        unsigned* to = s.s.histogram + 4 * b;
-        if ((c.x | c.y | c.z | c.w) == 0) { continue; }
-        if (c.x > 0) { atomicAdd(to, c.x); }
-        if (c.y > 0) { atomicAdd(to + 1, c.y); }
-        if (c.z > 0) { atomicAdd(to + 2, c.z); }
-        if (c.w > 0) { atomicAdd(to + 3, c.w); }
+        const Pack<4, unsigned> c = counts[b];
+        for (int j = 0; j < 4; j++) {
+            if (c.v[j] > 0) { atomicAdd(&s.histogram[4*b + j], c.v[j]); }
+        }
     }
 }
 
-// moves the search by the digit just counted; leaves the histogram zero. One block of 256 threads a tensor
+// moves the search by the digit just counted, and clears the histogram. One block a tensor
 __global__ void dropit_search_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
-    const Selection& s = all.of[blockIdx.x];
-    if (s.s.search->search.bits <= KEY_ZEROS) { return; }
-    search_digit(&s.s.search->search, s.s.histogram, warp_sums);
-    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.s.histogram[b] = 0; }
+    const Selection& s = all.tensors[blockIdx.x];
+    if (s.search->bits <= KEY_ZEROS) { return; }
+    search_digit(s.search, s.histogram, warp_sums);
+    for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
 __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned equal) {
@@ -2615,64 +2671,63 @@ __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned eq
     if (equal > 0) { atomicAdd(&tile_count->y, equal); }
 }
 
-// tile_counts[tile] += (elements above the threshold, elements equal to it), of the list or of x. One block a tile of x
+// tile_counts[tile] += (elements above the threshold, equal to it), of the list or of x. One block a tile
 __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
     unsigned block;
     const Selection& s = selection_of(all, blockIdx.x, &block);
-    const unsigned key = search_key(&s.s.search->search), listed = s.s.search->listed;
+    const unsigned key = search_key(s.search), listed = s.search->listed;
     const size_t segment = (size_t)block * blockDim.x + threadIdx.x;
-    unsigned above = 0, equal = 0;
     if (listed == 0) {
+        unsigned above = 0, equal = 0;
         for (int w = 0; w < THREAD_WORDS; w++) {
             floatX v[32];
             unsigned keys[32];
-            const unsigned valid = load_word(v, s.x, segment * DROPIT_SEGMENT + w * 32, s.d.n);
-            word_keys<false>(keys, v, 0, DropRule{});
+            const unsigned valid = load_keys<false>(v, keys, s, segment * DROPIT_SEGMENT + w * 32);
             above += count_above(keys, key);
             equal += __popc(equal_mask(keys, key, 0) & valid);
         }
-        add_counts(&s.s.tile_counts[block], above, equal);
-    } else {
-        for (size_t begin = segment * 32; begin < listed; begin += (size_t)s.tiles * blockDim.x * 32) {
-            unsigned tile = s.s.list_indices[begin] / DROPIT_TILE; // neighbours in the list are mostly of one tile
-            for (size_t i = begin; i < begin + 32 && i < listed; i++) {
-                const unsigned own = s.s.list_indices[i] / DROPIT_TILE, own_key = magnitude_key(s.s.list_values[i]);
-                if (own != tile) {
-                    add_counts(&s.s.tile_counts[tile], above, equal);
-                    tile = own;
-                    above = equal = 0;
-                }
-                above += own_key > key;
-                equal += own_key == key;
+        add_counts(&s.tile_counts[block], above, equal);
+        return;
+    }
+    for (size_t begin = segment * 32; begin < listed; begin += (size_t)s.tiles * blockDim.x * 32) {
+        // neighbours in the list are mostly of one tile, so that their counts are added together
+        unsigned tile = s.list_indices[begin] / DROPIT_TILE, above = 0, equal = 0;
+        for (size_t i = begin; i < begin + 32 && i < listed; i++) {
+            const unsigned own = s.list_indices[i] / DROPIT_TILE, own_key = magnitude_key(s.list_values[i]);
+            if (own != tile) {
+                add_counts(&s.tile_counts[tile], above, equal);
+                tile = own;
+                above = equal = 0;
             }
-            add_counts(&s.s.tile_counts[tile], above, equal);
-            above = equal = 0;
+            above += own_key > key;
+            equal += own_key == key;
         }
+        add_counts(&s.tile_counts[tile], above, equal);
     }
 }
 
-// the end of a search: threshold, and how many kept elements lie before each tile. One block of 256 threads a tensor
+// Ends the search: thresholds[0], and tile_offsets[tile] = kept elements before it. One block a tensor
 #define OFFSETS_THREADS 256
 __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
-    __shared__ unsigned tie_tile;
-    __shared__ unsigned tie_rank;
-    const Selection& s = all.of[blockIdx.x];
-    const unsigned key = search_key(&s.s.search->search), ties = s.s.search->search.remaining;
+    __shared__ unsigned tie_tile, tie_rank; // the last kept tie is the tie_rank-th in this tile
+    const Selection& s = all.tensors[blockIdx.x];
+    const unsigned key = search_key(s.search), ties = s.search->remaining;
     Threshold* threshold = s.d.thresholds;
     if (threadIdx.x == 0) { *threshold = {key, 0}; }
-    const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread, last = min(first + per_thread, s.tiles);
+    const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread;
+    const unsigned last = min(first + per_thread, s.tiles);
     unsigned long long mine = 0, sum; // above << 32 | equal
 #pragma unroll 4
     for (unsigned tile = first; tile < last; tile++) {
-        mine += (unsigned long long)s.s.tile_counts[tile].x << 32 | s.s.tile_counts[tile].y;
+        mine += (unsigned long long)s.tile_counts[tile].x << 32 | s.tile_counts[tile].y;
     }
     const unsigned long long before = block_exclusive_sum(mine, pair_sums, &sum);
     unsigned above = before >> 32, equal = (unsigned)before;
     for (unsigned tile = first; tile < last; tile++) {
-        const uint2 count = s.s.tile_counts[tile];
-        s.s.tile_offsets[tile] = above + min(equal, ties);
+        const uint2 count = s.tile_counts[tile];
+        s.tile_offsets[tile] = above + min(equal, ties);
         if (equal < ties && ties <= equal + count.y) {
             tie_tile = tile;
             tie_rank = ties - equal;
@@ -2682,11 +2737,13 @@ __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     }
     __syncthreads();
     if (ties > 0) {
-        find_tie<false>(&threshold->tie_end, s.x, (size_t)tie_tile * DROPIT_TILE, s.d.n, DropRule{}, key, tie_rank, warp_sums);
+        const size_t begin = (size_t)tie_tile * DROPIT_TILE;
+        const int each = TILE_WORDS / OFFSETS_THREADS;
+        find_tie<false, each>(&threshold->tie_end, s, begin, key, tie_rank, warp_sums);
     }
 }
 
-// fastmink and random: the threshold of each tile. One block a tile; 8 KiB of shared memory
+// fastmink and random: thresholds[tile]. One block a tile, 8 KiB of shared memory
 template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[DROPIT_BINS];
     __shared__ unsigned warp_sums[32];
@@ -2694,9 +2751,9 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
     Threshold* threshold = &s.d.thresholds[tile];
-    const size_t begin = (size_t)tile * DROPIT_TILE, n = s.d.n;
+    const size_t begin = (size_t)tile * DROPIT_TILE;
     if (threadIdx.x == 0) {
-        search = {0, 32, 0, begin + DROPIT_TILE <= n ? s.k_tile : s.k_last};
+        search = {0, 32, 0, begin + DROPIT_TILE <= s.d.n ? s.k_tile : s.k_last};
         threshold->tie_end = 0;
     }
     for (bool first = true; first || search.bits > (HASHED ? 0 : KEY_ZEROS); first = false) {
@@ -2704,50 +2761,35 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
         __syncthreads();
         const Search now = search;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            count_word<HASHED>(counts, s.s.not_finite, s.x, begin + (threadIdx.x * THREAD_WORDS + w) * 32, n, s.rule, now, first);
+            const unsigned word = threadIdx.x * THREAD_WORDS + w;
+            count_word<HASHED>(counts, s.not_finite, s, begin + word * 32, now, first);
         }
         __syncthreads();
         search_digit(&search, counts, warp_sums);
     }
-    const Search done = search;
-    if (threadIdx.x == 0) { threshold->key = search_key(&done); }
-    if (done.remaining > 0) { find_tie<HASHED>(&threshold->tie_end, s.x, begin, n, s.rule, search_key(&done), done.remaining, warp_sums); }
+    const unsigned key = search_key(&search), ties = search.remaining;
+    if (threadIdx.x == 0) { threshold->key = key; }
+    if (ties > 0) { find_tie<HASHED, THREAD_WORDS>(&threshold->tie_end, s, begin, key, ties, warp_sums); }
 }
 
-// Packing gives a warp 4,096 elements, in groups of 32 runs: a lane has a run of neighbours in each. In bf16 a run has 8 elements, so that a
-// warp's accesses are whole lines; in fp32, where products take ten times as long and bandwidth is no concern, 32, which costs a CPU less.
-// Bit b of a mask belongs to element b % PACK_RUN of the lane's run in group b / PACK_RUN of the mask's: this is where it lies from the
-// lane's first element on
+// A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
+// four masks. In bf16 a run has 8 elements, for a warp then reads whole lines of memory; in fp32, where
+// a GPU's products take so long that this does not matter, it has 32, which costs a CPU less.
 #define PACK_THREADS 128
-#define PACK_RUN (sizeof(floatX) == 2 ? 8 : 32)
-#define PACK_GROUPS (128 / PACK_RUN) // of a warp
-__device__ inline size_t pack_place(int b) { return (size_t)(b / PACK_RUN) * 32 * PACK_RUN + b % PACK_RUN; }
+#define PACK_GROUPS (128 / PACK_RUN)
+typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
 
-// of the 32 elements of a mask those whose index is below end
-__device__ inline unsigned below_mask(size_t first, size_t end) {
-    unsigned mask = 0;
-    for (int q = 0; q < 32; q += 8) {
-        const size_t i = first + pack_place(q);
-        mask |= (i + 8 <= end ? 255u : i < end ? (1u << (end - i)) - 1 : 0u) << q;
-    }
-    return mask;
+// the bits of group q in the lowest places; those above are of other groups
+__device__ inline unsigned group_bits(const unsigned* words, int q) {
+    return words[q * PACK_RUN / 32] >> q * PACK_RUN % 32;
+}
+// The count of group q. Four words count the kept elements of each group: fp32 in 32 bits a group, bf16
+// in 8 bits, which are enough for the 31 lanes before a lane.
+__device__ inline unsigned group_count(const unsigned* counts, int q) {
+    return group_bits(counts, q) & (PACK_RUN == 8 ? 255 : ~0u);
 }
 
-// Kept elements of a warp's groups, of a lane or of the lanes before it. bf16: 16 fields of 8 bits, 248 at most; with the lane's own there
-// may be 256, which carries into the next field, and subtracting the lane's own takes that back. fp32: 4 of 32 bits
-struct GroupCounts {
-    unsigned of[4];
-};
-struct AddGroupCounts {
-    __device__ GroupCounts operator()(GroupCounts a, GroupCounts b) const {
-        return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2], a.of[3] + b.of[3]}};
-    }
-};
-// bits of a word that belong to group q, at the lowest places; what is above them is of other groups
-__device__ inline unsigned group_bits(const unsigned* words, int q) { return words[q * PACK_RUN / 32] >> q * PACK_RUN % 32; }
-__device__ inline unsigned group_count(const GroupCounts& c, int q) { return PACK_RUN == 8 ? group_bits(c.of, q) & 255 : c.of[q]; }
-
-// the bits of each run in a word, counted
+// how many ones each run of a mask has
 __device__ inline unsigned run_counts(unsigned word) {
     if (PACK_RUN == 32) { return __popc(word); }
     word -= word >> 1 & 0x55555555;
@@ -2755,48 +2797,46 @@ __device__ inline unsigned run_counts(unsigned word) {
     return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// Bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines its values up in shared memory (19 KiB
-// for the block) and writes them as one run; more than MAX_STAGED, as at gamma 0.3, and those of fp32 go to their places one by one
-#define MAX_STAGED 2304
-template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
-    typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits;
-    const int most = PACK_RUN == 8 ? MAX_STAGED : 0;
-    __shared__ Pack<8> staged[PACK_THREADS / 32][most / 8 + 1 + 32 / 8]; // room for alignment, and a place a lane for what is not kept
-    __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1];      // values of the warp before each group; all of them
+// the mask of the kept elements among those of the word at element i in this tile
+template <bool HASHED> __device__ __forceinline__
+unsigned kept_mask(const Selection& s, Threshold t, unsigned tile, size_t i) {
+    const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE;
+    floatX v[32];
+    unsigned keys[32];
+    const unsigned valid = load_keys<HASHED, true>(v, keys, s, i);
+    // a tile keeps all of its ties or none, so that one comparison decides; only in one tile both occur
+    const bool all_ties = t.tie_end >= end;
+    unsigned mask = all_ties && t.key == 0 ? ~0u : above_mask(keys, t.key - all_ties);
+    if (begin < t.tie_end && !all_ties) {
+        mask |= equal_mask(keys, t.key, 0) & below_mask<true>(i, t.tie_end);
+    }
+    return mask & valid;
+}
+
+// bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines
+// its values up in shared memory (19 KiB a block) and writes them as one run. If there are more than
+// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values.
+#define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
+template <bool HASHED>
+__global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
+    // for each warp: its values, 8 for alignment, and for each lane a place for what is not kept
+    __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8];
+    __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1]; // values before each group; at last all
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
-    const Threshold t = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
+    const Threshold threshold = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
     const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
-    const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE, n = s.d.n;
+    const size_t n = s.d.n, begin = (size_t)tile * DROPIT_TILE;
     const size_t first = begin + own_warp * 4096 + lane * PACK_RUN; // the lane's first element
-    // ties end before this tile or behind it, but for one tile: a single comparison decides
-    const bool ties_end_here = begin < t.tie_end && t.tie_end < end, all_ties = t.tie_end >= end;
-    unsigned words[4];
-    GroupCounts counts;
+    unsigned words[4], counts[4], before[4]; // before: the counts of all lanes before this one
 #pragma unroll
     for (int h = 0; h < 4; h++) {
-        const size_t i = first + h * 1024;
-        floatX v[32];
-        unsigned keys[32];
-        if (end <= n) {
-            for (int b = 0; b < 32; b += 8) { *(Pack<8>*)(v + b) = *(const Pack<8>*)(s.x + i + pack_place(b)); }
-        } else {
-            for (int b = 0; b < 32; b++) { v[b] = i + pack_place(b) < n ? s.x[i + pack_place(b)] : (floatX)0.0f; }
-        }
-        if constexpr (HASHED) {
-            for (int b = 0; b < 32; b++) { keys[b] = drop_key<true>(v[b], i + pack_place(b), s.rule); }
-        } else {
-            magnitude_keys(keys, v);
-        }
-        if (ties_end_here) { words[h] = above_mask(keys, t.key) | (equal_mask(keys, t.key, 0) & below_mask(i, t.tie_end)); }
-        else if (all_ties && t.key == 0) { words[h] = ~0u; }
-        else { words[h] = above_mask(keys, t.key - all_ties); }
-        if (end > n) { words[h] &= below_mask(i, n); }
-        counts.of[h] = run_counts(words[h]);
+        words[h] = kept_mask<HASHED>(s, threshold, tile, first + h * 1024);
+        counts[h] = run_counts(words[h]);
     }
-    GroupCounts before = cg::inclusive_scan(warp, counts, AddGroupCounts());
-    for (int h = 0; h < 4; h++) { before.of[h] -= counts.of[h]; }
+#pragma unroll
+    for (int h = 0; h < 4; h++) { before[h] = cg::exclusive_scan(warp, counts[h], cg::plus<unsigned>()); }
     if (lane == 31) {
         unsigned start = 0;
 #pragma unroll
@@ -2809,7 +2849,8 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
     __syncthreads();
     const unsigned* group_starts = starts[own_warp];
     const unsigned count = group_starts[PACK_GROUPS];
-    unsigned run = s.rule.strategy == MINK ? s.s.tile_offsets[tile] : tile * s.k_tile; // where the warp's values begin
+    // where the warp's values begin
+    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile;
     for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
     RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
@@ -2820,12 +2861,13 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
             if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group_count(before, q); }
         }
     }
-    if (PACK_RUN == 8 && end <= n && count <= MAX_STAGED) {
-        const unsigned shift = run % 8, unused = most + 8 + lane; // places in shared memory and in values are aligned alike
+    if (PACK_RUN == 8 && begin + DROPIT_TILE <= n && count <= MAX_STAGED) {
+        const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // with shift, own and to are aligned alike
         floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
 #pragma unroll
         for (int q = 0; q < PACK_GROUPS; q++) {
-            const Pack<8> p = *(const Pack<8>*)(from + q * 32 * PACK_RUN); // again, from cache: in registers they would leave room for few warps
+            // read again, from cache: kept in registers since then, they would leave room for few warps
+            const Pack<8> p = *(const Pack<8>*)(from + q * 32 * PACK_RUN);
             const unsigned bits = group_bits(words, q);
             unsigned at = shift + group_starts[q] + group_count(before, q);
             bits_to[q * 32] = (RunBits)bits;
@@ -2855,10 +2897,12 @@ template <bool HASHED> __global__ void __launch_bounds__(PACK_THREADS, 8) dropit
     }
 }
 
-// out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a segment: it finds its values by
-// counting the segment's bits before its own. V == 1: begin, end or `out` are not aligned to 8 elements
-template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
-                                                      size_t begin, size_t end) {
+// out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a
+// segment; a thread finds its values by counting the segment's bits before its own. V 8: begin, end and
+// out are aligned to 8.
+template <int V>
+__global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
+                                     size_t begin, size_t end) {
     const size_t i = (begin / 8 + (size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i < end) {
         const size_t segment = i / DROPIT_SEGMENT;
@@ -2869,31 +2913,25 @@ template <int V> __global__ void dropit_unpack_kernel(floatX* out, const floatX*
             before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
         }
         const bitsX* in = (const bitsX*)values + before;
-        unsigned k = 0; // of the kept elements, the next
+        unsigned k = 0; // index in `in` of the next kept value
         bitsX* to = (bitsX*)out + (i - begin);
+        Pack<8, bitsX> p;
+        for (int j = 0; j < 8; j++) { // no branches: in[k] is read for a dropped element, too, and masked
+            const unsigned bit = byte >> j & 1;
+            p.v[j] = in[k] & (0u - bit);
+            k += bit;
+        }
         if (V == 8) {
-            const int N = 16 / sizeof(bitsX); // elements of one access
-            for (int h = 0; h < 8; h += N) {
-                Pack<N, bitsX> p; // no branches: a value is read whether its element is kept or not (there is room for it), and masked
-                for (int j = 0; j < N; j++) {
-                    const unsigned bit = byte >> (h + j) & 1;
-                    p.v[j] = in[k] & (0u - bit);
-                    k += bit;
-                }
-                *(Pack<N, bitsX>*)(to + h) = p;
-            }
+            *(Pack<8, bitsX>*)to = p;
         } else {
-            for (int j = 0; j < 8; j++) {
-                const unsigned bit = byte >> j & 1;
-                if (i + j >= begin && i + j < end) { to[j] = in[k] & (0u - bit); }
-                k += bit;
-            }
+            for (int j = 0; j < 8; j++) { if (i + j >= begin && i + j < end) { to[j] = p.v[j]; } }
         }
     }
 }
 
-// x[i - begin] = i kept ? itself : 0, for begin <= i < begin + n: a recomputed chunk becomes what unpacking would give
-template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
+// x[i - begin] = i kept ? itself : 0, for begin <= i < begin + n. A thread has V elements
+template <bool HASHED, int V>
+__global__ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
     const size_t first = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (first < n) {
         const size_t i = begin + first;
@@ -2907,146 +2945,112 @@ template <bool HASHED, int V> __global__ void dropit_mask_kernel(floatX* x, cons
     }
 }
 
-// or mink's masking. An element is kept when its rounded magnitude is at least the threshold's, that is when its own is at least
-// the smallest that rounds to it: one comparison and one selection an element. Infs and NaNs stay
-// the smallest magnitude that rounds to a key of at least (above: more than) this one
-__device__ inline float least_kept(unsigned key, bool above) {
-    const unsigned magnitude = (key >> KEY_ZEROS) + above; // the bits of a floatX without its sign
-    unsigned bits = magnitude;
-    if (sizeof(floatX) == 2) { bits = magnitude > 0 ? (magnitude << 16) - 0x8000 + (magnitude & 1) : 0; } // half of a step below; ties go to even
-    return __uint_as_float(min(bits, 0x7f800000u));
+// adds the scratch of dropit_select to the plan; the caller provides not_finite
+void dropit_plan(Plan* plan, DropScratch* s, size_t tiles, size_t list) {
+    const size_t m = MAX_SELECTIONS;
+    plan_add(plan, SCRATCH, "search", "", "(4)", &s->search, m * sizeof(TensorSearch));
+    plan_add(plan, SCRATCH, "histogram", "", "(4, 2048)", &s->histogram, m * DROPIT_BINS * sizeof(unsigned));
+    plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &s->tile_counts, tiles * sizeof(uint2));
+    plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &s->tile_offsets, tiles * sizeof(unsigned));
+    plan_add(plan, SCRATCH, "sample", "", "(4, 16384)", &s->sample, m * DROPIT_TILE * sizeof(floatX));
+    plan_add(plan, SCRATCH, "range", "", "(4, 2)", &s->range, m * 2 * sizeof(unsigned));
+    plan_add(plan, SCRATCH, "list values", "", "(list)", &s->list_values, list * sizeof(floatX));
+    plan_add(plan, SCRATCH, "list indices", "", "(list)", &s->list_indices, list * sizeof(unsigned));
 }
 
-template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
-    const Threshold t = *threshold;
-    const size_t first = begin + i;
-    if (first + V <= t.tie_end || first >= t.tie_end) {
-        const float least = least_kept(t.key, first >= t.tie_end);
-        for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least ? 0.0f : v[j]; }
-    } else {
-        for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least_kept(t.key, first + j >= t.tie_end) ? 0.0f : v[j]; }
-    }
-}
-
-// a tensor to choose from, under which rule
-typedef struct {
-    const floatX* x;
-    Dropped d;
-    DropRule rule;
-} DropChoice;
-
-// one tensor as its kernels see it
+// one tensor as the kernels see it
 Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
     const size_t n = c->d.n;
-    // 5 standard deviations of the number of kept elements in a sample, and 2 for rounding
+    // the sample has about `kept` of the k largest; the range goes 5 standard deviations to both sides
     const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
     const bool low_is_zero = kept + margin > DROPIT_TILE;
-    return Selection{c->x, c->d, c->rule, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0,
-                     (unsigned)dropit_tiles(n), kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin),
-                     low_is_zero, dropit_list_capacity(n), *scratch};
+    return Selection{*c, *scratch, (unsigned)dropit_keep(DROPIT_TILE, gamma),
+                     (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0, (unsigned)dropit_tiles(n),
+                     kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin),
+                     low_is_zero, dropit_list_capacity(n)};
 }
 
-// the blocks of a launch with one a tile
-static unsigned place_tiles(Selections* all, int count) {
-    unsigned tiles = 0;
-    for (int i = 0; i < count; i++) {
-        all->of[i].first_tile = tiles;
-        tiles += all->of[i].tiles;
-    }
-    return tiles;
-}
+#define DROPIT_LAUNCH(kernel, threads, blocks, ...) do { \
+    kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
-// the thresholds of up to MAX_SELECTIONS tensors under one strategy, and their bitmaps and values where they are stored
-void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma, cudaStream_t stream) {
+// Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap,
+// offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it.
+void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma,
+                   cudaStream_t stream) {
     Selections all = {}, stored = {};
     DropScratch rest = *scratch;
-    unsigned most_tiles = 0;
+    unsigned tiles = 0, most_tiles = 0, stored_tiles = 0;
     int num_stored = 0;
     const int strategy = choices[0].rule.strategy;
     for (int i = 0; i < count; i++) {
-        const Dropped d = choices[i].d;
-        const unsigned tiles = (unsigned)dropit_tiles(d.n);
-        all.of[i] = dropit_selection(&choices[i], &rest, gamma);
+        Selection* s = &all.tensors[i];
+        *s = dropit_selection(&choices[i], &rest, gamma);
         rest.search++;
         rest.histogram += DROPIT_BINS;
-        rest.tile_counts += tiles;
-        rest.tile_offsets += tiles;
+        rest.tile_counts += s->tiles;
+        rest.tile_offsets += s->tiles;
         rest.sample += DROPIT_TILE;
         rest.range += 2;
-        rest.list_values += align_up(dropit_list_capacity(d.n));
-        rest.list_indices += align_up(dropit_list_capacity(d.n));
-        if (tiles > most_tiles) { most_tiles = tiles; }
-        if (d.offsets != NULL) { stored.of[num_stored++] = all.of[i]; }
-    }
-    const unsigned tiles = place_tiles(&all, count), stored_tiles = place_tiles(&stored, num_stored);
-    if (strategy == MINK) {
-        dropit_sample_kernel<<<dim3(DROPIT_TILE / 4 / 64, count), 64, 0, stream>>>(all);
-        dropit_range_kernel<<<count, RANGE_THREADS, 0, stream>>>(all);
-        dropit_candidates_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(all);
-        dropit_start_kernel<<<count, 256, 0, stream>>>(all);
-        const unsigned full = 16 * num_multiprocessors, blocks = most_tiles < full ? most_tiles : full; // each ends with up to 2,048 additions
-        const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, the rest of the 32 are zero
-        for (int digit = 0; digit < digits; digit++) {
-            dropit_histogram_kernel<<<dim3(blocks, count), DROPIT_THREADS, 0, stream>>>(all, digit == 0);
-            dropit_search_kernel<<<count, 256, 0, stream>>>(all);
+        rest.list_values += align_up(s->list_capacity);
+        rest.list_indices += align_up(s->list_capacity);
+        if (s->d.offsets != NULL) {
+            stored.tensors[num_stored] = *s;
+            stored.tensors[num_stored++].first_tile = stored_tiles;
+            stored_tiles += s->tiles;
         }
-        dropit_count_kernel<<<tiles, DROPIT_THREADS, 0, stream>>>(all);
-        dropit_offsets_kernel<<<count, OFFSETS_THREADS, 0, stream>>>(all);
-    } else if (strategy == RANDOM) {
-        dropit_tile_kernel<true><<<tiles, DROPIT_THREADS, 0, stream>>>(all);
+        s->first_tile = tiles;
+        tiles += s->tiles;
+        if (s->tiles > most_tiles) { most_tiles = s->tiles; }
+    }
+    const bool hashed = strategy == RANDOM;
+    if (strategy == MINK) {
+        // each block ends with up to 2,048 atomic additions, so there are only as many as run at once
+        const unsigned full = 16 * num_multiprocessors, blocks = most_tiles < full ? most_tiles : full;
+        const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, an fp32 key 31; the others are 0
+        DROPIT_LAUNCH(dropit_sample_kernel, 64, dim3(DROPIT_TILE / 4 / 64, count), all);
+        DROPIT_LAUNCH(dropit_range_kernel, RANGE_THREADS, count, all);
+        DROPIT_LAUNCH(dropit_candidates_kernel, DROPIT_THREADS, tiles, all);
+        DROPIT_LAUNCH(dropit_start_kernel, 256, count, all);
+        for (int digit = 0; digit < digits; digit++) {
+            DROPIT_LAUNCH(dropit_histogram_kernel, DROPIT_THREADS, dim3(blocks, count), all, digit == 0);
+            DROPIT_LAUNCH(dropit_search_kernel, 256, count, all);
+        }
+        DROPIT_LAUNCH(dropit_count_kernel, DROPIT_THREADS, tiles, all);
+        DROPIT_LAUNCH(dropit_offsets_kernel, OFFSETS_THREADS, count, all);
     } else {
-        dropit_tile_kernel<false><<<tiles, DROPIT_THREADS, 0, stream>>>(all);
+        const auto kernel = hashed ? dropit_tile_kernel<true> : dropit_tile_kernel<false>;
+        DROPIT_LAUNCH(kernel, DROPIT_THREADS, tiles, all);
     }
-    if (num_stored > 0 && strategy == RANDOM) {
-        dropit_pack_kernel<true><<<stored_tiles, PACK_THREADS, 0, stream>>>(stored);
-    } else if (num_stored > 0) {
-        dropit_pack_kernel<false><<<stored_tiles, PACK_THREADS, 0, stream>>>(stored);
+    if (num_stored > 0) {
+        const auto kernel = hashed ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
+        DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
     }
-    kernelCheck();
 }
 
-// elements begin .. end-1 of the tensor as the weight gradient sees it
+// out (end - begin) = elements begin .. end-1 of the tensor, with zeros for those that were dropped
 void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
     const size_t blocks = CEIL_DIV(CEIL_DIV(end, (size_t)8) - begin / 8, (size_t)256);
-    if (vectorizable(begin | end, out)) {
-        dropit_unpack_kernel<8><<<blocks, 256, 0, stream>>>(out, d->values, d->bitmap, d->offsets, begin, end);
-    } else {
-        dropit_unpack_kernel<1><<<blocks, 256, 0, stream>>>(out, d->values, d->bitmap, d->offsets, begin, end);
-    }
-    kernelCheck();
+    const auto kernel = vectorizable(begin | end, out) ? dropit_unpack_kernel<8> : dropit_unpack_kernel<1>;
+    DROPIT_LAUNCH(kernel, 256, blocks, out, d->values, d->bitmap, d->offsets, begin, end);
 }
 
-// the same for a recomputed chunk x of elements begin .. end-1, in place
+// x (end - begin) = the same, made in place of recomputed elements begin .. end-1
 void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule rule, cudaStream_t stream) {
     const size_t n = end - begin;
-    if (rule.strategy == RANDOM) {
-        dropit_mask_kernel<true, 1><<<CEIL_DIV(n, (size_t)256), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
-    } else if (vectorizable(begin | n, x)) {
-        dropit_mask_kernel<false, VEC><<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
-    } else {
-        dropit_mask_kernel<false, 1><<<CEIL_DIV(n, (size_t)256), 256, 0, stream>>>(x, d->thresholds, begin, n, rule);
-    }
-    kernelCheck();
-}
-// the scratch of selections that run together: `tiles` and `list` are sums over their tensors
-void dropit_plan(Plan* plan, DropScratch* d, size_t tiles, size_t list) {
-    plan_add(plan, SCRATCH, "search", "", "(4)", &d->search, MAX_SELECTIONS * sizeof(TensorSearch));
-    plan_add(plan, SCRATCH, "histogram", "", "(4, 2048)", &d->histogram, MAX_SELECTIONS * DROPIT_BINS * sizeof(unsigned));
-    plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &d->tile_counts, tiles * sizeof(uint2));
-    plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &d->tile_offsets, tiles * sizeof(unsigned));
-    plan_add(plan, SCRATCH, "sample", "", "(4, 16384)", &d->sample, MAX_SELECTIONS * DROPIT_TILE * sizeof(floatX));
-    plan_add(plan, SCRATCH, "range", "", "(4, 2)", &d->range, MAX_SELECTIONS * 2 * sizeof(unsigned));
-    plan_add(plan, SCRATCH, "list values", "", "(list)", &d->list_values, list * sizeof(floatX));
-    plan_add(plan, SCRATCH, "list indices", "", "(list)", &d->list_indices, list * sizeof(unsigned));
+    const bool hashed = rule.strategy == RANDOM, packs = !hashed && vectorizable(begin | n, x);
+    const size_t blocks = CEIL_DIV(n, (size_t)256 * (packs ? VEC : 1));
+    const auto kernel = hashed ? dropit_mask_kernel<true, 1> : packs ? dropit_mask_kernel<false, VEC>
+                                                                     : dropit_mask_kernel<false, 1>;
+    DROPIT_LAUNCH(kernel, 256, blocks, x, d->thresholds, begin, n, rule);
 }
 // ---- end shared: DropIT ----------------------------------------------------
 
 // ---- shared: linear --------------------------------------------------------
-// Matrix products by cuBLASLt. Plans (descriptors and algorithm) are made once for each shape and kept: asking for an
-// algorithm costs the host more than a small product costs the GPU, and the same plan gives the same bits.
+// Matrix products by cuBLASLt. The plan of a product (descriptors, algorithm) is made once for each
+// shape: asking for an algorithm takes longer than a small product, and a plan gives the same bits.
 static cublasLtHandle_t cublaslt_handle;
-#define CUBLAS_WORKSPACE ((size_t)32 << 20) // what NVIDIA recommends for Hopper
-static void* cublas_workspace;              // a line of the plan
+#define CUBLAS_WORKSPACE ((size_t)32 << 20) // bytes; NVIDIA recommends as many for Hopper
+static void* cublas_workspace;              // memory of the model's plan
 
 typedef struct {
     int m, n, k;
@@ -3060,21 +3064,27 @@ typedef struct {
 static MatmulPlan matmul_plans[MAX_MATMUL_PLANS];
 static int num_matmul_plans;
 
-MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias, bool accumulate, bool fp32_out) {
-    for (int i = 0; i < num_matmul_plans; i++) {
-        MatmulPlan* p = &matmul_plans[i];
-        if (p->m == m && p->n == n && p->k == k && p->transA == transA && p->transB == transB && p->bias == bias &&
-            p->accumulate == accumulate && p->fp32_out == fp32_out) { return p; }
+template <class T> void matmul_set(const MatmulPlan* p, cublasLtMatmulDescAttributes_t attribute, T value) {
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, attribute, &value, sizeof(value)));
+}
+
+// the plan for a product of this shape, with a bias or without (NULL); made at the first call
+MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, const floatX* bias, bool accumulate,
+                        bool fp32_out) {
+    for (MatmulPlan* p = matmul_plans; p < matmul_plans + num_matmul_plans; p++) {
+        if (p->m == m && p->n == n && p->k == k && p->transA == transA && p->transB == transB &&
+            p->bias == (bias != NULL) && p->accumulate == accumulate && p->fp32_out == fp32_out) { return p; }
     }
     require(num_matmul_plans < MAX_MATMUL_PLANS, "more than %d shapes of matrix products", MAX_MATMUL_PLANS);
     MatmulPlan* p = &matmul_plans[num_matmul_plans++];
-    *p = MatmulPlan{m, n, k, transA, transB, bias, accumulate, fp32_out, NULL, NULL, NULL, NULL, {}};
-    const cublasOperation_t opA = transA ? CUBLAS_OP_T : CUBLAS_OP_N, opB = transB ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const cublasLtEpilogue_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    *p = MatmulPlan{m, n, k, transA, transB, bias != NULL, accumulate, fp32_out, NULL, NULL, NULL, NULL, {}};
     cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &opA, sizeof(opA)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &opB, sizeof(opB)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, transA ? CUBLAS_OP_T : CUBLAS_OP_N);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, transB ? CUBLAS_OP_T : CUBLAS_OP_N);
+    if (bias != NULL) { // some versions of cuBLAS find an algorithm only if they know the pointer
+        matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+        matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    }
     cublasCheck(cublasLtMatrixLayoutCreate(&p->A, CUDA_FLOATX, transA ? k : m, transA ? m : k, transA ? k : m));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->B, CUDA_FLOATX, transB ? n : k, transB ? k : n, transB ? n : k));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->D, fp32_out ? CUDA_R_32F : CUDA_FLOATX, m, n, m));
@@ -3083,27 +3093,28 @@ MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, bool bias
     int found = 0;
     const size_t workspace = CUBLAS_WORKSPACE;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                                     sizeof(workspace)));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                     &workspace, sizeof(workspace)));
     cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
-    require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME "; try PRECISION=FP32", m, n, k);
+    require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME
+            "; try PRECISION=FP32", m, n, k);
     p->algo = result.algo;
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     return p;
 }
 
-// column-major D (m,n) = op(A) (m,k) @ op(B) (k,n) + bias (m) + C, where C (m,n) may be D itself, and bias and C may be NULL.
-// D is floatX, or fp32 for weight gradients
+// column-major D (m, n) = op(A) (m, k) @ op(B) (k, n) + bias (m) + C (m, n). bias and C may be NULL, C
+// may be D. op transposes if transA, transB say so. D is floatX, or fp32 for weight gradients.
 void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
             bool transA, bool transB, bool fp32_out) {
     const float one = 1.0f, zero = 0.0f;
-    MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias != NULL, C != NULL, fp32_out);
-    if (bias != NULL) { cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias))); }
-    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, A, p->A, B, p->B, C != NULL ? &one : &zero, C != NULL ? C : D, p->D,
-                               D, p->D, &p->algo, cublas_workspace, CUBLAS_WORKSPACE, main_stream));
+    MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias, C != NULL, fp32_out);
+    if (bias != NULL) { matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
+    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, A, p->A, B, p->B, C != NULL ? &one : &zero,
+        C != NULL ? C : D, p->D, D, p->D, &p->algo, cublas_workspace, CUBLAS_WORKSPACE, main_stream));
 }
 
-// out[r,c] += bias[c]; out (rows, OC)
+// out[r, c] += bias[c]; out (n / OC, OC)
 __global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) { out[i] = (floatX)((float)out[i] + (float)bias[i % OC]); }
@@ -3114,7 +3125,7 @@ __global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int O
 // cuBLAS is column-major and sees transposes: out^T (OC, rows) = weight (OC, C) @ inp^T (C, rows)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                     size_t rows, size_t C, size_t OC) {
-    const bool fused = C % 8 == 0 && OC % 8 == 0; // the bias epilogue wants leading dimensions of whole 16 bytes
+    const bool fused = C % 8 == 0 && OC % 8 == 0; // to add a bias, cuBLASLt wants rows of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
     if (!fused) {
         bias_add_kernel<<<CEIL_DIV(rows * OC, (size_t)256), 256, 0, main_stream>>>(out, bias, rows * OC, (int)OC);
@@ -3127,8 +3138,8 @@ void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weigh
     matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
 }
 
-// Sums over rows, in two steps of fixed order: every SLAB_ROWS rows to a partial sum, then the partial sums.
-// A thread adds up V columns of one slab; threads of a warp read neighbouring columns
+// Sums over rows are made in two steps of fixed order. The first: partial[slab, c] = sum of x[r, c] over
+// the SLAB_ROWS rows r of a slab; x (rows, OC). A thread has V columns of one slab.
 template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
@@ -3144,35 +3155,34 @@ template <int V> __global__ void column_sum_kernel(float* partial, const floatX*
     }
 }
 
-// out[c] += sum over slabs of partial[slab, c], for the OC columns of partial; those from C on go to out2. One thread a column
+// as column_sum_finish, one thread a column
 __global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c < OC) {
         float sum = 0.0f;
-#pragma unroll 16 // there are few threads: each must have many loads under way
+#pragma unroll 16 // so that the few threads each have many loads under way
         for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
         if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
     }
 }
 
+// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the others
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC) {
-    column_sum_finish_kernel<<<CEIL_DIV(OC, (size_t)64), 64, 0, main_stream>>>(out, out2, partial, slabs, (int)C, (int)OC);
+    const size_t blocks = CEIL_DIV(OC, (size_t)64);
+    column_sum_finish_kernel<<<blocks, 64, 0, main_stream>>>(out, out2, partial, slabs, (int)C, (int)OC);
     kernelCheck();
 }
 
-// partial must hold column_sum_scratch(rows, OC) floats
+// floats that `partial` of column_sum must hold
 size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
 
 // out (OC) += x (rows, OC) summed over rows; in PyTorch: out += x.sum(0)
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
-    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
-    if (vectorizable(OC, x)) {
-        column_sum_kernel<VEC><<<CEIL_DIV(slabs * OC / VEC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
-    } else {
-        column_sum_kernel<1><<<CEIL_DIV(slabs * OC, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
-    }
-    column_sum_finish_kernel<<<CEIL_DIV(OC, (size_t)64), 64, 0, main_stream>>>(out, NULL, partial, slabs, (int)OC, (int)OC);
+    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS), V = vectorizable(OC, x) ? VEC : 1;
+    const auto kernel = V == VEC ? column_sum_kernel<VEC> : column_sum_kernel<1>;
+    kernel<<<CEIL_DIV(slabs * OC / V, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
     kernelCheck();
+    column_sum_finish(out, NULL, partial, slabs, OC, OC);
 }
 
 // dweight (OC, C) += dout^T (OC, rows) @ inp (rows, C), in fp32
@@ -3182,19 +3192,22 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
 // ---- end shared: linear ----------------------------------------------------
 
 // ---- shared: loss ----------------------------------------------------------
-#define LOSS_LANES 8 // lanes that share a row of logits
-// Softmax cross-entropy with label smoothing and its gradient, in place:
-//     loss = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits)
-//     dlogits = (p - (1 - smoothing) * onehot - smoothing / V) * scale
-// in PyTorch: F.cross_entropy(logits, label, label_smoothing=smoothing). Of images that mixup or cutmix mixed, lam < 1, -log p[label] and onehot
-// are lam times those of b's label plus 1 - lam times those of image B-1-b's: timm's SoftTargetCrossEntropy with the targets of its Mixup.
-// ranks[b] = how many classes come before the label's (the one of larger weight), by logit, then by index; a NaN counts as coming before.
-// logits (B, V), losses (B), ranks (B), labels (B). LOSS_LANES lanes a row
-__global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V, float smoothing, float lam, float scale) {
+// Softmax cross-entropy of logits (B, V) with label smoothing; its gradient replaces the logits:
+//     losses[b] = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits[b])
+//     logits[b] = (p - (1 - smoothing) * onehot(label) - smoothing / V) * scale
+// in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, mixup or cutmix
+// mixed image b with image B-1-b: -log p[label] and onehot(label) are then lam times those of labels[b]
+// plus 1 - lam times those of labels[B-1-b], as in timm's SoftTargetCrossEntropy with its Mixup.
+// ranks[b] = classes before the label (of larger weight) by logit, then by index; a NaN counts as
+// before. losses (B), ranks (B), labels (B). LOSS_LANES lanes share a row
+#define LOSS_LANES 8
+__global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
+                                     float smoothing, float lam, float scale) {
     auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
     const int b = blockIdx.x * (blockDim.x / LOSS_LANES) + threadIdx.x / LOSS_LANES;
     if (b >= B) { return; }
-    const int lane = (int)lanes.thread_rank(), first = labels[b], second = lam < 1.0f ? labels[B - 1 - b] : first, label = lam < 0.5f ? second : first;
+    const int lane = (int)lanes.thread_rank(), first = labels[b], second = lam < 1.0f ? labels[B - 1 - b] : first;
+    const int label = lam < 0.5f ? second : first;
     floatX* row = logits + (size_t)b * V;
     const float correct = (float)row[label], mixed = lam * (float)row[first] + (1.0f - lam) * (float)row[second];
     const float weight = (1.0f - smoothing) * lam, second_weight = (1.0f - smoothing) * (1.0f - lam);
@@ -3212,10 +3225,11 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     logit_sum = cg::reduce(lanes, logit_sum, cg::plus<float>());
     before = cg::reduce(lanes, before, cg::plus<int>());
     const float lse = largest + logf(sum);
-    lanes.sync(); // every lane has read the labels' logits, which one of them overwrites; a reduction does not order memory
+    lanes.sync(); // all must have read the labels' logits before one overwrites them
     for (int v = lane; v < V; v += LOSS_LANES) {
         const float p = expf((float)row[v] - lse);
-        row[v] = (floatX)((p - (v == first ? weight : 0.0f) - (v == second ? second_weight : 0.0f) - smoothing / V) * scale);
+        const float one = v == first ? weight : 0.0f, other = v == second ? second_weight : 0.0f;
+        row[v] = (floatX)((p - one - other - smoothing / V) * scale);
     }
     if (lane == 0) {
         losses[b] = (1.0f - smoothing) * (lse - mixed) + smoothing * (lse - logit_sum / V);
@@ -3223,47 +3237,44 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     }
 }
 
-// result += the batch. One block; threads add up strided images, then thread 0 adds up the threads in order
+// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5.
+// One block: a thread adds up every 64th image, then thread 0 adds up the threads in order.
 __global__ void loss_sum_kernel(StepResult* result, const float* losses, const int* ranks, int B) {
-    __shared__ double loss_of[64];
-    __shared__ unsigned top1_of[64];
-    __shared__ unsigned top5_of[64];
-    const int t = threadIdx.x;
-    loss_of[t] = 0.0;
-    top1_of[t] = top5_of[t] = 0;
-    for (int b = t; b < B; b += blockDim.x) {
-        loss_of[t] += losses[b];
-        top1_of[t] += ranks[b] < 1;
-        top5_of[t] += ranks[b] < 5;
+    __shared__ double sums[64][3];
+    double* own = sums[threadIdx.x];
+    own[0] = own[1] = own[2] = 0.0;
+    for (int b = threadIdx.x; b < B; b += 64) {
+        own[0] += losses[b];
+        own[1] += ranks[b] < 1;
+        own[2] += ranks[b] < 5;
     }
     __syncthreads();
-    if (t == 0) {
-        for (unsigned i = 0; i < blockDim.x; i++) {
-            result->sums[0] += loss_of[i];
-            result->sums[1] += top1_of[i];
-            result->sums[2] += top5_of[i];
-        }
+    for (int t = 0; threadIdx.x == 0 && t < 64; t++) {
+        for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; }
     }
 }
 
+// cross_entropy_kernel, and its losses and ranks added to the sums of the step
 void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
                    float smoothing, float lam, float scale) {
     const int rows_per_block = 64 / LOSS_LANES;
-    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, lam, scale);
+    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V,
+                                                                            smoothing, lam, scale);
+    kernelCheck();
     loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
     kernelCheck();
 }
 // ---- end shared: loss ------------------------------------------------------
 
 // ---- shared: optimizer -----------------------------------------------------
-// partial[block] = sum over its elements of x^2; fixed order. x (n), partial (NORM_BLOCKS)
+// partial[block] = sum over its elements of x^2, in a fixed order; x (n), partial (NORM_BLOCKS)
 #define NORM_BLOCKS 256
 __global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
     __shared__ double warp_sums[4];
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     double sum = 0.0;
     const size_t stride = (size_t)gridDim.x * blockDim.x * 4;
-    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += stride) { // n is a multiple of 64
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += stride) {
         const float4 v = *(const float4*)(x + i);
         sum += (double)(v.x * v.x + v.y * v.y) + (double)(v.z * v.z + v.w * v.w);
     }
@@ -3279,23 +3290,26 @@ __global__ void norm_kernel(StepResult* result, const double* partial) {
     result->norm = (float)sqrt(sum);
 }
 
-// result->norm = L2 norm of grads (n); in PyTorch: torch.nn.utils.clip_grad_norm_ returns it
+// result->norm = L2 norm of grads (n), n a multiple of 4, as torch.nn.utils.clip_grad_norm_ returns it
 void gradient_norm(StepResult* result, double* partial, const float* grads, size_t n) {
     sum_squares_kernel<<<NORM_BLOCKS, 128, 0, main_stream>>>(partial, grads, n);
+    kernelCheck();
     norm_kernel<<<1, 1, 0, main_stream>>>(result, partial);
     kernelCheck();
 }
 
-// the factor by which torch.nn.utils.clip_grad_norm_ scales gradients
+// what torch.nn.utils.clip_grad_norm_ scales gradients by
 __device__ inline float clip_factor(const StepResult* result, float clip) {
     return clip > 0.0f ? fminf(1.0f, clip / (result->norm + 1e-6f)) : 1.0f;
 }
 
-// AdamW (Loshchilov and Hutter, ICLR 2019), as torch.optim.AdamW; correction1 = 1 - beta1^t, correction2 = 1 - beta2^t.
-// params (n) are rounded from master (n); in fp32 master is params itself
-// n is a multiple of VEC. A thread updates VEC parameters
-__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
-                             float clip, float lr, float beta1, float beta2, float correction1, float correction2, float eps, float weight_decay) {
+// AdamW (Loshchilov and Hutter, ICLR 2019) as torch.optim.AdamW; correctionN is 1 - betaN^step:
+//     m = beta1 * m + (1 - beta1) * g,  v = beta2 * v + (1 - beta2) * g^2,  g = clipped gradient
+//     w = w * (1 - lr * weight_decay) - lr / correction1 * m / (sqrt(v) / sqrt(correction2) + eps)
+// w is master (n), params (n) are w rounded; in fp32 they are the same. A thread updates VEC of them.
+__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads, size_t n,
+                             const StepResult* result, float clip, float lr, float beta1, float beta2,
+                             float correction1, float correction2, float eps, float weight_decay) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
         float g[VEC], mi[VEC], vi[VEC], w[VEC];
@@ -3308,7 +3322,8 @@ __global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, 
             const float gj = g[j] * factor;
             mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
             vi[j] = beta2 * vi[j] + (1.0f - beta2) * gj * gj;
-            w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / (sqrtf(vi[j]) / sqrtf(correction2) + eps);
+            const float scale = sqrtf(vi[j]) / sqrtf(correction2) + eps;
+            w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / scale;
         }
         store<VEC>(m + i, mi);
         store<VEC>(v + i, vi);
@@ -3317,10 +3332,11 @@ __global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, 
     }
 }
 
-// SGD with momentum, as torch.optim.SGD: g += weight_decay * w; m = momentum * m + g; w -= lr * m, or, by Nesterov, lr * (g + momentum * m).
-// n is a multiple of VEC
-__global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
-                           float clip, float lr, float momentum, float weight_decay, bool nesterov) {
+// SGD with momentum as torch.optim.SGD, with w and g as in AdamW:
+//     g += weight_decay * w,  m = momentum * m + g,  w -= lr * m,  with Nesterov w -= lr * (g + momentum * m)
+__global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n,
+                           const StepResult* result, float clip, float lr, float momentum, float weight_decay,
+                           bool nesterov) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
         float g[VEC], mi[VEC], w[VEC];
@@ -3339,23 +3355,25 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
     }
 }
 
-// updates n parameters (a multiple of VEC) that share one weight decay; step counts from 1
-void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
-                      OptimizerConfig o, double lr, int step) {
+// updates n parameters (a multiple of VEC) of one weight decay at learning rate lr; step counts from 1
+void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n,
+                      const StepResult* result, OptimizerConfig o, double lr, int step) {
     assert(n % VEC == 0);
     const size_t blocks = CEIL_DIV(n, (size_t)256 * VEC);
     if (o.adamw) {
-        adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr, (float)o.beta1,
-            (float)o.beta2, (float)(1.0 - pow(o.beta1, step)), (float)(1.0 - pow(o.beta2, step)), (float)o.eps, (float)o.weight_decay);
+        const float correction1 = (float)(1.0 - pow(o.beta1, step));
+        const float correction2 = (float)(1.0 - pow(o.beta2, step));
+        adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr,
+            (float)o.beta1, (float)o.beta2, correction1, correction2, (float)o.eps, (float)o.weight_decay);
     } else {
-        sgd_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, grads, n, result, (float)o.clip, (float)lr, (float)o.momentum,
-            (float)o.weight_decay, o.nesterov);
+        sgd_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, grads, n, result, (float)o.clip, (float)lr,
+            (float)o.momentum, (float)o.weight_decay, o.nesterov);
     }
     kernelCheck();
 }
 
-// ema = decay * ema + rest * w with rest = 1 - decay, in that order of roundings, as timm's ModelEma. ema, w (n), n a multiple of VEC.
-// A thread updates VEC elements
+// as ema_update, with rest = 1 - decay; rounds in the order of timm's ModelEma. A thread updates VEC
+// elements
 __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, float rest) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
@@ -3367,12 +3385,14 @@ __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, fl
     }
 }
 
+// ema = decay * ema + (1 - decay) * w, the average of weights over steps; ema, w (n), n a multiple of
+// VEC
 void ema_update(float* ema, const float* w, size_t n, double decay) {
     ema_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(ema, w, n, (float)decay, (float)(1.0 - decay));
     kernelCheck();
 }
 
-// out = in, rounded to floatX. out, in (n), n a multiple of VEC. A thread rounds VEC elements
+// out = in, rounded to floatX; out, in (n), n a multiple of VEC. A thread rounds VEC elements
 __global__ void round_kernel(floatX* out, const float* in, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i < n) {
@@ -3382,12 +3402,20 @@ __global__ void round_kernel(floatX* out, const float* in, size_t n) {
     }
 }
 
+// the rate of a step, counted from 0
+// Learning rate over a run: linear warm-up from warmup_lr to lr, half a cosine to min_lr, then min_lr.
+// By steps: step t of the warm-up has gone (t + 1) / warmup of the way; the cosine begins after it.
+// By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
+// lr_min=min_lr) under DeiT's main.py, which calls lr_scheduler.step(epoch) after each epoch. So epoch e
+// has timm's rate of e - 1, the first two epochs have warmup_lr, and the cosine counts from the first
+// epoch, though warm-up hides its begin.
 double learning_rate_at(const Schedule* s, int step) {
     const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
     const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
+    const int cosine = s->length > begin ? s->length - begin : 1; // length of the cosine
     if (t < s->warmup) { return s->warmup_lr + (s->lr - s->warmup_lr) * done / s->warmup; }
     if (t >= s->length) { return s->min_lr; }
-    return s->min_lr + 0.5 * (s->lr - s->min_lr) * (1.0 + cos(M_PI * (t - begin) / (s->length > begin ? s->length - begin : 1)));
+    return s->min_lr + 0.5 * (s->lr - s->min_lr) * (1.0 + cos(M_PI * (t - begin) / cosine));
 }
 // ---- end shared: optimizer -------------------------------------------------
 
@@ -3576,20 +3604,17 @@ struct Allocation {
 };
 
 static void plan_line(Plan* plan, Allocation a, void** shared) {
-    for (int i = 0; shared != NULL && i < plan->n; i++) {
-        if (plan->list[i].pointer == shared) { a.shares = plan->list[i].shares >= 0 ? plan->list[i].shares : i; }
+    for (int i = 0; shared != NULL && i < plan->lines.n; i++) {
+        const Allocation* line = &plan->lines.of[i];
+        if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    if (a.shares >= 0) {
-        Allocation* other = &plan->list[a.shares];
-        if (other->bytes < a.bytes) {
-            plan->bytes[other->category] += a.bytes - other->bytes;
-            other->bytes = a.bytes;
-        }
-        a.bytes = 0;
-    }
-    append(&plan->list, &plan->n, a);
-    plan->bytes[a.category] += a.bytes;
+    // a line that shares adds to the other's memory what that lacks
+    size_t *bytes = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &a.bytes, had = a.shares >= 0 ? *bytes : 0;
+    *bytes = std::max(had, a.bytes);
+    plan->bytes[a.category] += *bytes - had;
+    if (a.shares >= 0) { a.bytes = 0; }
+    plan->lines.push(a);
 }
 
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
@@ -3597,7 +3622,7 @@ template <class T> void plan_add(Plan* plan, int category, const char* name, con
     plan_line(plan, Allocation{name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer}, (void**)shared);
 }
 
-void plan_clear(Plan* plan) { plan->list[plan->n - 1].cleared = true; }
+void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
 
 size_t plan_total(const Plan* plan) {
     size_t total = 0;
@@ -3607,52 +3632,41 @@ size_t plan_total(const Plan* plan) {
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
 void plan_allocate(Plan* plan) {
+    char* next[NUM_CATEGORIES] = {NULL};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
         plan->blocks[c] = NULL;
-        if (plan->bytes[c] == 0) { continue; }
-        cudaCheck(cudaMalloc((void**)&plan->blocks[c], plan->bytes[c]));
-        char* p = plan->blocks[c];
+        if (plan->bytes[c] > 0) { cudaCheck(cudaMalloc((void**)&plan->blocks[c], plan->bytes[c])); }
+        next[c] = plan->blocks[c];
         const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // its padding takes part in updates
-        if (state) { cudaCheck(cudaMemsetAsync(p, 0, plan->bytes[c], main_stream)); }
-        for (int i = 0; i < plan->n; i++) {
-            const Allocation* a = &plan->list[i];
-            if (a->category != c || a->shares >= 0) { continue; }
-            *a->pointer = a->bytes > 0 ? p : NULL; // the use of a tensor that is not there faults
-            if (a->cleared && a->bytes > 0) { cudaCheck(cudaMemsetAsync(p, 0, a->bytes, main_stream)); }
-            p += a->bytes;
-        }
+        if (state && next[c] != NULL) { cudaCheck(cudaMemsetAsync(next[c], 0, plan->bytes[c], main_stream)); }
     }
-    for (int i = 0; i < plan->n; i++) { // a line shares with one before it
-        if (plan->list[i].shares >= 0) { *plan->list[i].pointer = *plan->list[plan->list[i].shares].pointer; }
+    for (Allocation& a : plan->lines) { // a line shares with one before it
+        *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
+        if (a.cleared && a.bytes > 0) { cudaCheck(cudaMemsetAsync(*a.pointer, 0, a.bytes, main_stream)); }
+        next[a.category] += a.bytes;
     }
 }
 
-// is it the first line of its name and part? Then *bytes and *dense are those of all such lines
-static bool plan_sums(const Plan* plan, int i, size_t* bytes, size_t* dense) {
-    const Allocation* first = &plan->list[i];
-    *bytes = *dense = 0;
-    for (int j = 0; j < plan->n; j++) {
-        const Allocation* a = &plan->list[j];
-        if (strcmp(a->name, first->name) != 0 || strcmp(a->part, first->part) != 0) { continue; }
-        if (j < i) { return false; }
-        *bytes += a->bytes;
-        *dense += a->dense;
-    }
-    return true;
-}
-
+// the lines of the plan; those of one name and part, such as the copies of a tensor, as one
 void plan_print(const Plan* plan) {
     const double MiB = 1048576.0;
     const char* row = "| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n";
-    size_t bytes, dense, all[NUM_CATEGORIES] = {0};
+    size_t all[NUM_CATEGORIES] = {0};
     printf("| %-22s | %-10s | %-22s | %10s | %10s |\n", "tensor", "memory", "shape", "dense MiB", "kept MiB");
-    for (int i = 0; i < plan->n; i++) {
-        const Allocation* a = &plan->list[i];
+    for (const Allocation& first : plan->lines) {
+        size_t bytes = 0, dense = 0;
+        const Allocation* same = NULL; // the first of those that are printed as one
+        for (const Allocation& a : plan->lines) {
+            if (strcmp(a.name, first.name) != 0 || strcmp(a.part, first.part) != 0) { continue; }
+            same = same == NULL ? &a : same;
+            bytes += a.bytes;
+            dense += a.dense;
+        }
+        if (same != &first) { continue; }
         char name[64];
-        if (!plan_sums(plan, i, &bytes, &dense)) { continue; }
-        snprintf(name, sizeof(name), "%s%s", a->name, a->part);
-        printf(row, name, category_names[a->category], a->shape, dense / MiB, bytes / MiB);
-        all[a->category] += dense;
+        snprintf(name, sizeof(name), "%s%s", first.name, first.part);
+        printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
+        all[first.category] += dense;
     }
     for (int c = 0; c < NUM_CATEGORIES; c++) { printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB); }
 }
@@ -3661,7 +3675,9 @@ void plan_print(const Plan* plan) {
 // ---- shared: files ---------------------------------------------------------
 // Everything that a file claims is checked against its size before it is used.
 
-// CRC-32 of zlib and PNG (polynomial 0xEDB88320), eight bytes a step by eight tables
+// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc is that of the bytes before, 0
+// at first. table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight
+// bytes are one step. The first call fills the tables and must be made before there are threads
 uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     static uint32_t table[8][256];
     if (table[0][1] == 0) {
@@ -3670,8 +3686,9 @@ uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
             for (int k = 0; k < 8; k++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
             table[0][i] = c;
         }
-        for (int t = 1; t < 8; t++) {
-            for (int i = 0; i < 256; i++) { table[t][i] = table[0][table[t-1][i] & 255] ^ (table[t-1][i] >> 8); }
+        for (int i = 0; i < 7 * 256; i++) {
+            const uint32_t c = table[i / 256][i % 256];
+            table[i / 256 + 1][i % 256] = table[0][c & 255] ^ (c >> 8);
         }
     }
     const uint8_t* p = (const uint8_t*)data;
@@ -3693,10 +3710,10 @@ typedef struct {
     size_t bytes;
 } MappedFile;
 
-// maps a whole file; hint says what to do when it is not there
+// Maps a whole file into memory, to be read only. hint: what the user can do when there is no such file
 MappedFile map_file(const char* path, const char* hint) {
     MappedFile file = {path, NULL, 0};
-    int fd = open(path, O_RDONLY);
+    const int fd = open(path, O_RDONLY);
     require(fd >= 0, "cannot open %s: %m; %s", path, hint);
     struct stat info;
     require(fstat(fd, &info) == 0 && S_ISREG(info.st_mode), "%s is not a regular file; %s", path, hint);
@@ -3714,40 +3731,47 @@ void unmap_file(MappedFile* file) {
     file->data = NULL;
 }
 
-// safetensors: u64 header length, a JSON object {name: {dtype, shape, data_offsets}, "__metadata__": {string: string}},
-// then the tensors. The reader takes what the format allows and refuses the rest: unknown fields, duplicate names,
-// and data that overlap, leave holes or do not end with the file. What we write has crc32 in its metadata, of the whole file with these
-// eight digits as zeros; the reader compares it where it is there
+// A safetensors file is the length of its header (u64), a header in JSON, {"NAME": {"dtype": ...,
+// "shape": [...], "data_offsets": [begin, end]}, ..., "__metadata__": {"KEY": "VALUE", ...}}, and the
+// tensors' data. The reader takes what the format allows and refuses the rest: unknown fields, duplicate
+// names, and data that overlap, leave holes or do not end with the file. Files of our own have the key
+// crc32, the checksum of the file with zeros for its eight digits. Where it is, the reader compares it
+#define ST_MAX_DIMS 8
+#define ST_MAX_METADATA 128
+#define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the header of a file of our own begins
+
 typedef struct {
     char name[96], dtype[8];
-    size_t shape[8], begin, end;
+    size_t shape[ST_MAX_DIMS], begin, end; // its data, in bytes from where all data begin
     int dims;
 } StTensor;
 
 struct Safetensors {
     MappedFile file;
     StTensor* tensors;
-    int num_tensors;
-    StMetadata metadata[128];
-    int num_metadata;
-    size_t data_offset;
-    size_t at, header_end; // the parser's position
+    StMetadata metadata[ST_MAX_METADATA];
+    int num_tensors, num_metadata;
+    size_t data_offset;    // the byte where the header ends and the data begin
+    size_t at;             // the byte that the parser reads next
 };
 
 void st_fail(const Safetensors* st, const char* what) {
     require(false, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
 }
 
-void st_space(Safetensors* st) {
-    while (st->at < st->header_end && strchr(" \t\r\n", st->file.data[st->at]) && st->file.data[st->at] != 0) { st->at++; }
+// the character that comes next, -1 behind the header
+int st_peek(const Safetensors* st) { return st->at < st->data_offset ? st->file.data[st->at] : -1; }
+
+void st_skip_space(Safetensors* st) {
+    for (int c; (c = st_peek(st)) == ' ' || c == '\t' || c == '\r' || c == '\n'; ) { st->at++; }
 }
 
-// skips white space and takes c if it comes next
+// skips white space; takes c and returns true if it comes next
 bool st_take(Safetensors* st, char c) {
-    st_space(st);
-    if (st->at >= st->header_end || st->file.data[st->at] != (uint8_t)c) { return false; }
-    st->at++;
-    return true;
+    st_skip_space(st);
+    const bool found = st_peek(st) == (uint8_t)c;
+    st->at += found;
+    return found;
 }
 
 void st_expect(Safetensors* st, char c) {
@@ -3756,69 +3780,79 @@ void st_expect(Safetensors* st, char c) {
     if (!st_take(st, c)) { st_fail(st, what); }
 }
 
+// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads an element in
+// each round. This takes the bracket before the first element, and the comma or bracket behind each
+bool st_element(Safetensors* st, const char* brackets, int i) {
+    if (i == 0) {
+        st_expect(st, brackets[0]);
+        return !st_take(st, brackets[1]);
+    }
+    if (st_take(st, ',')) { return true; }
+    st_expect(st, brackets[1]);
+    return false;
+}
+
+// reads a string of less than `size` bytes, with the escapes \", \\ and \/: names of tensors need no others
 void st_string(Safetensors* st, char* out, size_t size) {
     st_expect(st, '"');
     size_t n = 0;
-    while (st->at < st->header_end && st->file.data[st->at] != '"') {
-        char c = (char)st->file.data[st->at++];
-        if (c == '\\') { // names of tensors need no \u escapes; the simple ones stand for themselves
-            if (st->at >= st->header_end || !strchr("\"\\/", st->file.data[st->at])) { st_fail(st, "unsupported escape"); }
-            c = (char)st->file.data[st->at++];
+    for (int c; (c = st_peek(st)) != '"' && c >= 0; ) {
+        st->at++;
+        if (c == '\\') {
+            c = st_peek(st);
+            if (c != '"' && c != '\\' && c != '/') { st_fail(st, "unsupported escape"); }
+            st->at++;
         }
-        if ((uint8_t)c < 32) { st_fail(st, "control character in a string"); }
+        if (c < 32) { st_fail(st, "control character in a string"); }
         if (n + 1 >= size) { st_fail(st, "string too long"); }
-        out[n++] = c;
+        out[n++] = (char)c;
     }
     out[n] = 0;
     st_expect(st, '"');
 }
 
-size_t st_number(Safetensors* st) {
-    st_space(st);
-    size_t v = 0, start = st->at;
-    while (st->at < st->header_end && st->file.data[st->at] >= '0' && st->file.data[st->at] <= '9') {
-        size_t digit = st->file.data[st->at++] - '0';
-        if (v > (SIZE_MAX - digit) / 10) { st_fail(st, "number too large"); }
-        v = v * 10 + digit;
+// reads a list of at most `most` numbers, returns how many
+int st_numbers(Safetensors* st, size_t* out, int most) {
+    int n = 0;
+    for (; st_element(st, "[]", n); n++) {
+        if (n == most) { st_fail(st, "too many numbers in a list"); }
+        st_skip_space(st);
+        const size_t start = st->at;
+        size_t v = 0;
+        for (int c; (c = st_peek(st)) >= '0' && c <= '9'; st->at++) {
+            if (v > (SIZE_MAX - (c - '0')) / 10) { st_fail(st, "number too large"); }
+            v = v * 10 + (c - '0');
+        }
+        if (st->at == start) { st_fail(st, "expected a number"); }
+        out[n] = v;
     }
-    if (st->at == start) { st_fail(st, "expected a number"); }
-    return v;
+    return n;
 }
 
+// reads the description of a tensor, whose name has been read
 void st_tensor(Safetensors* st, StTensor* t) {
-    bool have_dtype = false, have_shape = false, have_offsets = false;
-    st_expect(st, '{');
-    do {
+    bool dtype = false, shape = false, offsets = false; // which of the fields it has
+    for (int i = 0; st_element(st, "{}", i); i++) {
         char key[24];
         st_string(st, key, sizeof(key));
         st_expect(st, ':');
         if (strcmp(key, "dtype") == 0) {
             st_string(st, t->dtype, sizeof(t->dtype));
-            have_dtype = true;
+            dtype = true;
         } else if (strcmp(key, "shape") == 0) {
-            st_expect(st, '[');
-            t->dims = 0;
-            if (!st_take(st, ']')) {
-                do {
-                    if (t->dims == 8) { st_fail(st, "more than 8 dims"); }
-                    t->shape[t->dims++] = st_number(st);
-                } while (st_take(st, ','));
-                st_expect(st, ']');
-            }
-            have_shape = true;
+            t->dims = st_numbers(st, t->shape, ST_MAX_DIMS);
+            shape = true;
         } else if (strcmp(key, "data_offsets") == 0) {
-            st_expect(st, '[');
-            t->begin = st_number(st);
-            st_expect(st, ',');
-            t->end = st_number(st);
-            st_expect(st, ']');
-            have_offsets = true;
+            size_t range[2];
+            if (st_numbers(st, range, 2) != 2) { st_fail(st, "data_offsets are not two numbers"); }
+            t->begin = range[0];
+            t->end = range[1];
+            offsets = true;
         } else {
             st_fail(st, "unknown field of a tensor");
         }
-    } while (st_take(st, ','));
-    st_expect(st, '}');
-    if (!have_dtype || !have_shape || !have_offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
+    }
+    if (!dtype || !shape || !offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
 }
 
 // CRC-32 of a file whose eight bytes at `digits` count as zeros in text
@@ -3827,14 +3861,49 @@ uint32_t crc_without_digits(const MappedFile* file, size_t digits) {
     return crc_32(crc, file->data + digits + 8, file->bytes - digits - 8);
 }
 
-// the digits end one byte before the parser's position
+// compares the file's checksum with that in its header, whose closing quote is what the parser took last
 void st_check_crc(Safetensors* st, const char* digits) {
+    const size_t at = st->at - 9;
+    const bool eight = strlen(digits) == 8 && memcmp(st->file.data + at, digits, 8) == 0;
+    if (!eight) { st_fail(st, "crc32 is not of eight digits"); }
     char actual[9];
-    if (strlen(digits) != 8 || memcmp(st->file.data + st->at - 9, digits, 8) != 0) { st_fail(st, "crc32 is not of eight digits"); }
-    snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&st->file, st->at - 9));
-    require(strcmp(actual, digits) == 0, "%s has the checksum %s, its header says %s: it is damaged; take another copy", st->file.path, actual, digits);
+    snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&st->file, at));
+    require(strcmp(actual, digits) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
+            "another copy", st->file.path, actual, digits);
 }
 
+void st_metadata(Safetensors* st) {
+    for (int i = 0; st_element(st, "{}", i); i++) {
+        if (st->num_metadata == ST_MAX_METADATA) { st_fail(st, "too many metadata entries"); }
+        StMetadata* m = &st->metadata[st->num_metadata++];
+        st_string(st, m->key, sizeof(m->key));
+        st_expect(st, ':');
+        st_string(st, m->value, sizeof(m->value));
+        if (strcmp(m->key, "crc32") == 0) { st_check_crc(st, m->value); }
+    }
+}
+
+void st_header(Safetensors* st) {
+    int capacity = 0;
+    for (int i = 0; st_element(st, "{}", i); i++) {
+        if (st->num_tensors == capacity) {
+            capacity = capacity ? 2 * capacity : 64;
+            st->tensors = (StTensor*)realloc(st->tensors, capacity * sizeof(StTensor));
+            require(st->tensors != NULL, "out of host memory for the tensor list of %s", st->file.path);
+        }
+        StTensor* t = &st->tensors[st->num_tensors];
+        *t = StTensor{};
+        st_string(st, t->name, sizeof(t->name));
+        st_expect(st, ':');
+        if (strcmp(t->name, "__metadata__") == 0) { st_metadata(st); continue; }
+        st_tensor(st, t);
+        st->num_tensors++;
+    }
+    st_skip_space(st);
+    if (st->at != st->data_offset) { st_fail(st, "text after the header"); }
+}
+
+// elements of a tensor; SIZE_MAX: more than a size_t can count
 size_t st_numel(const StTensor* t) {
     size_t n = 1;
     for (int i = 0; i < t->dims; i++) {
@@ -3844,11 +3913,41 @@ size_t st_numel(const StTensor* t) {
     return n;
 }
 
+// bytes of an element; 0: the format has no such type
+size_t st_element_bytes(const char* dtype) {
+    const struct { const char* name; size_t bytes; } types[] = {
+        {"F64", 8}, {"I64", 8}, {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2},
+        {"U8", 1}, {"I8", 1}, {"BOOL", 1},
+    };
+    for (const auto& type : types) { if (strcmp(type.name, dtype) == 0) { return type.bytes; } }
+    return 0;
+}
+
 int st_by_offset(const void* a, const void* b) {
-    const StTensor* x = (const StTensor*)a;
-    const StTensor* y = (const StTensor*)b;
+    const StTensor *x = (const StTensor*)a, *y = (const StTensor*)b;
     if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
     return x->end < y->end ? -1 : x->end > y->end;
+}
+
+// in the order of their offsets, the tensors must follow one another from the data's first byte to the last
+void st_check_tensors(Safetensors* st) {
+    const char* path = st->file.path;
+    if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
+    size_t end = 0, bytes = st->file.bytes - st->data_offset;
+    for (int i = 0; i < st->num_tensors; i++) {
+        const StTensor* t = &st->tensors[i];
+        const size_t size = st_element_bytes(t->dtype), n = st_numel(t);
+        require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
+        const bool within = t->begin == end && t->end >= end && t->end <= bytes;
+        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu to "
+                "%zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); write the "
+                "file again", path, t->name, t->begin, t->end, bytes, n * size, end);
+        end = t->end;
+        for (int j = 0; j < i; j++) {
+            require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
+        }
+    }
+    require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
 }
 
 // NULL: there is no such entry
@@ -3861,71 +3960,22 @@ const char* safetensors_metadata(const Safetensors* st, const char* key) {
 
 Safetensors* safetensors_open(const char* path) {
     Safetensors* st = (Safetensors*)calloc(1, sizeof(Safetensors));
+    require(st != NULL, "out of host memory for the header of %s", path);
     st->file = map_file(path, "give the path of a .safetensors file");
+    const size_t bytes = st->file.bytes;
     uint64_t length = 0;
-    require(st->file.bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, st->file.bytes);
+    require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
     memcpy(&length, st->file.data, 8);
-    require(length <= st->file.bytes - 8 && length <= 100000000, "%s: the safetensors header claims %llu bytes, the file has %zu; "
-            "it is truncated or of another format", path, (unsigned long long)length, st->file.bytes);
+    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the file "
+            "has %zu; it is truncated or of another format", path, (size_t)length, bytes);
     st->at = 8;
-    st->header_end = st->data_offset = 8 + (size_t)length;
-    int capacity = 0;
-    st_expect(st, '{');
-    if (!st_take(st, '}')) {
-        do {
-            if (st->num_tensors == capacity) {
-                capacity = capacity ? 2 * capacity : 64;
-                st->tensors = (StTensor*)realloc(st->tensors, capacity * sizeof(StTensor));
-                require(st->tensors != NULL, "out of host memory for the tensor list of %s", path);
-            }
-            StTensor* t = &st->tensors[st->num_tensors];
-            memset(t, 0, sizeof(*t));
-            st_string(st, t->name, sizeof(t->name));
-            st_expect(st, ':');
-            if (strcmp(t->name, "__metadata__") == 0) {
-                st_expect(st, '{');
-                if (!st_take(st, '}')) {
-                    do {
-                        if (st->num_metadata == 128) { st_fail(st, "more than 128 metadata entries"); }
-                        StMetadata* m = &st->metadata[st->num_metadata++];
-                        st_string(st, m->key, sizeof(m->key));
-                        st_expect(st, ':');
-                        st_string(st, m->value, sizeof(m->value));
-                        if (strcmp(m->key, "crc32") == 0) { st_check_crc(st, m->value); }
-                    } while (st_take(st, ','));
-                    st_expect(st, '}');
-                }
-            } else {
-                st_tensor(st, t);
-                st->num_tensors++;
-            }
-        } while (st_take(st, ','));
-        st_expect(st, '}');
-    }
-    st_space(st);
-    if (st->at != st->header_end) { st_fail(st, "text after the header"); }
-    require(safetensors_metadata(st, "crc32") != NULL || safetensors_metadata(st, "run") == NULL, "%s is of a checkpoint, but its checksum is gone: "
-            "it is damaged; take another copy", path);
-    // in order of their offsets the tensors must follow one another from the first byte to the last
-    if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
-    size_t end = 0, bytes = st->file.bytes - st->data_offset;
-    for (int i = 0; i < st->num_tensors; i++) {
-        const StTensor* t = &st->tensors[i];
-        size_t size = strcmp(t->dtype, "F64") == 0 || strcmp(t->dtype, "I64") == 0 ? 8
-                    : strcmp(t->dtype, "F32") == 0 || strcmp(t->dtype, "I32") == 0 ? 4
-                    : strcmp(t->dtype, "F16") == 0 || strcmp(t->dtype, "BF16") == 0 ? 2
-                    : strcmp(t->dtype, "U8") == 0 || strcmp(t->dtype, "I8") == 0 || strcmp(t->dtype, "BOOL") == 0 ? 1 : 0;
-        require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
-        size_t n = st_numel(t);
-        require(t->begin == end && t->end >= t->begin && t->end <= bytes && n <= bytes / size && t->end - t->begin == n * size,
-                "%s: tensor %s claims bytes %zu to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
-                "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
-        end = t->end;
-        for (int j = 0; j < i; j++) {
-            require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
-        }
-    }
-    require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
+    st->data_offset = 8 + (size_t)length;
+    st_header(st);
+    // a checkpoint names its run, and is always written with a checksum
+    const bool checkpoint = safetensors_metadata(st, "run") != NULL;
+    require(!checkpoint || safetensors_metadata(st, "crc32") != NULL, "%s is of a checkpoint, but its checksum is "
+            "gone: it is damaged; take another copy", path);
+    st_check_tensors(st);
     return st;
 }
 
@@ -3935,6 +3985,7 @@ void safetensors_close(Safetensors* st) {
     free(st);
 }
 
+// NULL: there is no such tensor
 const StTensor* safetensors_find(const Safetensors* st, const char* name) {
     for (int i = 0; i < st->num_tensors; i++) {
         if (strcmp(st->tensors[i].name, name) == 0) { return &st->tensors[i]; }
@@ -3960,7 +4011,7 @@ void path_in(char path[PATH_MAX], const char* directory, const char* name) {
             directory);
 }
 
-// Writes a file so that `path` is whole or as it was before, whatever happens: to a temporary name, synced, renamed
+// Writes a file so that `path` is whole or as before, whatever happens: to another name, synced, renamed
 void write_file(const char* path, const void* const* parts, const size_t* bytes, int num_parts) {
     char temporary[4200], directory[4200];
     snprintf(temporary, sizeof(temporary), "%s.tmp", path);
@@ -3980,7 +4031,8 @@ void write_file(const char* path, const void* const* parts, const size_t* bytes,
         const int reason = errno;
         unlink(temporary);
         errno = reason;
-        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
+        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another "
+                "directory", path);
     }
     const int dir = open(directory, O_RDONLY);
     if (dir >= 0) { // without it a rename may be lost when the machine loses its power
@@ -3989,29 +4041,29 @@ void write_file(const char* path, const void* const* parts, const size_t* bytes,
     }
 }
 
-#define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the headers that we write begin
-
-// writes n float32 tensors (name, shape and dims are read) with their data; metadata, and crc32 of it all
-void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata, const StTensor* tensors, const float* const* data, int n) {
+// Writes n float32 tensors, of which name, shape and dims are read, with their data, metadata and crc32
+void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata,
+                       const StTensor* tensors, const float* const* data, int n) {
     char* header = NULL;
     size_t length = 0, offset = 0;
     FILE* f = open_memstream(&header, &length);
-    const void** parts = (const void**)malloc((n + 2) * sizeof(void*));
+    const void** parts = (const void**)malloc((n + 2) * sizeof(void*)); // header's length, header, tensors
     size_t* bytes = (size_t*)malloc((n + 2) * sizeof(size_t));
     require(f != NULL && parts != NULL && bytes != NULL, "out of host memory for the header of %s", path);
     fprintf(f, ST_BEFORE_DIGITS "00000000\"");
     for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
     fprintf(f, "}");
     for (int i = 0; i < n; i++) {
-        bytes[i+2] = st_numel(&tensors[i]) * sizeof(float);
+        const StTensor* t = &tensors[i];
+        bytes[i+2] = st_numel(t) * sizeof(float);
         parts[i+2] = data[i];
-        fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", tensors[i].name);
-        for (int d = 0; d < tensors[i].dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", tensors[i].shape[d]); }
+        fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
+        for (int d = 0; d < t->dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", t->shape[d]); }
         fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes[i+2]);
         offset += bytes[i+2];
     }
     fprintf(f, "}");
-    while (ftell(f) % 8 != 0) { fputc(' ', f); } // tensors begin 8 bytes aligned
+    while (ftell(f) % 8 != 0) { fputc(' ', f); } // so that the data begin at a multiple of 8 bytes
     fclose(f);
     const uint64_t length64 = length;
     parts[0] = &length64;
@@ -4029,7 +4081,8 @@ void safetensors_write(const char* path, const StMetadata* metadata, int num_met
     free(bytes);
 }
 
-// Data shard, version 1; data/README.md has the byte table. One format for classification and detection
+// A data shard, version 1: this header, an index of one entry for each image, and the records that it
+// points to. data/README.md has the table of bytes; classification and detection share the format
 typedef struct {
     char magic[8]; // "DROPIT\r\n": a transfer in text mode breaks it
     uint32_t version, header_bytes;
@@ -4053,96 +4106,109 @@ typedef struct {
     const ShardEntry* entries;
 } Shard;
 
-// verify: also compare every record with its checksum
-Shard shard_open(const char* path, bool verify = true) {
-    const char* hint = "run `make data` or a script in data/ to write it again";
-    Shard shard;
-    shard.file = map_file(path, hint);
-    const ShardHeader* h = (const ShardHeader*)shard.file.data;
-    const size_t bytes = shard.file.bytes;
-    require(bytes >= sizeof(ShardHeader), "%s has %zu bytes, a shard has a header of %zu; %s", path, bytes, sizeof(ShardHeader), hint);
-    require(memcmp(h->magic, "DROPIT\r\n", 8) == 0, "%s does not begin with a shard's magic DROPIT; %s", path, hint);
-    require(h->version == 1, "%s is of shard version %u, this program reads version 1; %s", path, h->version, hint);
-    require(h->header_bytes == sizeof(ShardHeader) && h->index_offset == sizeof(ShardHeader), "%s: header of %u bytes, index at %llu, "
-            "expected %zu and %zu; %s", path, h->header_bytes, (unsigned long long)h->index_offset, sizeof(ShardHeader), sizeof(ShardHeader), hint);
-    require(h->file_bytes == bytes, "%s has %zu bytes, its header says %llu: it is truncated or damaged; %s", path, bytes,
-            (unsigned long long)h->file_bytes, hint);
-    require(h->images > 0 && h->images <= (bytes - sizeof(ShardHeader)) / sizeof(ShardEntry), "%s claims %u images, too %s for its %zu bytes; %s",
-            path, h->images, h->images ? "many" : "few", bytes, hint);
-    const size_t index_end = sizeof(ShardHeader) + h->images * sizeof(ShardEntry);
-    require(h->data_offset == index_end, "%s: data at byte %llu, expected %zu; %s", path, (unsigned long long)h->data_offset, index_end, hint);
+#define SHARD_HINT "run `make data` or a script in data/ to write it again"
+#define shard_check(condition, what, ...) require(condition, "%s" what "; " SHARD_HINT, path, ##__VA_ARGS__)
+
+// checks what the header of a shard of `bytes` bytes claims
+void shard_check_header(const char* path, const ShardHeader* h, size_t bytes) {
+    const size_t size = sizeof(ShardHeader);
+    shard_check(bytes >= size, " has %zu bytes, a shard has a header of %zu", bytes, size);
+    shard_check(memcmp(h->magic, "DROPIT\r\n", 8) == 0, " does not begin with a shard's magic DROPIT");
+    shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
+    shard_check(h->header_bytes == size && h->index_offset == size,
+                ": header of %u bytes, index at %zu, expected %zu and %zu",
+                h->header_bytes, (size_t)h->index_offset, size, size);
+    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
+                bytes, (size_t)h->file_bytes);
+    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry),
+                " claims %u images, too %s for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
+    const size_t index_bytes = h->images * sizeof(ShardEntry), data = h->data_offset;
+    shard_check(data == size + index_bytes, ": data at byte %zu, expected %zu", data, size + index_bytes);
     uint32_t crc = crc_32(0, h, offsetof(ShardHeader, crc));
-    crc = crc_32(crc, shard.file.data + sizeof(ShardHeader), index_end - sizeof(ShardHeader));
-    require(crc == h->crc, "%s: checksum of header and index is %08x, expected %08x: it is damaged; %s", path, crc, h->crc, hint);
-    require(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, "%s: %u channels, %u classes, task %u; expected 1 to 4, "
-            "at least 1, 0 or 1; %s", path, h->channels, h->classes, h->task, hint);
+    crc = crc_32(crc, h + 1, index_bytes);
+    shard_check(crc == h->crc, ": checksum of header and index is %08x, expected %08x: it is damaged", crc, h->crc);
+    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1,
+                ": %u channels, %u classes, task %u; expected 1 to 4, at least 1, 0 or 1",
+                h->channels, h->classes, h->task);
     for (uint32_t c = 0; c < h->channels; c++) {
-        require(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, "%s: channel %u has mean %g and standard deviation %g; %s",
-                path, c, h->mean[c], h->std[c], hint);
+        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0,
+                    ": channel %u has mean %g and standard deviation %g", c, h->mean[c], h->std[c]);
     }
-    shard.header = h;
-    shard.entries = (const ShardEntry*)(shard.file.data + sizeof(ShardHeader));
-    uint64_t end = h->data_offset;
+}
+
+// Maps a shard and checks its header and index. verify: also compares every record with its checksum
+Shard shard_open(const char* path, bool verify = true) {
+    Shard shard;
+    shard.file = map_file(path, SHARD_HINT);
+    const ShardHeader* h = shard.header = (const ShardHeader*)shard.file.data;
+    const size_t bytes = shard.file.bytes;
+    shard_check_header(path, h, bytes);
+    shard.entries = (const ShardEntry*)(h + 1);
+    size_t end = h->data_offset; // the records must follow one another from here to the end of the file
     for (uint32_t i = 0; i < h->images; i++) {
         const ShardEntry* e = &shard.entries[i];
-        require(e->height > 0 && e->height <= 65535 && e->width > 0 && e->width <= 65535, "%s: image %u is %u x %u; %s", path, i, e->height, e->width, hint);
-        uint64_t record = (uint64_t)e->height * e->width * h->channels + e->annotation_bytes;
-        require(e->offset == end && record <= bytes - end, "%s: record %u lies at %llu with %llu bytes, expected at %llu within %zu; %s", path, i,
-                (unsigned long long)e->offset, (unsigned long long)record, (unsigned long long)end, bytes, hint);
-        require(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes), "%s: image %u has label %d, expected 0 to %u; %s",
-                path, i, e->label, h->classes - 1, hint);
-        crc = verify ? crc_32(0, shard.file.data + e->offset, record) : e->crc;
-        require(crc == e->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; %s", path, i, crc, e->crc, hint);
-        end += record;
+        shard_check(e->height > 0 && e->height <= 65535 && e->width > 0 && e->width <= 65535,
+                    ": image %u is %u x %u", i, e->height, e->width);
+        const size_t begin = e->offset, n = (size_t)e->height * e->width * h->channels + e->annotation_bytes;
+        shard_check(begin == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at %zu "
+                    "within %zu", i, begin, n, end, bytes);
+        shard_check(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes),
+                    ": image %u has label %d, expected 0 to %u", i, e->label, h->classes - 1);
+        const uint32_t crc = verify ? crc_32(0, shard.file.data + begin, n) : e->crc;
+        shard_check(crc == e->crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e->crc);
+        end += n;
     }
-    require(end == bytes, "%s: records end at byte %llu, the file at %zu; %s", path, (unsigned long long)end, bytes, hint);
+    shard_check(end == bytes, ": records end at byte %zu, the file at %zu", end, bytes);
     return shard;
 }
 // ---- end shared: files -----------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
-// A checkpoint in a directory is model_00000020.safetensors, state_00000020_00000.safetensors (one a rank) and, last, DONE_00000020:
-// killed at any moment, a program leaves the last whole one
+// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
+// last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
-    if (strcmp(kind, "DONE") == 0) { snprintf(path, size, "%s/DONE_%08d", directory, step); }
-    else if (strcmp(kind, "state") == 0) { snprintf(path, size, "%s/state_%08d_%05d.safetensors", directory, step, 0); }
-    else { snprintf(path, size, "%s/model_%08d.safetensors", directory, step); }
+    const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
+    const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
+    snprintf(path, size, "%s/%s_%08d%s", directory, kind, step, end);
 }
 
-// whether the file is there and its crc32, which it must have, is right
+// Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
 bool checkpoint_file_whole(const char* path) {
-    const int fd = open(path, O_RDONLY);
-    struct stat info;
-    if (fd < 0) { return false; }
+    const size_t before = strlen(ST_BEFORE_DIGITS), digits = 8 + before; // 8: the length of the header
     MappedFile file = {path, NULL, 0};
+    struct stat info;
     bool whole = false;
+    const int fd = open(path, O_RDONLY);
+    if (fd < 0) { return false; }
     if (fstat(fd, &info) == 0 && info.st_size > 64) {
         file.bytes = (size_t)info.st_size;
         file.data = (const uint8_t*)mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        const size_t digits = 8 + strlen(ST_BEFORE_DIGITS);
-        char actual[9];
-        if (file.data != MAP_FAILED && memcmp(file.data + 8, ST_BEFORE_DIGITS, strlen(ST_BEFORE_DIGITS)) == 0) {
+        if (file.data != MAP_FAILED) {
+            char actual[9];
             snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&file, digits));
-            whole = memcmp(actual, file.data + digits, 8) == 0;
+            whole = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0 &&
+                    memcmp(file.data + digits, actual, 8) == 0;
+            unmap_file(&file);
         }
-        if (file.data != MAP_FAILED) { unmap_file(&file); }
     }
     close(fd);
     return whole;
 }
 
-// the largest step below `below` with a DONE file; -1: none
+// the largest step below `below` that has a DONE file; -1: there is none
 int checkpoint_newest(const char* directory, int below) {
     int newest = -1, step, end;
     DIR* d = opendir(directory);
     for (struct dirent* e; d != NULL && (e = readdir(d)) != NULL; ) {
-        if (sscanf(e->d_name, "DONE_%8d%n", &step, &end) == 1 && e->d_name[end] == 0 && step < below && step > newest) { newest = step; }
+        const bool done = sscanf(e->d_name, "DONE_%8d%n", &step, &end) == 1 && e->d_name[end] == 0;
+        if (done && step < below && step > newest) { newest = step; }
     }
     if (d != NULL) { closedir(d); }
     return newest;
 }
 
-// The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Names those that are damaged
+// The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Warns of those
+// that are damaged, and ends the program if all are
 int checkpoint_find(const char* directory) {
     char model[4200], state[4200];
     bool damaged = false;
@@ -4150,13 +4216,15 @@ int checkpoint_find(const char* directory) {
         checkpoint_path(model, sizeof(model), directory, "model", step);
         checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
-        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step, directory);
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
+                step, directory);
     }
     require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
     return -1;
 }
 
-// marks the checkpoint as whole, then removes all but the newest `keep` (0: keeps all)
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of a checkpoint
+// that is removed DONE goes first: what is left of it when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
@@ -4164,38 +4232,44 @@ void checkpoint_done(const char* directory, int step, int keep) {
     int old = INT_MAX;
     for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
         if (i < keep) { continue; }
-        const char* const kinds[] = {"DONE", "model", "state"}; // DONE first: what is half removed is no checkpoint
-        for (int k = 0; k < 3; k++) {
-            checkpoint_path(path, sizeof(path), directory, kinds[k], old);
+        for (const char* kind : {"DONE", "model", "state"}) {
+            checkpoint_path(path, sizeof(path), directory, kind, old);
             unlink(path);
         }
     }
 }
 
-// whether the file of best weights at `path` is whole, of the run that `metadata` describes (but for the step, and what was best by then)
-// and at least as good: a run that was killed and resumed goes through steps again, and keeps what it found later
+// May the file of the best weights at `path` stay, though a run has found weights with this best score?
+// A run that was killed and resumed goes through steps again, and must not replace what it found later:
+// the file stays if it is whole, of the same run (its metadata agree, but for step and best_*), and as good
 bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
     const char* its = safetensors_metadata(st, best->key);
     bool stands = its != NULL && strtod(its, NULL) >= strtod(best->value, NULL);
     for (int i = 0; stands && i < num_metadata; i++) {
-        const char* was = safetensors_metadata(st, metadata[i].key);
-        const bool of_step = strcmp(metadata[i].key, "step") == 0 || strncmp(metadata[i].key, "best_", 5) == 0;
-        stands = of_step || (was != NULL && strcmp(was, metadata[i].value) == 0);
+        const StMetadata* m = &metadata[i];
+        const char* was = safetensors_metadata(st, m->key);
+        const bool of_step = strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0;
+        stands = of_step || (was != NULL && strcmp(was, m->value) == 0);
     }
     safetensors_close(st);
     return stands;
 }
 
-// cuts main.log behind its last line of a step up to `step`: what follows happened after the checkpoint, or was cut short
+// Cuts main.log behind its last whole line of a step up to `step`, that of the checkpoint which a run
+// resumes from: the resumed run writes what followed once more
 void log_cut(FILE* log, int step) {
     char line[512];
     int s;
     long end = 0;
     rewind(log);
-    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step && strchr(line, '\n') != NULL) { end = ftell(log); }
-    require(ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0, "cannot cut main.log back to step %d: %m", step);
+    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step) {
+        if (strchr(line, '\n') == NULL) { break; } // the program was killed while it wrote the line
+        end = ftell(log);
+    }
+    require(ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0,
+            "cannot cut main.log back to step %d: %m", step);
 }
 // ---- end shared: checkpoints -----------------------------------------------
 
@@ -5475,7 +5549,7 @@ template <class... Dims> void add_parameter(Model* model, floatX** param, float*
     p.param = kind == BUFFER ? NULL : param;
     p.grad = kind == DECAY || kind == PLAIN ? grad : NULL;
     p.buffer = kind == BUFFER ? buffer : NULL;
-    append(&model->parameters, &model->num_parameter_tensors, p);
+    model->parameters.push(p);
 }
 
 bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAIN; }
@@ -5484,11 +5558,10 @@ bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAI
 static void place_parameters(Model* model) {
     size_t ends[NUM_KINDS], offset = 0; // DECAY, PLAIN, FROZEN and BUFFER follow one another
     for (int kind = 0; kind < NUM_KINDS; kind++) {
-        for (int i = 0; i < model->num_parameter_tensors; i++) {
-            Parameter* p = &model->parameters[i];
-            if (p->kind != kind) { continue; }
-            p->offset = offset;
-            offset += CEIL_DIV(p->n, (size_t)128) * 128;
+        for (Parameter& p : model->parameters) {
+            if (p.kind != kind) { continue; }
+            p.offset = offset;
+            offset += CEIL_DIV(p.n, (size_t)128) * 128;
         }
         if (kind == PLAIN) { // the trained ones are split into shards of equal size
             const size_t shards = model->s->sharded ? num_ranks : 1;
@@ -5539,9 +5612,9 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     a->cached = s->recompute < level;
     a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
     // copies of a line share the memory of their chunks and batches
-    const Activation* before = model->num_activations > 0 ? model->activations[model->num_activations - 1] : NULL;
+    const Activation* before = model->activations.n > 0 ? model->activations.end()[-1] : NULL;
     const bool shares = before != NULL && before->line == a->line;
-    append(&model->activations, &model->num_activations, a);
+    model->activations.push(a);
     const size_t bytes = CEIL_DIV(n * bits, (size_t)8), dense = align_up(bytes);
     const size_t chunk = model->chunk_images * a->per_image * bits / 8;
     char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
@@ -5585,15 +5658,14 @@ void plan_selection(Model* model, std::initializer_list<const Activation*> activ
 
 // numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns how many there are
 static int number_dropped(Model* model) {
-    int lines = 0, copies = 0, extra = 0, line_id[256];
-    for (int i = 0; i < model->num_activations; i++) {
-        Activation* a = model->activations[i];
+    int lines = 0, copies = 0, extra = 0, last = -1, line_id[256];
+    for (const Activation* a : model->activations) {
         if (!a->dropped || a->cache != DROP) { continue; }
-        if (i == 0 || model->activations[i-1]->line != a->line) { line_id[a->line] = lines++; }
-        copies = a->copies > copies ? a->copies : copies;
+        if (a->line != last) { line_id[a->line] = lines++; }
+        last = a->line;
+        copies = std::max(copies, a->copies);
     }
-    for (int i = 0; i < model->num_activations; i++) {
-        Activation* a = model->activations[i];
+    for (Activation* a : model->activations) {
         if (a->dropped) { a->id = a->cache == DROP ? lines * a->copy + line_id[a->line] : lines * copies + extra++; }
     }
     return lines * copies + extra;
@@ -5642,20 +5714,16 @@ void drop_activations(const Model* model, std::initializer_list<const Activation
 template <class T> __global__ void dot_kernel(double* sums, const T* a, const T* b, size_t n) {
     __shared__ double of[3][128];
     const int t = threadIdx.x;
-    double ab = 0.0, aa = 0.0, bb = 0.0;
+    double sum[3] = {0};
     for (size_t i = t; i < n; i += 128) {
         const double x = (float)a[i], y = (float)b[i];
-        ab += x * y;
-        aa += x * x;
-        bb += y * y;
+        sum[0] += x * y;
+        sum[1] += x * x;
+        sum[2] += y * y;
     }
-    of[0][t] = ab;
-    of[1][t] = aa;
-    of[2][t] = bb;
+    for (int k = 0; k < 3; k++) { of[k][t] = sum[k]; }
     __syncthreads();
-    if (t < 3) {
-        for (int i = 0; i < 128; i++) { sums[t] += of[t][i]; }
-    }
+    for (int i = 0; t < 3 && i < 128; i++) { sums[t] += of[t][i]; }
 }
 
 // -stats: adds a chunk of a dropped tensor, x as DropIT has it and exact as it was (rows, C), and what the exact one gives
@@ -5700,21 +5768,19 @@ void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, 
 
 void gradients_done(Model* model, int copy) {
     if (!model->last_pass) { return; }
-    for (int i = 0; model->stats_now && i < model->num_activations; i++) {
-        const Activation* a = model->activations[i];
-        const bool now = copy < 0 ? a->copies == 1 : a->copies > 1 && a->copy == copy;
-        if (now && a->dropped) { stats_report(model, a); }
+    for (const Activation* a : model->activations) {
+        const bool complete = copy < 0 ? a->copies == 1 : a->copies > 1 && a->copy == copy;
+        if (model->stats_now && complete && a->dropped) { stats_report(model, a); }
     }
     if (num_ranks == 1) { return; }
-    float** pieces = host_new<float*>(model->num_parameter_tensors, "pieces of gradients");
-    size_t* sizes = host_new<size_t>(model->num_parameter_tensors, "pieces of gradients");
+    float** pieces = host_new<float*>(model->parameters.n, "pieces of gradients");
+    size_t* sizes = host_new<size_t>(model->parameters.n, "pieces of gradients");
     int n = 0;
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        Parameter* p = &model->parameters[i];
-        if (!is_trained(p) || p->added || (copy >= 0 && (p->copies == 1 || p->copy != copy))) { continue; }
-        p->added = true;
-        pieces[n] = model->grads_memory + p->offset;
-        sizes[n++] = p->n;
+    for (Parameter& p : model->parameters) {
+        if (!is_trained(&p) || p.added || (copy >= 0 && (p.copies == 1 || p.copy != copy))) { continue; }
+        p.added = true;
+        pieces[n] = model->grads_memory + p.offset;
+        sizes[n++] = p.n;
     }
     if (n > 0) { ranks_add(pieces, sizes, n); }
     free(pieces);
@@ -5725,7 +5791,7 @@ void zero_gradients(Model* model) {
     const size_t bytes = model->num_parameters * sizeof(float);
     cudaCheck(cudaMemsetAsync(model->grads_memory, 0, bytes, main_stream));
     cudaCheck(cudaMemsetAsync(model->result, 0, sizeof(StepResult), main_stream));
-    for (int i = 0; i < model->num_parameter_tensors; i++) { model->parameters[i].added = false; }
+    for (Parameter& p : model->parameters) { p.added = false; }
     if (model->stats_now) {
         cudaCheck(cudaMemsetAsync(model->scratch->stats_exact, 0, bytes, main_stream));
         cudaCheck(cudaMemsetAsync(model->scratch->stats_sums, 0, model->scratch->stats_bytes, main_stream));
@@ -5750,9 +5816,9 @@ Model* model_new(void) {
 void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
-    plan->n = 0;
+    plan->lines.n = 0;
     memset(plan->bytes, 0, sizeof(plan->bytes));
-    model->num_parameter_tensors = model->num_parameter_lines = model->num_activations = model->num_lines = 0;
+    model->parameters.n = model->activations.n = model->num_parameter_lines = model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5812,11 +5878,10 @@ void model_allocate(Model* model) {
     plan_allocate(&model->plan);
     cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else cuBLAS allocates its own
     if (sizeof(floatX) == sizeof(float)) { model->master = (float*)model->params_memory + model->shard_begin; }
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        Parameter* p = &model->parameters[i];
-        if (p->param != NULL) { *p->param = model->params_memory + p->offset; }
-        if (p->grad != NULL) { *p->grad = model->grads_memory + p->offset; }
-        if (p->buffer != NULL) { *p->buffer = model->fixed + (p->offset - model->num_parameters); }
+    for (Parameter& p : model->parameters) {
+        if (p.param != NULL) { *p.param = model->params_memory + p.offset; }
+        if (p.grad != NULL) { *p.grad = model->grads_memory + p.offset; }
+        if (p.buffer != NULL) { *p.buffer = model->fixed + (p.offset - model->num_parameters); }
     }
     model->scratch->drop.not_finite = &model->result->not_finite;
     cudaCheck(cudaStreamSynchronize(main_stream));
@@ -5824,9 +5889,9 @@ void model_allocate(Model* model) {
 
 void model_free(Model* model) {
     for (int c = 0; c < NUM_CATEGORIES; c++) { cudaCheck(cudaFree(model->plan.blocks[c])); }
-    free(model->plan.list);
-    free(model->parameters);
-    free(model->activations);
+    free(model->plan.lines.of);
+    free(model->parameters.of);
+    free(model->activations.of);
     free(model->scratch);
     free(model->s);
     free(model);
@@ -5863,9 +5928,7 @@ void initial_values(const Model* model, const Parameter* p, float* out) {
 
 void init_parameters(Model* model) {
     float* values = host_new<float>(all_values(model), "parameters");
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        initial_values(model, &model->parameters[i], values + model->parameters[i].offset);
-    }
+    for (const Parameter& p : model->parameters) { initial_values(model, &p, values + p.offset); }
     set_parameters(model, values);
     free(values);
 }
@@ -5876,21 +5939,20 @@ void init_parameters(Model* model) {
 static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, bool fixed, float* values) {
     bool* known = host_new<bool>(st->num_tensors, "the tensor list");
     int wrong = 0;
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        const Parameter* p = &model->parameters[i];
+    for (const Parameter& p : model->parameters) {
         char name[128];
-        if (!is_trained(p) && !fixed) { continue; }
-        snprintf(name, sizeof(name), "%s%s", prefix, p->name);
+        if (!is_trained(&p) && !fixed) { continue; }
+        snprintf(name, sizeof(name), "%s%s", prefix, p.name);
         const StTensor* t = safetensors_find(st, name);
         if (t != NULL) { known[t - st->tensors] = true; }
-        const bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == p->dims
-            && memcmp(t->shape, p->shape, p->dims * sizeof(size_t)) == 0;
-        if (fits && values != NULL) { memcpy(values + p->offset, safetensors_data(st, t), p->n * sizeof(float)); }
+        const bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == p.dims
+            && memcmp(t->shape, p.shape, p.dims * sizeof(size_t)) == 0;
+        if (fits && values != NULL) { memcpy(values + p.offset, safetensors_data(st, t), p.n * sizeof(float)); }
         if (fits) { continue; }
         fprintf(stderr, "%s: %s: %s", st->file.path, name, t != NULL ? "found " : "missing");
         if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
         fprintf(stderr, ", expected ");
-        print_shape(stderr, "F32", p->shape, p->dims);
+        print_shape(stderr, "F32", p.shape, p.dims);
         fprintf(stderr, "\n");
         wrong++;
     }
@@ -5925,9 +5987,8 @@ uint32_t fingerprint(const Model* model) {
     floatX* values = host_new<floatX>(n, "parameters");
     uint32_t crc = 0;
     cudaCheck(cudaMemcpy(values, model->params_memory, n * sizeof(floatX), cudaMemcpyDeviceToHost));
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        const Parameter* p = &model->parameters[i];
-        if (p->kind != BUFFER) { crc = crc_32(crc, values + p->offset, p->n * sizeof(floatX)); }
+    for (const Parameter& p : model->parameters) {
+        if (p.kind != BUFFER) { crc = crc_32(crc, values + p.offset, p.n * sizeof(floatX)); }
     }
     free(values);
     return crc;
@@ -5955,7 +6016,7 @@ typedef struct {
 // one file of some sets. All ranks call, rank 0 writes
 static void write_tensors(const Model* model, const char* path, const StMetadata* metadata, int num_metadata,
                           const TensorSet* sets, int num_sets) {
-    const size_t n = model->num_parameters, all = all_values(model), tensors_n = numel(num_sets, model->num_parameter_tensors);
+    const size_t n = model->num_parameters, all = all_values(model), tensors_n = numel(num_sets, model->parameters.n);
     float* values = host_new<float>(num_sets * all, "parameters");
     StTensor* tensors = host_new<StTensor>(tensors_n, "the tensor list");
     const float** data = host_new<const float*>(tensors_n, "the tensor list");
@@ -5971,14 +6032,13 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
         cudaCheck(cudaMemcpy(to, full, n * sizeof(float), cudaMemcpyDeviceToHost));
         const bool fixed = sets[set].fixed != NULL;
         if (fixed) { cudaCheck(cudaMemcpy(to + n, sets[set].fixed, (all - n) * sizeof(float), cudaMemcpyDeviceToHost)); }
-        for (int i = 0; i < model->num_parameter_tensors; i++) {
-            const Parameter* p = &model->parameters[i];
-            if (!is_trained(p) && !fixed) { continue; }
+        for (const Parameter& p : model->parameters) {
+            if (!is_trained(&p) && !fixed) { continue; }
             StTensor* t = &tensors[count];
-            snprintf(t->name, sizeof(t->name), "%s%s", sets[set].prefix, p->name);
-            t->dims = p->dims;
-            memcpy(t->shape, p->shape, p->dims * sizeof(size_t));
-            data[count++] = to + p->offset;
+            snprintf(t->name, sizeof(t->name), "%s%s", sets[set].prefix, p.name);
+            t->dims = p.dims;
+            memcpy(t->shape, p.shape, p.dims * sizeof(size_t));
+            data[count++] = to + p.offset;
         }
     }
     if (rank == 0) { safetensors_write(path, metadata, num_metadata, tensors, data, count); }
@@ -6156,17 +6216,15 @@ static bool activation_finite(const Activation* a) {
 
 // name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
 void first_not_finite(const Model* model, char name[128]) {
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        const Parameter* p = &model->parameters[i];
-        if (p->kind == BUFFER || all_finite<floatX>(model->params_memory + p->offset, p->n)) { continue; }
-        snprintf(name, 128, "parameter %s", p->name);
+    for (const Parameter& p : model->parameters) {
+        if (p.kind == BUFFER || all_finite<floatX>(model->params_memory + p.offset, p.n)) { continue; }
+        snprintf(name, 128, "parameter %s", p.name);
         return;
     }
     // lines of one copy before the first of several, then the copies of all lines, then the other lines of one copy
     for (int copy = -1; copy <= MAX_COPIES + 1; copy++) {
         bool several = false;
-        for (int i = 0; i < model->num_activations; i++) {
-            const Activation* a = model->activations[i];
+        for (const Activation* a : model->activations) {
             several = several || a->copies > 1;
             const int order = a->copies > 1 ? a->copy : several ? MAX_COPIES + 1 : -1;
             if (order != copy || activation_finite(a)) { continue; }
@@ -6174,10 +6232,9 @@ void first_not_finite(const Model* model, char name[128]) {
             return;
         }
     }
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        const Parameter* p = &model->parameters[i];
-        if (!is_trained(p) || all_finite<float>(model->grads_memory + p->offset, p->n)) { continue; }
-        snprintf(name, 128, "gradient of %s", p->name);
+    for (const Parameter& p : model->parameters) {
+        if (!is_trained(&p) || all_finite<float>(model->grads_memory + p.offset, p.n)) { continue; }
+        snprintf(name, 128, "gradient of %s", p.name);
         return;
     }
     snprintf(name, 128, "no stored tensor");
