@@ -1866,15 +1866,17 @@ void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* ls
 // ----------------------------------------------------------------------------
 // RandAugment (Cubuk et al., arXiv 1909.13719)
 
-// What timm does to the bytes of a training image after crop and flip, as Pillow computes it. The host draws the operations of
-// each image, by Philox from its place in the epoch; the device applies them, a layer of operations a launch.
-enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS,
-       SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS }; // in the order of timm's _RAND_INCREASING_TRANSFORMS
+// What timm does to the bytes of a training image after crop and flip, as Pillow computes it. The host
+// draws the operations of each image, by Philox from its place in the epoch; the device applies them, a
+// layer of operations a launch.
+// The operations have the order of timm's _RAND_INCREASING_TRANSFORMS
+enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST,
+       BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
 
 typedef struct ImageAugment {
     int op, value;           // value: bits that stay, threshold or summand
     float factor;            // 0: the degenerate image (grey, black, blurred), 1: the image
-    double matrix[6];        // input's (x, y) = matrix (2, 3) * (x, y, 1) of the output, both of pixel centres
+    double matrix[6];        // (2, 3): (x, y) of the input = matrix * (x, y, 1) of the output, at pixel centres
 } ImageAugment;
 
 typedef struct {
@@ -1889,21 +1891,20 @@ void parse_augment(RandAugment* o, const char* text) {
     o->layers = 2;
     const char* at = text + 4;
     for (int used = 0; known && *at == '-'; at += used) {
-        used = 0;
-        if (strncmp(at, "-inc1", 5) == 0) {
-            increasing = true;
-            used = 5;
-        } else if (sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) != 1 && sscanf(at, "-m%3d%n", &o->magnitude, &used) != 1) {
-            sscanf(at, "-n%3d%n", &o->layers, &used);
-        }
-        known = used > 0 && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8;
-        known = known && o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
+        used = strncmp(at, "-inc1", 5) == 0 ? 5 : 0;
+        increasing = increasing || used > 0;
+        known = used > 0 || sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) == 1
+                || sscanf(at, "-m%3d%n", &o->magnitude, &used) == 1 || sscanf(at, "-n%3d%n", &o->layers, &used) == 1;
+        known = known && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8
+                && o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
     }
-    require(known && *at == 0 && o->magnitude >= 0 && increasing, "-aa %s is not a RandAugment that is known here; choose none or "
-            "rand-mM[-nN][-mstdX]-inc1 with M up to 10, N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
+    known = known && *at == 0 && o->magnitude >= 0 && increasing;
+    require(known, "-aa %s is not a RandAugment that is known here; choose none or rand-mM[-nN][-mstdX]-inc1 with M "
+            "up to 10, N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
 }
 
-// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit: black, as in Pillow before 10
+// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit:
+// black, as in Pillow before 10
 void augment_argument(ImageAugment* a, int op, double level, bool negate, int S) {
     const double sign = negate ? -1.0 : 1.0, half = S / 2.0;
     double *m = a->matrix, angle = 0.0;
@@ -1934,8 +1935,8 @@ void augment_argument(ImageAugment* a, int op, double level, bool negate, int S)
 }
 
 // the operation that an image of side S meets in a layer
-void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed, unsigned epoch, unsigned long long place,
-                  int layer, int S) {
+void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed, unsigned epoch,
+                  unsigned long long place, int layer, int S) {
     const uint4 u = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | 2 * layer);
     const uint4 v = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | (2 * layer + 1));
     const int op = 1 + draw_below(u.x, NUM_AUGMENTS - 1);
@@ -1943,7 +1944,8 @@ void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed
     augment_argument(a, u.y >> 31 ? NO_AUGMENT : op, level, u.z >> 31, S);
 }
 
-// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. i, S*S and the address divide by V
+// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. i, S*S and
+// the address divide by V
 template <int CH, int V>
 __device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i, unsigned S, bool mirrored) {
     for (int q = 0; mirrored && q < V; q++) {
@@ -1955,7 +1957,7 @@ __device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i,
     }
 }
 
-// Pillow's Image.blend of two values: truncated, never rounded; a fused operation would end with another last bit
+// Pillow's Image.blend of two values: truncated, not rounded; a fused operation would give another last bit
 __device__ inline uint8_t blend(int from, int to, float factor) {
     const float v = __fadd_rn((float)from, __fmul_rn(factor, (float)(to - from)));
     return v <= 0.0f ? 0 : v >= 255.0f ? 255 : (uint8_t)v;
@@ -1964,27 +1966,30 @@ __device__ inline uint8_t blend(int from, int to, float factor) {
 // Pillow's conversion of R, G, B to grey
 __device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16; }
 
-// Pillow's cubic through four values (a = -1), between v1 and v2. Written as a polynomial of d it gives their very value where all
-// four are equal; the caller truncates it
+// Pillow's cubic through four values (a = -1), between v1 and v2. Written as a polynomial of d it gives
+// their very value where all four are equal; the caller truncates it
 __device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
     return v1 + d * (v2 - v0 + d * (2.0f * (v0 - v1) + v2 - v3 + d * (v1 - v0 + v3 - v2)));
 }
 
-// Operations that map each value by itself become tables: tables[b, c, v] = what value v becomes in channel c of image b.
-//     AutoContrast: (v - min) * 255 / (max - min)      Brightness: blend(0, v)      Contrast: blend(mean grey, v)
+// Operations that map each value by itself become tables: tables[b, c, v] = what value v becomes in
+// channel c of image b.
+//     AutoContrast: (v - min) * 255 / (max - min)     Brightness: blend(0, v)     Contrast: blend(mean grey, v)
 //     Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
 //     Posterize, Solarize, SolarizeAdd, Invert
-// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. Histograms are sums of integers,
-// so their order does not matter. pixels and images divide by V
+// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image.
+// Histograms are sums of integers, so their order does not matter. pixels and images divide by V
 template <int CH, int V>
-__global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, const ImageAugment* augments, unsigned pixels) {
+__global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, const ImageAugment* augments,
+                                     unsigned pixels) {
     __shared__ unsigned counts[CH][256];
-    __shared__ int low[CH], high[CH]; // smallest and largest value; Equalize: low is the step; Contrast: low[0] is the mean
+    __shared__ int low[CH], high[CH]; // least and largest value; Equalize: low is the step; Contrast: the mean
     const size_t b = blockIdx.x;
     const unsigned t = threadIdx.x;
     const int op = augments[b].op, value = augments[b].value;
     const float factor = augments[b].factor;
     const bool grey = op == CONTRAST && CH == 3;
+    const int channels = grey ? 1 : CH; // that are counted
     if (op == NO_AUGMENT || op == ROTATE || op == COLOR || op >= SHARPNESS) { return; }
     if (op == AUTO_CONTRAST || op == EQUALIZE || op == CONTRAST) {
         for (int c = 0; c < CH; c++) { counts[c][t] = 0; }
@@ -2011,10 +2016,10 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
                 }
                 if (op == EQUALIZE) { counts[t][v] = below; }
                 below += count;
-                for (int c = 0; op == CONTRAST && c < (grey ? 1 : CH); c++) { sum += (unsigned long long)counts[c][v] * v; }
+                for (int c = 0; op == CONTRAST && c < channels; c++) { sum += (unsigned long long)counts[c][v] * v; }
             }
             if (op == EQUALIZE) { low[t] = (int)((below - last) / 255); }
-            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * (grey ? 1 : CH)) + 0.5); }
+            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * channels) + 0.5); }
         }
         __syncthreads();
     }
@@ -2037,14 +2042,14 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
     }
 }
 
-// x (CH) = the input image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the fill
-// colour where that is outside of the image
+// x (CH) = the input image (S, S, CH) at the place where an affine operation maps output pixel i,
+// bicubic; the fill colour where that is outside of the image
 template <int CH>
-__device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const double* matrix, unsigned i, int S,
+__device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S,
                                     bool mirrored, Pixel fill) {
     const int row = (int)i / S, column = (int)i - row * S;
     const double h = row + 0.5, w = column + 0.5; // in fp32 the place would be off by 1e-5 pixels
-    const double u = matrix[0] * w + matrix[1] * h + matrix[2], v = matrix[3] * w + matrix[4] * h + matrix[5];
+    const double u = m[0] * w + m[1] * h + m[2], v = m[3] * w + m[4] * h + m[5];
     if (!(u >= 0.0 && u < S && v >= 0.0 && v < S)) {
         for (int c = 0; c < CH; c++) { x[c] = fill.v[c]; }
         return;
@@ -2069,9 +2074,11 @@ __device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const doub
     }
 }
 
-// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13 rounded; the border stays as it is
+// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13 rounded; the
+// border stays as it is
 template <int CH>
-__device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float factor, unsigned i, int S, bool mirrored) {
+__device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float factor, unsigned i, int S,
+                                   bool mirrored) {
     const int row = (int)i / S, column = (int)i - row * S;
     const uint8_t* p = image + ((size_t)row * S + (mirrored ? S - 1 - column : column)) * CH;
     const bool border = row == 0 || row == S - 1 || column == 0 || column == S - 1;
@@ -2085,13 +2092,13 @@ __device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float facto
 // out = one operation an image, as Pillow computes it. All threads of a block have the same operation.
 //     Color: blend(grey, image) of three channels, else the image      Sharpness: sharp_pixel
 //     Rotate, Shear, Translate: affine_pixel                           the others: tables
-// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first; NULL: none. A block of 256
-// threads takes 256 * V pixels of an image, a thread V; S*S, out and inp divide by V
+// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first;
+// NULL: none. A block of 256 threads takes 256 * V pixels of an image; S*S, out and inp divide by V
 template <int CH, int V>
 __global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
                                const int* flips, Pixel fill, int S, unsigned image_blocks) {
     const size_t b = blockIdx.x / image_blocks;
-    const unsigned pixels = (unsigned)S * S, i = ((unsigned)(blockIdx.x - b * image_blocks) * 256 + threadIdx.x) * V;
+    const unsigned pixels = (unsigned)S * S, i = (blockIdx.x % image_blocks * 256 + threadIdx.x) * V;
     if (i >= pixels) { return; }
     const ImageAugment* a = &augments[b];
     const uint8_t* image = inp + b * pixels * CH;
@@ -2117,28 +2124,31 @@ __global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* 
         for (int k = 0; k < V * CH; k++) { x[k] = tables[b * CH * 256 + k % CH * 256 + x[k]]; }
     }
     uint8_t* to = out + (b * pixels + i) * CH;
-    for (int k = 0; k < CH; k++) { *(Pack<V, uint8_t>*)(to + k * V) = *(const Pack<V, uint8_t>*)(x + k * V); }
+    for (int k = 0; k < V * CH; k += V) { *(Pack<V, uint8_t>*)(to + k) = *(const Pack<V, uint8_t>*)(x + k); }
 }
 
 template <int CH, int V>
-void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* augments, const int* flips, size_t n,
-                   int S, Pixel fill, cudaStream_t stream) {
+void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* augments, const int* flips,
+                   unsigned n, int S, Pixel fill, cudaStream_t stream) {
     const unsigned pixels = (unsigned)S * S, blocks = CEIL_DIV(pixels, 256 * V);
-    augment_table_kernel<CH, V><<<(unsigned)n, 256, 0, stream>>>(tables, inp, augments, pixels);
-    augment_kernel<CH, V><<<(unsigned)(n * blocks), 256, 0, stream>>>(out, inp, tables, augments, flips, fill, S, blocks);
+    augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, augments, pixels);
+    augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, augments, flips, fill, S, blocks);
     kernelCheck();
 }
 
-// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n) say so: those become 0.
-// scratch is as large as images, tables (n, CH, 256). fill: what rotation, shear and translation leave empty
-void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments, int layers,
-                    size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
+// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n)
+// say so: those become 0. scratch is as large as images, tables (n, CH, 256). fill: what rotation,
+// shear and translation leave empty
+void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments,
+                    int layers, size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
     uint8_t *inp = images, *out = scratch;
     for (int layer = 0; layer < layers; layer++, augments += n) {
         const int* mirror = layer == 0 ? flips : NULL;
-#define LAYER(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, n, S, fill, stream)
+#define LAYER(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
 #define LAYER_OF(C) case C: if (S % 2 == 0) { LAYER(C, 4); } else { LAYER(C, 1); } break;
         switch (CH) { LAYER_OF(1) LAYER_OF(2) LAYER_OF(3) LAYER_OF(4) }
+#undef LAYER_OF
+#undef LAYER
         uint8_t* swap = inp;
         inp = out;
         out = swap;
@@ -2147,29 +2157,29 @@ void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* fli
     cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
 }
 
-void augment_plan(Plan* plan, Augmenter* a, RandAugment options, size_t B, size_t S, size_t CH) {
-    *a = Augmenter{options, S, CH, NULL, NULL, NULL, NULL};
-    if (options.layers == 0) { return; }
-    plan_add(plan, SCRATCH, "augments", "", "(layers, B)", &a->augments, options.layers * B * sizeof(ImageAugment), 0);
-    plan_add(plan, SCRATCH, "augmented images", "", "(B, S, S, CH) bytes", &a->images, B * S * S * CH, 0);
-    plan_add(plan, SCRATCH, "augment tables", "", "(B, CH, 256) bytes", &a->tables, B * CH * 256, 0);
+void augment_plan(Plan* plan, Augmenter* a, RandAugment o, size_t B, size_t S, size_t CH) {
+    *a = Augmenter{o, S, CH, NULL, NULL, NULL, NULL};
+    if (o.layers == 0) { return; }
+    plan_add(plan, SCRATCH, "augments", "", "(layers, B)", &a->augments, o.layers * B * sizeof(ImageAugment));
+    plan_add(plan, SCRATCH, "augmented images", "", "(B, S, S, CH) bytes", &a->images, B * S * S * CH);
+    plan_add(plan, SCRATCH, "augment tables", "", "(B, CH, 256) bytes", &a->tables, B * CH * 256);
 }
 
 // the loader's hook (see "shared: image batches"): RandAugment
 void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     const BatchAugment* b = &batch->augment;
-    const size_t n = batch->n, draws = a->options.layers * n;
-    if (draws == 0) { return; }
-    if (a->host_augments == NULL) { cudaCheck(cudaMallocHost((void**)&a->host_augments, draws * sizeof(ImageAugment))); }
+    const int S = (int)a->S, CH = (int)a->CH, layers = a->options.layers;
+    const size_t n = batch->n, bytes = layers * n * sizeof(ImageAugment);
+    if (layers == 0) { return; }
+    if (a->host_augments == NULL) { cudaCheck(cudaMallocHost((void**)&a->host_augments, bytes)); } // n is B in training
     Pixel fill = {};
-    for (size_t c = 0; c < a->CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * batch->stats.mean[c]))); }
-    for (size_t i = 0; i < draws; i++) {
+    for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * batch->stats.mean[c]))); }
+    for (size_t i = 0; i < layers * n; i++) {
         const unsigned long long place = b->place + i % n * b->place_step;
-        draw_augment(&a->host_augments[i], &a->options, b->seed, b->epoch, place, (int)(i / n), (int)a->S);
+        draw_augment(&a->host_augments[i], &a->options, b->seed, b->epoch, place, (int)(i / n), S);
     }
-    cudaCheck(cudaMemcpyAsync(a->augments, a->host_augments, draws * sizeof(ImageAugment), cudaMemcpyHostToDevice, stream));
-    augment_images(batch->images, a->images, a->tables, batch->flips, a->augments, a->options.layers, n, (int)a->S, (int)a->CH,
-                   fill, stream);
+    cudaCheck(cudaMemcpyAsync(a->augments, a->host_augments, bytes, cudaMemcpyHostToDevice, stream));
+    augment_images(batch->images, a->images, a->tables, batch->flips, a->augments, layers, n, S, CH, fill, stream);
 }
 
 // ---- shared: DropIT --------------------------------------------------------
@@ -4274,42 +4284,44 @@ void log_cut(FILE* log, int step) {
 // ---- end shared: checkpoints -----------------------------------------------
 
 // ---- shared: image resize --------------------------------------------------
-// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic (a = -0.5) over a support that grows with the shrinking
-// (antialiasing), weights computed in double and rounded to 22 bits behind the point, columns first, rounding to bytes between
-// the two passes. (Pillow 13 begins with the rows where they shrink much more than the columns; there it differs by some levels
-// from us and from all earlier versions.) The host computes the weights and transposes each image, so that a column of one
-// channel is a run of bytes: in both passes a thread then makes RESIZE_V neighbours, and all of them share their weights.
+// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic (a = -0.5) over a support that
+// grows with the shrinking (antialiasing), weights computed in double and rounded to 22 bits behind the
+// point, columns first, rounding to bytes between the two passes. (Pillow 13 differs where rows shrink
+// much more than columns: there it begins with the rows.) The host computes the weights and transposes
+// each image, so that a column of one channel is a run of bytes: in both passes a thread then makes
+// RESIZE_V neighbours, which share their weights.
 #define RESIZE_V 64
 #define RESIZE_BITS 22
 
-// The part of an image that is wanted: a box of it is resized to full_height x full_width, of which a window of S x S is kept
-// and, where `mirror` says so, mirrored left to right.
+// The part of an image that is wanted: a box of it is resized to full_height x full_width, of which a
+// window of S x S is kept and, where `mirror` says so, mirrored left to right.
 typedef struct {
     int top, left, height, width; // of the box
     size_t full_height, full_width, window_top, window_left;
     bool mirror;
 } ImageView;
 
-// Resizes one image. Its data lie in two places of the staging buffer; the host writes the first, the device the second:
+// Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
 //
-//   staged           first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels (columns, CH, pitch)
-//                    of the columns, int                    of the rows, int                    transposed, bytes
-//   resized          columns resized (S * CH, pitch) | the same transposed back (pitch, row pitch)
+//   staged:   first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels (columns, CH, pitch)
+//             of the columns, int                    of the rows, int                    transposed, bytes
+//   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
-// Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i. pitch and row pitch are the
-// number of rows and S * CH, rounded up to a multiple of RESIZE_V.
+// Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
+// pitch and row pitch are the number of rows and S * CH, rounded up to a multiple of RESIZE_V.
 typedef struct {
     size_t staged, resized;             // offsets in the staging buffer, in bytes
-    size_t pixels, straight;            // offset of the pixels from `staged`, of the transposed back from `resized`
+    size_t pixels, straight;            // offset from `staged`, offset from `resized`
     size_t staged_bytes, scratch_bytes; // bytes at `staged`, and at `resized`
     unsigned image;                     // its place in the batch
     int pitch, column_taps, row_taps;   // taps: weights of an output pixel
     int first_row, rows, first_column, columns; // of the box: what the window needs
 } ResizeTask;
 
-// The input pixels that make output pixel `at`, when n pixels are resized to `full`: returns how many, *first is the first one
+// how many input pixels make output pixel `at`, when n pixels are resized to `full`; *first: the first one
 inline int resize_range(int n, size_t full, size_t at, int* first) {
-    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale, center = (at + 0.5) * scale;
+    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale;
+    const double center = (at + 0.5) * scale;
     const int low = (int)(center - support + 0.5), high = (int)(center + support + 0.5);
     *first = low > 0 ? low : 0;
     return (high < n ? high : n) - *first;
@@ -4328,10 +4340,11 @@ inline double resize_filter(double x) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored. `first` counts from
-// input pixel `origin`
-void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin, bool mirror) {
-    const double scale = (double)n / full, filter_scale = scale < 1.0 ? 1.0 : scale, inverse = 1.0 / filter_scale;
+// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if
+// mirrored. `first` counts from input pixel `origin`
+void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin,
+                    bool mirror) {
+    const double scale = (double)n / full, inverse = 1.0 / (scale < 1.0 ? 1.0 : scale);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
         const double center = (window + i + 0.5) * scale;
@@ -4348,7 +4361,7 @@ void resize_weights(int* first, int* weights, int taps, int n, size_t full, size
     }
 }
 
-// the input pixels that a window of S output pixels needs: returns how many, *first is the first one
+// how many input pixels a window of S output pixels needs; *first: the first one
 int resize_window(int n, size_t full, size_t window, int S, int* first) {
     int last;
     const int end = resize_range(n, full, window + S - 1, &last) + last;
@@ -4356,7 +4369,7 @@ int resize_window(int n, size_t full, size_t window, int S, int* first) {
     return end - *first;
 }
 
-// the task of a view; its caller says where the data lie (staged, resized) and which image of the batch it is
+// the task of a view; its caller sets where the data lie (staged, resized), and image
 ResizeTask resize_task(const ImageView* v, int S, int CH) {
     ResizeTask t = {};
     t.row_taps = resize_taps(v->height, v->full_height);
@@ -4410,22 +4423,25 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
 }
 
 // the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
-void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S, int CH) {
-    int* columns = (int*)staged; // first, then weights
-    int* rows = columns + (size_t)S * (1 + t->column_taps);
-    resize_weights(columns, columns + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
-    resize_weights(rows, rows + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
-    const size_t stride = (size_t)width * CH;
-    const uint8_t* needed = image + (v->top + t->first_row) * stride + (size_t)(v->left + t->first_column) * CH;
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S,
+                  int CH) {
+    int* first = (int*)staged; // weights lie behind it
+    resize_weights(first, first + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column,
+                   v->mirror);
+    first += (size_t)S * (1 + t->column_taps);
+    resize_weights(first, first + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
+    const size_t stride = (size_t)width * CH, left = v->left + t->first_column;
+    const uint8_t* needed = image + (v->top + t->first_row) * stride + left * CH;
     turn_bytes(staged + t->pixels, t->pitch, needed, stride, t->rows, (size_t)t->columns * CH);
 }
 
-// out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for RESIZE_V neighbours j
-__device__ inline void resize_run(Pack<RESIZE_V, uint8_t>* out, const uint8_t* pixels, size_t stride, const int* weights, int taps) {
+// out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for RESIZE_V values of j
+typedef Pack<RESIZE_V, uint8_t> ResizeRun;
+__device__ inline void resize_run(ResizeRun* out, const uint8_t* pixels, size_t stride, const int* weights, int taps) {
     int sum[RESIZE_V];
     for (int j = 0; j < RESIZE_V; j++) { sum[j] = 1 << (RESIZE_BITS - 1); }
     for (int k = 0; k < taps; k++) {
-        const Pack<RESIZE_V, uint8_t>& p = *(const Pack<RESIZE_V, uint8_t>*)pixels;
+        const ResizeRun& p = *(const ResizeRun*)pixels;
         const int w = weights[k];
         for (int j = 0; j < RESIZE_V; j++) { sum[j] += w * p.v[j]; }
         pixels += stride;
@@ -4433,17 +4449,18 @@ __device__ inline void resize_run(Pack<RESIZE_V, uint8_t>* out, const uint8_t* p
     for (int j = 0; j < RESIZE_V; j++) { out->v[j] = (uint8_t)min(max(sum[j] >> RESIZE_BITS, 0), 255); }
 }
 
-// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V rows y of one x, c.
-// Grid: threads of the largest task, tasks
+// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V
+// rows y of one x, c. Grid: threads of the largest task, tasks
 __global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks, int S, int CH) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (size_t)S * CH * (t.pitch / RESIZE_V)) {
-        const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = ((unsigned)i - xc * runs) * RESIZE_V;
+        const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
         const int* first = (const int*)(staging + t.staged);
+        const int* weights = first + S + (size_t)x * t.column_taps;
         const uint8_t* pixels = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch + y;
-        resize_run((Pack<RESIZE_V, uint8_t>*)(staging + t.resized + (size_t)xc * t.pitch + y), pixels, (size_t)CH * t.pitch,
-                   first + S + (size_t)x * t.column_taps, t.column_taps);
+        uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
+        resize_run((ResizeRun*)out, pixels, (size_t)CH * t.pitch, weights, t.column_taps);
     }
 }
 
@@ -4462,17 +4479,20 @@ __global__ void resize_turn_kernel(uint8_t* staging, const ResizeTask* tasks, in
     }
 }
 
-// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; a thread makes RESIZE_V of one row.
-// images (B, S, S, CH)
-__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH, int row_pitch) {
+// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; a thread makes
+// RESIZE_V of one row. images (B, S, S, CH)
+__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH,
+                                   int row_pitch) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (size_t)S * (row_pitch / RESIZE_V)) {
-        const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = ((unsigned)i - y * runs) * RESIZE_V, row = S * CH;
+        const unsigned runs = row_pitch / RESIZE_V, row = S * CH;
+        const unsigned y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
         const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
-        Pack<RESIZE_V, uint8_t> bytes;
-        resize_run(&bytes, staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc, row_pitch,
-                   first + S + (size_t)y * t.row_taps, t.row_taps);
+        const int* weights = first + S + (size_t)y * t.row_taps;
+        const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
+        ResizeRun bytes;
+        resize_run(&bytes, pixels, row_pitch, weights, t.row_taps);
         uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
         if (row % 16 == 0) {
             for (unsigned j = 0; j < RESIZE_V && xc + j < row; j += 16) {
@@ -4484,27 +4504,29 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     }
 }
 
-// The device's part, for n tasks whose weights and pixels are in staging; largest_pitch is that of these tasks.
-// n up to 65,535: a dimension of a grid
+// The device's part, for n tasks whose weights and pixels are in staging; largest_pitch is that of
+// these tasks. n up to 65,535: a dimension of a grid
 void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch, int S, int CH,
                    cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
-    const size_t columns = numel(S, CH, largest_pitch / RESIZE_V), rows = numel(S, row_pitch / RESIZE_V); // threads of a task
-    const dim3 turn_blocks((unsigned)CEIL_DIV(numel(row_pitch / 8, largest_pitch / 8), (size_t)128), n);
-    resize_columns_kernel<<<dim3((unsigned)CEIL_DIV(columns, (size_t)128), n), 128, 0, stream>>>(staging, tasks, S, CH);
+    const dim3 columns((unsigned)CEIL_DIV(numel(S, CH, largest_pitch / RESIZE_V), (size_t)128), n); // blocks
+    const dim3 turns((unsigned)CEIL_DIV(numel(row_pitch / 8, largest_pitch / 8), (size_t)128), n);
+    const dim3 rows((unsigned)CEIL_DIV(numel(S, row_pitch / RESIZE_V), (size_t)128), n);
+    resize_columns_kernel<<<columns, 128, 0, stream>>>(staging, tasks, S, CH);
     kernelCheck();
-    resize_turn_kernel<<<turn_blocks, 128, 0, stream>>>(staging, tasks, row_pitch);
+    resize_turn_kernel<<<turns, 128, 0, stream>>>(staging, tasks, row_pitch);
     kernelCheck();
-    resize_rows_kernel<<<dim3((unsigned)CEIL_DIV(rows, (size_t)128), n), 128, 0, stream>>>(images, staging, tasks, S, CH, row_pitch);
+    resize_rows_kernel<<<rows, 128, 0, stream>>>(images, staging, tasks, S, CH, row_pitch);
     kernelCheck();
 }
 // ---- end shared: image resize ----------------------------------------------
 
 // ---- shared: mixing --------------------------------------------------------
-// What every image classifier may do to the images of a training batch while it normalises them: random erasing (Zhong et al.,
-// arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et al., arXiv 1905.04899), as timm does them. The
-// host draws what happens, by Philox from an image's place in the epoch or from the batch's number; the model's own kernel that
-// normalises the images applies it: BatchAugment says what, erase_noise is what an erased pixel becomes.
+// What every image classifier may do to the images of a training batch while it normalises them: random
+// erasing (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et
+// al., arXiv 1905.04899), as timm does them. The host draws what happens, by Philox from an image's
+// place in the epoch or from the batch's number; the model's own kernel that normalises the images
+// applies it: BatchAugment says what, erase_noise is what an erased pixel becomes.
 typedef struct {
     double erase;            // probability of erasing a box of an image
     double mixup, cutmix;    // alpha of their beta distributions, 0: off
@@ -4512,30 +4534,27 @@ typedef struct {
 } MixOptions;
 
 #define ERASE_ATTEMPTS 10
-// Number of draw i, up to 15, of the box of an image. The draws of its pixels have the numbers 0 to 0xFFFFFFEF
+// number of draw i (up to 15) of an image's box; those of its pixels are 0 to 0xFFFFFFEF
 unsigned long long erase_draw(unsigned long long place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
 
-// timm's RandomErasing with one box: 0.02 to 1/3 of the area, ratio of the sides log-uniform in 0.3 to 1/0.3
+// timm's RandomErasing: one box of 0.02 to 1/3 of the area, its sides' ratio log-uniform from 0.3 to 1/0.3
 EraseBox draw_erase(double probability, unsigned long long seed, unsigned epoch, unsigned long long place, int S) {
-    EraseBox box = {0, 0, 0, 0};
-    if (uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) > probability) { return box; }
+    const EraseBox none = {0, 0, 0, 0};
+    if (uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) > probability) { return none; }
     for (int attempt = 0; attempt < ERASE_ATTEMPTS; attempt++) {
         const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
-        const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S, ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
+        const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S;
+        const double ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
         const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
         if (h < S && w < S) {
-            box.top = draw_below(u.z, S - h + 1);
-            box.left = draw_below(u.w, S - w + 1);
-            box.height = w > 0 ? h : 0;
-            box.width = w;
-            return box;
+            return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
         }
     }
-    return box;
+    return none;
 }
 
-// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows where alpha is small.
-// *i counts the draws of this purpose and step
+// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows
+// where alpha is small. *i counts the draws of this purpose and step
 double draw_log_gamma(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
     const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
     for (;;) {
@@ -4553,8 +4572,8 @@ double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned 
     return 1.0 / (1.0 + exp(b - a));
 }
 
-// cutmix's box: the part inside the image of a square of (1 - lam) * S * S pixels about pixel (y, x). a->lam becomes the part of
-// the image outside of the box
+// cutmix's box: the part inside the image of a square of (1 - lam) * S * S pixels about pixel (y, x).
+// a->lam becomes the part of the image outside of the box
 void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
     const int side = (int)(S * sqrt(1.0 - lam));
     a->top = y - side / 2 > 0 ? y - side / 2 : 0;
@@ -4564,7 +4583,7 @@ void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
     a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
 }
 
-// how this rank mixes its images of a batch, of side S: timm's Mixup, mode batch. `batch` counts the batches of the run
+// how this rank mixes its images, of side S, of the run's batch number `batch`: timm's Mixup, mode batch
 void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, unsigned batch, int S) {
     unsigned long long i = (unsigned long long)rank << 32;
     const uint4 u = philox(seed, RNG_MIX, batch, i++);
@@ -4576,9 +4595,10 @@ void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, uns
     if (a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
 }
 
-// What random erasing puts at a pixel and channel of the image at `place`: a normal draw (Box and Muller). The four words of one
-// Philox serve four channels
-__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel, unsigned c) {
+// What random erasing puts at a pixel and channel of the image at `place`: a normal draw (Box and
+// Muller). The four words of one Philox serve four channels
+__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel,
+                                    unsigned c) {
     const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
     const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f; // 2^-32
     const float turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f;            // 2 pi 2^-32
@@ -4587,16 +4607,16 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 // ---- end shared: mixing ----------------------------------------------------
 
 // ---- shared: shard reader --------------------------------------------------
-// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by threads that read the next
-// batch while the device computes this one. Its words:
+// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by
+// threads that read the next batch while the device computes this one. Its words:
 //
-//   batch   the records of a training step, at most max_jobs; at most two are planned: one is copied, the other is read
-//   job     one record of a batch, which one thread reads, checks, and stages: writes to its place in a slot
-//   piece   jobs in a row of one batch that fit in a slot together; a piece is copied to the device when its last job is done
-//   slot    one of four pinned buffers. Piece p goes to slot p % 4, once piece p - 4 has been copied from there
+//   batch   the records of a training step. Two are planned at most: one is copied, the other is read
+//   job     a record of a batch, which a thread reads, checks and stages: writes to its place in a slot
+//   piece   jobs in a row of one batch that fit in a slot together; copied when all of them are done
+//   slot    one of four pinned buffers. Piece p goes to slot p % 4 when piece p - 4 has been copied
 //
 //   batch      | job 0 | job 1 | job 2 | job 3 | job 4 | job 5 |
-//   pieces     |        0      |           1           |   2   |     counted on in the next batch: 3, 4, ...
+//   pieces     |       0       |           1           |   2   |    in the next batch: 3, 4, ...
 //   slot 1     | job 2 | job 3 | job 4 | free |
 //
 // So neither pinned memory nor staging memory on the device grows with the batch.
@@ -4624,7 +4644,7 @@ typedef struct {
 } ReadJob;
 
 typedef struct {
-    size_t first, jobs, bytes, left; // first job and number of jobs; bytes staged; jobs that are not done yet
+    size_t first, jobs, bytes, left; // first job, how many jobs and staged bytes, jobs not done yet
 } ReadPiece;
 
 typedef struct {
@@ -4655,7 +4675,7 @@ inline size_t record_bytes(const Shard* s, const ShardEntry* e) {
     return numel(e->height, e->width, s->header->channels) + e->annotation_bytes;
 }
 
-// What a loader defines: stages job i of a batch, from its mapped record to its place in a slot. Called by several threads
+// what a loader defines: writes job i of a batch to its place in a slot. Several threads call it at once
 void stage_record(const Reader* r, const ReadBatch* b, size_t i, uint8_t* staged);
 
 // how many files PREFIX_NNNNN.bin there are; *end: one more than the largest number
@@ -4664,12 +4684,13 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     const size_t n = strlen(base);
     char folder[4200];
     unsigned found = 0, number;
-    snprintf(folder, sizeof(folder), "%.*s", slash != NULL ? (int)(base - prefix) : 1, slash != NULL ? prefix : ".");
-    DIR* directory = opendir(folder);
+    snprintf(folder, sizeof(folder), "%.*s", (int)(base - prefix), prefix);
+    DIR* directory = opendir(slash != NULL ? folder : ".");
     *end = 0;
     for (const struct dirent* e; directory != NULL && (e = readdir(directory)) != NULL; ) {
         int used = 0;
-        if (strncmp(e->d_name, base, n) != 0 || sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) != 1) { continue; }
+        const bool begins = strncmp(e->d_name, base, n) == 0;
+        if (!begins || sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) != 1) { continue; }
         if (used != 10 || e->d_name[n + 10] != 0) { continue; }
         found++;
         *end = number >= *end ? number + 1 : *end;
@@ -4678,21 +4699,23 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     return found;
 }
 
-// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of PREFIX_00000.bin, PREFIX_00001.bin, ...,
-// which must all be there and agree with one another. Both at once are an error: which of them is meant must not be guessed.
-// Records of up to 1 GiB are verified here; those of a larger set, each when it is read
+// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of
+// PREFIX_00000.bin, PREFIX_00001.bin, ..., which must all be there and agree with one another. Both at
+// once are an error: which of them is meant must not be guessed. Records of up to 1 GiB are verified
+// here; those of a larger set, each when it is read
 ShardSet shards_open(const char* path) {
     char name[4300];
     struct stat info;
     unsigned found = 0, end = 0;
-    require(strlen(path) < 4096, "the name of the data has %zu characters, 4095 are allowed: %.80s...", strlen(path), path);
+    const size_t length = strlen(path);
+    require(length < 4096, "the name of the data has %zu characters, 4095 are allowed: %.80s...", length, path);
     const char* form = "%s";
     if (stat(path, &info) != 0 || !S_ISREG(info.st_mode)) {
         found = shards_count(path, &end);
         snprintf(name, sizeof(name), "%s.bin", path);
         const bool single = stat(name, &info) == 0;
-        require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name of the first, or move "
-                "it away to use the others", name, found, path, end - 1);
+        require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name of the "
+                "first, or move it away to use the others", name, found, path, end - 1);
         form = found > 0 ? "%s_%05d.bin" : single ? "%s.bin" : "%s";
     }
     ShardSet set = {};
@@ -4704,21 +4727,22 @@ ShardSet shards_open(const char* path) {
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
         const bool there = stat(name, &info) == 0;
-        require(found == 0 || there, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script that makes them "
-                "again", name, found, path, end - 1);
+        require(found == 0 || there, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script "
+                "that makes them again", name, found, path, end - 1);
         bytes += there ? (uint64_t)info.st_size : 0;
     }
     snprintf(name, sizeof(name), "%s.part", path);
-    require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run data/imagenet.py again "
-            "until it ends", name, path);
+    require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run "
+            "data/imagenet.py again until it ends", name, path);
     set.verified = bytes <= (uint64_t)1 << 30;
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
         set.shards[i] = shard_open(strdup(name), set.verified);
-        const ShardHeader *h = set.shards[i].header, *h0 = set.shards[0].header; // compared from classes to std
-        require(memcmp(&h->classes, &h0->classes, offsetof(ShardHeader, index_offset) - offsetof(ShardHeader, classes)) == 0,
-                "%s has task %u, %u classes, %u channels, mean %g and standard deviation %g, but %s has %u, %u, %u, %g and %g; "
-                "shards of one set must agree: make them again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
+        const ShardHeader *h = set.shards[i].header, *h0 = set.shards[0].header;
+        const size_t same = (const char*)&h->index_offset - (const char*)&h->classes; // from classes to std
+        require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, mean %g and "
+                "standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must agree: make them "
+                "again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
                 set.shards[0].file.path, h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
         set.begin[i] = (unsigned)images;
         images += h->images;
@@ -4729,15 +4753,6 @@ ShardSet shards_open(const char* path) {
     return set;
 }
 
-void shards_close(ShardSet* set) {
-    for (int i = 0; i < set->num_shards; i++) {
-        free((void*)set->shards[i].file.path);
-        unmap_file(&set->shards[i].file);
-    }
-    free(set->shards);
-    free(set->begin);
-}
-
 // the shard that image i of a set is in; *number: which one of that shard it is
 const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
     int s = set->num_shards - 1;
@@ -4746,8 +4761,8 @@ const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
     return &set->shards[s];
 }
 
-// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns false. The lock is held
-// before and after
+// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns
+// false. The lock is held before and after
 bool reader_work(Reader* r, size_t last) {
     ReadBatch* b = &r->read[r->next_batch % 2];
     if (r->next_batch == r->planned) { return false; }
@@ -4792,11 +4807,12 @@ void reader_start(Reader* r, size_t max_jobs, int threads) {
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->changed, NULL);
     for (int i = 0; i < threads; r->num_threads = ++i) {
-        require(pthread_create(&r->threads[i], NULL, reader_thread, r) == 0, "cannot start reader thread %d: %m; lower -threads", i + 1);
+        const bool started = pthread_create(&r->threads[i], NULL, reader_thread, r) == 0;
+        require(started, "cannot start reader thread %d: %m; lower -threads", i + 1);
     }
 }
 
-// ends the threads and gives back the memory; the device has copied what it was asked to
+// Ends the threads and gives back the memory, but not the shards. The device has copied what it was asked to
 void reader_close(Reader* r) {
     pthread_mutex_lock(&r->lock);
     r->stop = true;
@@ -4810,7 +4826,7 @@ void reader_close(Reader* r) {
     }
 }
 
-// begins to plan the next batch, without jobs: reader_add adds them, and reader_go gives them to the threads
+// begins to plan the next batch: reader_add adds its jobs, and reader_go gives them to the threads
 ReadBatch* reader_plan(Reader* r) {
     ReadBatch* b = &r->read[r->planned % 2];
     b->first_piece = r->pieces;
@@ -4818,19 +4834,21 @@ ReadBatch* reader_plan(Reader* r) {
     return b;
 }
 
-// Adds a job: image `number` of a shard, of which `bytes` are staged. A piece begins with it where the last one has no room for
-// these bytes and, behind all that is staged, `behind` more. Returns whether one does
+// Adds a job: image `number` of a shard, of which `bytes` are staged. Returns whether a piece begins with
+// it: where the last one has no room for these bytes and, behind all that is staged, `behind` more
 bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, size_t bytes, size_t behind) {
     const ShardEntry* e = &shard->entries[number];
     const uint8_t* record = shard->file.data + e->offset;
     const ReadPiece* last = &b->pieces[b->num_pieces - 1];
-    const bool begins = b->num_pieces == 0 || last->jobs == MAX_PIECE_JOBS || last->bytes + bytes + behind > r->piece_bytes;
+    const bool begins = b->num_pieces == 0 || last->jobs == MAX_PIECE_JOBS
+                        || last->bytes + bytes + behind > r->piece_bytes;
     if (begins) { b->pieces[b->num_pieces++] = ReadPiece{b->num_jobs, 0, 0, 0}; }
     ReadPiece* p = &b->pieces[b->num_pieces - 1];
-    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, number, 0, b->first_piece + b->num_pieces - 1, p->bytes};
+    const size_t piece = b->first_piece + b->num_pieces - 1;
+    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, number, 0, piece, p->bytes};
     p->left = ++p->jobs;
     p->bytes += bytes;
-    if (!r->set.verified) { // the system begins to read the record from the disk; a thread will find it in memory
+    if (!r->set.verified) { // the system begins to read the record from disk; a thread will find it in memory
         const uintptr_t page = (uintptr_t)record & ~(uintptr_t)4095;
         madvise((void*)page, (uintptr_t)record + record_bytes(shard, e) - page, MADV_WILLNEED);
     }
@@ -4845,16 +4863,19 @@ void reader_go(Reader* r, const ReadBatch* b) {
     pthread_mutex_unlock(&r->lock);
 }
 
-// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads too. Pieces are waited
-// for in order; each wait is followed by reader_copied
+// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller
+// reads too. Pieces are waited for in order; each wait is followed by reader_copied
 const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
     const ReadPiece* piece = &b->pieces[p];
     pthread_mutex_lock(&r->lock);
-    while (piece->left > 0) { if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); } }
+    while (piece->left > 0) {
+        if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); }
+    }
     pthread_mutex_unlock(&r->lock);
-    for (const ReadJob* job = b->jobs + piece->first; job < b->jobs + piece->first + piece->jobs; job++) {
-        require(job->crc == job->entry->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; write the shard again",
-                job->shard->file.path, job->number, job->crc, job->entry->crc);
+    for (size_t i = piece->first; i < piece->first + piece->jobs; i++) {
+        const ReadJob* job = &b->jobs[i];
+        require(job->crc == job->entry->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; write "
+                "the shard again", job->shard->file.path, job->number, job->crc, job->entry->crc);
     }
     return r->slots[(b->first_piece + p) % PIECE_SLOTS];
 }
@@ -4870,29 +4891,32 @@ void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream)
 // ---- end shared: shard reader ----------------------------------------------
 
 // ---- shared: image batches -------------------------------------------------
-// The loader of a classifier: which images a batch holds, what part of each is wanted, and how they come to the device. A batch
-// is a function of (seed, its number) alone. The shard reader stages its images; the loader's stream copies them to the device,
-// piece by piece, and resizes them there if it must, while the step before computes.
+// The loader of a classifier: which images a batch holds, what part of each is wanted, and how they
+// come to the device. A batch is a function of (seed, its number) alone. The shard reader stages its
+// images; the loader's stream copies them to the device, piece by piece, and resizes them there if it
+// must, while the step before computes.
 //
-// Images that are resized need scratch memory. A group, images in a row of one piece, is resized at once; the groups of a piece
-// use the same scratch at the end of the memory, and a group is so small that its scratch stays in the device's cache:
+// Images that are resized need scratch memory. A group, images in a row of one piece, is resized at
+// once; the groups of a piece use the same scratch at the end of the memory, and a group is so small
+// that its scratch stays in the device's cache:
 //
-//   staging memory of the device   | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | of 0, then 2 |
+//   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct {
     size_t B, S, CH, ranks, rank;
     unsigned long long seed;
-    bool training;                // else every image once, in the order of the files, as evaluation wants it
-    bool crop, flip;              // training: random resized crops; mirror half of the images
-    double scale, crop_pct;       // smallest area of a random crop; evaluation: the part of the resized shorter side that is taken
-    int repeats;                  // training: how often in a row an image is shown (the ranks together)
-    size_t accumulation;          // training: an epoch ends with a step of so many batches
-    int classes;                  // that the shards must have; 0: any
-    float smoothing;              // training: of labels
-    MixOptions mix;               // training
+    bool training;          // else evaluation: every image once, in the order of the files
+    bool crop, flip;        // training: random resized crops; mirror half of the images
+    double scale, crop_pct; // least area of a random crop; evaluation: the part of the shorter side taken
+    int repeats;            // training: how often in a row an image is shown (the ranks together)
+    size_t accumulation;    // training: an epoch ends with a step of so many batches
+    int classes;            // that the shards must have; 0: any
+    float smoothing;        // training: of labels
+    MixOptions mix;         // training
 } LoaderOptions;
 
-// What a model defines (ResNet: an empty function). Augmenter is a type of its own, for what it does to the bytes of training
-// images: changes batch->images and batch->flips on the stream. What the last call put on the stream has been done by then
+// What a model defines: changes the bytes of training images (batch->images, batch->flips) on the
+// stream, or nothing. Augmenter is the model's own type, for what it needs. By then the device has done
+// what the last call asked for
 
 // What the loader fills, all of it on the device
 typedef struct {
@@ -4907,9 +4931,9 @@ typedef struct {
 // Beside the jobs of a batch: what the loader planned for its images
 typedef struct {
     Batch batch;           // as the model will see it
-    int *labels, *flips;   // (B) pinned, as the next two
-    ResizeTask* tasks;
-    EraseBox* erased;
+    ResizeTask* tasks;     // (B) in pinned memory, and behind them
+    EraseBox* erased;      // (B)
+    int *labels, *flips;   // (B)
     cudaEvent_t copied;    // the batch is on the device
 } ImageBatch;
 
@@ -4927,8 +4951,9 @@ struct Loader : Reader {
     cudaEvent_t released;   // the target may be written again
 };
 
-// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the image's, a ratio of 3/4 to
-// 4/3; after ten attempts that do not fit, the centre. Philox(seed, RNG_CROP, epoch, 16 * place + attempt) gives area, ratio, top and left
+// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
+// image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre. Philox(seed,
+// RNG_CROP, epoch, 16 * place + attempt) gives area, ratio, top and left
 ImageView random_crop(int height, int width, double scale, unsigned long long seed, unsigned epoch, size_t place) {
     const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width;
     ImageView v = {0, 0, height, width, 0, 0, 0, 0, false};
@@ -4938,8 +4963,9 @@ ImageView random_crop(int height, int width, double scale, unsigned long long se
         const double ratio = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
         const double w = rint(sqrt(wanted * ratio)), h = rint(sqrt(wanted / ratio));
         if (w >= 1.0 && h >= 1.0 && w <= width && h <= height) {
-            const int top = draw_below(u.z, height - (int)h + 1), left = draw_below(u.w, width - (int)w + 1);
-            return ImageView{top, left, (int)h, (int)w, 0, 0, 0, 0, false};
+            v.top = draw_below(u.z, height - (int)h + 1);
+            v.left = draw_below(u.w, width - (int)w + 1);
+            return ImageView{v.top, v.left, (int)h, (int)w, 0, 0, 0, 0, false};
         }
     }
     if ((double)width / height < low) { v.height = (int)rint(width / low); }
@@ -4949,8 +4975,8 @@ ImageView random_crop(int height, int width, double scale, unsigned long long se
     return v;
 }
 
-// The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes floor(S / crop_pct), the
-// longer keeps the aspect, rounded down, and S x S are cut out of the middle
+// The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes
+// floor(S / crop_pct), the longer keeps the aspect, rounded down, and S x S are cut out of the middle
 ImageView center_crop(int height, int width, size_t S, double crop_pct) {
     const size_t shorter = (size_t)floor(S / crop_pct);
     ImageView v = {0, 0, height, width, shorter, shorter, 0, 0, false};
@@ -4963,16 +4989,18 @@ ImageView center_crop(int height, int width, size_t S, double crop_pct) {
 
 // what part of an image is wanted at a place of an epoch
 ImageView loader_view(const LoaderOptions* o, const ShardEntry* e, unsigned epoch, size_t place) {
-    const bool random = o->training && o->crop, as_it_is = o->training && e->height == o->S && e->width == o->S;
-    ImageView v = random ? random_crop(e->height, e->width, o->scale, o->seed, epoch, place)
-                         : center_crop(e->height, e->width, o->S, as_it_is ? 1.0 : o->crop_pct);
-    if (random) { v.full_height = v.full_width = o->S; }
+    const bool whole = o->training && e->height == o->S && e->width == o->S;
+    ImageView v = center_crop(e->height, e->width, o->S, whole ? 1.0 : o->crop_pct);
+    if (o->training && o->crop) {
+        v = random_crop(e->height, e->width, o->scale, o->seed, epoch, place);
+        v.full_height = v.full_width = o->S;
+    }
     v.mirror = o->training && o->flip && (philox(o->seed, RNG_AUGMENT, epoch, place).x & 1);
     return v;
 }
 
-// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image takes. 0: all images are of
-// the model's size, and nothing is resized
+// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
+// takes. 0: all images are of the model's size, and nothing is resized
 size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     const bool crops = o->training && o->crop;
     bool resizes = o->training ? o->crop : floor(o->S / o->crop_pct) != o->S;
@@ -4980,18 +5008,20 @@ size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     for (int s = 0; s < set->num_shards; s++) {
         for (unsigned i = 0; i < set->shards[s].header->images; i++) {
             const ShardEntry* e = &set->shards[s].entries[i];
-            ImageView v = {0, 0, (int)e->height, (int)e->width, o->S, o->S, 0, 0, false}; // the largest crop
-            if (!crops) { v = center_crop(e->height, e->width, o->S, o->crop_pct); }
+            ImageView v = center_crop(e->height, e->width, o->S, o->crop_pct);
+            if (crops) { v = ImageView{0, 0, (int)e->height, (int)e->width, o->S, o->S, 0, 0, false}; } // the largest
             const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
-            if (t.staged_bytes + t.scratch_bytes > largest) { largest = t.staged_bytes + t.scratch_bytes; }
+            const size_t bytes = t.staged_bytes + t.scratch_bytes;
+            largest = bytes > largest ? bytes : largest;
             resizes = resizes || e->height != o->S || e->width != o->S;
         }
     }
     return resizes ? largest : 0;
 }
 
-// Images of an epoch that a rank trains on. With repeats, as DeiT's RASampler has it: of the epoch's permutation, each image
-// `repeats` times in a row, every rank takes each ranks-th, and floor(images / 256) * 256 / ranks of them
+// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: of the epoch's
+// permutation, each image `repeats` times in a row, every rank takes each ranks-th, and floor(images /
+// 256) * 256 / ranks of them
 size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
     if (repeats == 1) { return images / ranks; }
     const size_t all = CEIL_DIV(images * repeats, ranks);
@@ -4999,8 +5029,8 @@ size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
     return chosen < all ? chosen : all;
 }
 
-// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the epoch. Random choices depend
-// on the place, and one image stands at `repeats` places in a row
+// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the
+// epoch. Random choices depend on the place, and one image stands at `repeats` places in a row
 size_t loader_place(const LoaderOptions* o, size_t batch, size_t i) {
     return o->repeats > 1 ? (batch * o->B + i) * o->ranks + o->rank : (batch * o->ranks + o->rank) * o->B + i;
 }
@@ -5011,21 +5041,24 @@ unsigned loader_image(const LoaderOptions* o, const unsigned* order, unsigned im
 }
 
 // Opens the shards and checks that they suit a classifier with these options
-Loader* loader_open(const char* path, LoaderOptions options) {
+Loader* loader_open(const char* path, LoaderOptions o) {
     Loader* loader = (Loader*)calloc(1, sizeof(Loader));
     require(loader != NULL, "out of host memory for a loader");
     loader->set = shards_open(path);
-    loader->options = options;
+    loader->options = o;
     loader->epoch = loader->ahead = -1;
     const ShardHeader* h = loader->set.shards[0].header;
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
-    require(h->channels == options.CH, "%s has images of %u channels, the model takes %zu; set -chans", path, h->channels, options.CH);
-    require(options.classes == 0 || h->classes == (unsigned)options.classes, "%s has %u classes, the model %d; set -classes", path,
-            h->classes, options.classes);
-    const size_t image = align_up(numel(options.S, options.S, options.CH)), batch = align_up(numel(options.B, options.S, options.S, options.CH));
-    loader->piece_bytes = loader_staging_bytes(&loader->set, &options);
+    require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path, h->channels,
+            o.CH);
+    const bool suits = o.classes == 0 || h->classes == (unsigned)o.classes;
+    require(suits, "%s has %u classes, the model %d; set -classes", path, h->classes, o.classes);
+    loader->piece_bytes = loader_staging_bytes(&loader->set, &o);
     loader->resizes = loader->piece_bytes > 0;
-    if (!loader->resizes) { loader->piece_bytes = batch < PIECE_BYTES ? batch : image < PIECE_BYTES ? PIECE_BYTES : image; }
+    if (!loader->resizes) { // a piece is a batch, or PIECE_BYTES of it, or one image
+        const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
+        loader->piece_bytes = batch < PIECE_BYTES ? batch : image < PIECE_BYTES ? PIECE_BYTES : image;
+    }
     return loader;
 }
 
@@ -5046,12 +5079,13 @@ size_t loader_batches(const Loader* loader) {
     return all > o->rank ? CEIL_DIV(all - o->rank, o->ranks) : 0;
 }
 
-// number of the batch that comes next: batches come in a row, from any first one on, and those of evaluations count on
+// number of the next batch. Batches come in a row, from any first one on; those of evaluations count on
 size_t loader_first(const Loader* loader) { return loader->ahead < 0 ? 0 : (size_t)loader->ahead; }
 
 void loader_print(const Loader* loader, const char* what) {
-    const int shards = loader->set.num_shards;
-    printf("%s data: %u images in %d shard%s, %s\n", what, loader->set.images, shards, shards > 1 ? "s" : "",
+    const ShardSet* set = &loader->set;
+    const char* plural = set->num_shards > 1 ? "s" : "";
+    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards, plural,
            loader->resizes ? "resized on the device" : "of the model's size");
 }
 
@@ -5065,10 +5099,10 @@ void loader_begin(Loader* loader, LoaderTarget target, int threads) {
     for (unsigned i = 0; i < loader->set.images; i++) { loader->order[i] = i; }
     for (ImageBatch& b : loader->batches) {
         b.batch = Batch{target.images, target.labels, target.flips, 0, stats, loader->options.smoothing, {}, loader};
-        cudaCheck(cudaMallocHost((void**)&b.labels, B * sizeof(int)));
-        cudaCheck(cudaMallocHost((void**)&b.flips, B * sizeof(int)));
-        cudaCheck(cudaMallocHost((void**)&b.tasks, B * sizeof(ResizeTask)));
-        cudaCheck(cudaMallocHost((void**)&b.erased, B * sizeof(EraseBox)));
+        cudaCheck(cudaMallocHost((void**)&b.tasks, B * (sizeof(ResizeTask) + sizeof(EraseBox) + 2 * sizeof(int))));
+        b.erased = (EraseBox*)(b.tasks + B);
+        b.labels = (int*)(b.erased + B);
+        b.flips = b.labels + B;
         cudaCheck(cudaEventCreateWithFlags(&b.copied, cudaEventDisableTiming | cudaEventBlockingSync));
     }
     cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
@@ -5085,11 +5119,8 @@ void loader_close(Loader* loader) {
     if (loader->order != NULL) { // it was started
         cudaCheck(cudaStreamSynchronize(loader->stream));
         reader_close(loader);
-        for (const ImageBatch& b : loader->batches) {
-            for (void* p : {(void*)b.labels, (void*)b.flips, (void*)b.tasks, (void*)b.erased}) { cudaCheck(cudaFreeHost(p)); }
-        }
+        for (const ImageBatch& b : loader->batches) { cudaCheck(cudaFreeHost(b.tasks)); }
     }
-    shards_close(&loader->set);
     free(loader->order);
     free(loader);
 }
@@ -5109,11 +5140,12 @@ void stage_record(const Reader* r, const ReadBatch* read, size_t i, uint8_t* sta
     }
 }
 
-// what happens to batch `number` of this rank's run as a whole: where it stands in which epoch, and how it is mixed
+// what holds for a whole batch (`number` counts those of this rank's run): its place, how it is mixed
 void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     const LoaderOptions* o = &loader->options;
     BatchAugment* a = &batch->augment;
     const size_t batches = loader_batches(loader), in_epoch = number % batches, images = loader->set.images;
+    *a = BatchAugment{};
     a->erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
     a->seed = o->seed;
     a->epoch = (unsigned)(number / batches);
@@ -5124,7 +5156,7 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     a->lam = 1.0f;
     if (!o->training) { return; }
     draw_mix(a, &o->mix, o->seed, (unsigned)number, (int)o->S);
-    if (loader->epoch != (long long)a->epoch) { shuffle(loader->order, loader->set.images, o->seed, a->epoch); }
+    if (loader->epoch != (long long)a->epoch) { shuffle(loader->order, (unsigned)images, o->seed, a->epoch); }
     loader->epoch = a->epoch;
 }
 
@@ -5134,13 +5166,14 @@ void loader_plan(Loader* loader, size_t number) {
     ReadBatch* read = reader_plan(loader);
     ImageBatch* b = &loader->batches[read - loader->read];
     const BatchAugment* a = &b->batch.augment;
-    size_t group = 0, most = 0; // bytes of scratch: of the group so far, and of the largest group of the piece
+    size_t group = 0, most = 0; // scratch of the group so far, and of the largest group of the piece
     cudaCheck(cudaEventSynchronize(b->copied)); // the device may still read its pinned memory
     loader_plan_batch(loader, &b->batch, number);
     for (size_t i = 0; i < b->batch.n; i++) {
         const size_t place = a->place + i * a->place_step;
+        const unsigned image = loader_image(o, loader->order, loader->set.images, place);
         unsigned in_shard;
-        const Shard* shard = set_image(&loader->set, loader_image(o, loader->order, loader->set.images, place), &in_shard);
+        const Shard* shard = set_image(&loader->set, image, &in_shard);
         const ShardEntry* e = &shard->entries[in_shard];
         const ImageView v = loader_view(o, e, a->epoch, place);
         b->labels[i] = e->label;
@@ -5152,7 +5185,8 @@ void loader_plan(Loader* loader, size_t number) {
         if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
         group += t.scratch_bytes;
         most = group > most ? group : most;
-        if (reader_add(loader, read, shard, in_shard, t.staged_bytes, most)) { group = most = t.scratch_bytes; } // a piece begins
+        const bool begins = reader_add(loader, read, shard, in_shard, t.staged_bytes, most); // a piece
+        if (begins) { group = most = t.scratch_bytes; }
         assert(read->pieces[read->num_pieces - 1].bytes + most <= loader->piece_bytes);
         t.staged = read->jobs[i].offset;
         t.resized = loader->piece_bytes - group;
@@ -5166,25 +5200,28 @@ void loader_plan(Loader* loader, size_t number) {
 // Copies piece p of a batch from its slot to the device, and resizes it group by group
 void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const uint8_t* slot = reader_wait(loader, read, p);
+    const cudaStream_t stream = loader->stream;
     const LoaderTarget* to = &loader->target;
     const ReadPiece* piece = &read->pieces[p];
     const ResizeTask* tasks = loader->batches[read - loader->read].tasks;
     const size_t first = piece->first, last = first + piece->jobs;
     const int S = (int)loader->options.S, CH = (int)loader->options.CH;
     if (!loader->resizes) {
-        cudaCheck(cudaMemcpyAsync(to->images + numel(first, S, S, CH), slot, piece->bytes, cudaMemcpyHostToDevice, loader->stream));
-        reader_copied(loader, read, p, loader->stream);
+        uint8_t* images = to->images + numel(first, S, S, CH);
+        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, stream));
+        reader_copied(loader, read, p, stream);
     }
     for (size_t i = first, end; loader->resizes && i < last; i = end) {
         int pitch = tasks[i].pitch; // the largest of the group
-        // the first image of a group has the end of the memory
-        for (end = i + 1; end < last && tasks[end].resized + tasks[end].scratch_bytes < loader->piece_bytes; end++) {
-            if (tasks[end].pitch > pitch) { pitch = tasks[end].pitch; }
+        for (end = i + 1; end < last; end++) {
+            const ResizeTask* t = &tasks[end];
+            if (t->resized + t->scratch_bytes == loader->piece_bytes) { break; } // the first image of a group
+            pitch = t->pitch > pitch ? t->pitch : pitch;
         }
         const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, loader->stream));
-        if (end == last) { reader_copied(loader, read, p, loader->stream); }
-        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
+        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, stream));
+        if (end == last) { reader_copied(loader, read, p, stream); }
+        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, stream);
     }
 }
 
@@ -5201,7 +5238,9 @@ void loader_batch(Loader* loader, size_t number) {
     cudaCheck(cudaStreamWaitEvent(stream, loader->released, 0));
     cudaCheck(cudaMemcpyAsync(to->labels, b->labels, n * sizeof(int), cudaMemcpyHostToDevice, stream));
     cudaCheck(cudaMemcpyAsync(to->flips, b->flips, n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    if (loader->resizes) { cudaCheck(cudaMemcpyAsync(to->tasks, b->tasks, n * sizeof(ResizeTask), cudaMemcpyHostToDevice, stream)); }
+    if (loader->resizes) {
+        cudaCheck(cudaMemcpyAsync(to->tasks, b->tasks, n * sizeof(ResizeTask), cudaMemcpyHostToDevice, stream));
+    }
     if (b->batch.augment.erased != NULL) {
         cudaCheck(cudaMemcpyAsync(to->erased, b->erased, n * sizeof(EraseBox), cudaMemcpyHostToDevice, stream));
     }
@@ -5211,7 +5250,7 @@ void loader_batch(Loader* loader, size_t number) {
     loader->current = b;
 }
 
-// The batch that loader_batch brought last; what is put on main_stream from now on finds it on the device
+// the batch that loader_batch brought last; what main_stream does next finds it on the device
 const Batch* loader_take(const Loader* loader) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
     return &loader->current->batch;
