@@ -165,34 +165,31 @@ static void test_composition(int S, int CH) {
 // a batch's images depend on their places alone, not on the batch
 static void test_batch(int S, int CH) {
     const size_t n = 9, bytes = (size_t)S * S * CH, half = 4;
-    AugmentOptions o = {};
+    RandAugment o = {};
     Augmenter a = {};
     Plan plan = {};
-    const float mean[4] = {0.5f, 0.2f, 1.5f, 0.0f};
     parse_augment(&o, "rand-m9-mstd0.5-n3-inc1");
-    o.erase = 0.5;
-    augment_plan(&plan, &a, &o, n, S, CH);
+    augment_plan(&plan, &a, o, n, S, CH);
     for (int i = 0; i < plan.n; i++) { cudaCheck(cudaMalloc(plan.list[i].pointer, plan.list[i].bytes)); }
-    augment_open(&a, &o, n);
+    augment_open(&a, n);
     uint8_t *images = noise_images(n * bytes), *whole = to_device(images, n * bytes), *halves = to_device(images, n * bytes);
     int *flips = (int*)calloc(n, sizeof(int)), *device_flips = to_device(flips, n);
-    EraseBox boxes[9];
-    augment_batch(&a, &o, whole, device_flips, 5, 2, 100, 3, n, S, CH, mean, main_stream);
-    cudaCheck(cudaDeviceSynchronize());
-    memcpy(boxes, a.host_erased, sizeof(boxes));
-    augment_batch(&a, &o, halves, device_flips, 5, 2, 100, 3, half, S, CH, mean, main_stream);
-    cudaCheck(cudaDeviceSynchronize());
-    check(memcmp(boxes, a.host_erased, half * sizeof(EraseBox)) == 0, "boxes of a half batch");
-    augment_batch(&a, &o, halves + half * bytes, device_flips, 5, 2, 100 + 3 * half, 3, n - half, S, CH, mean, main_stream);
-    cudaCheck(cudaDeviceSynchronize());
-    check(memcmp(boxes + half, a.host_erased, (n - half) * sizeof(EraseBox)) == 0, "boxes of the other half");
+    const PixelStats stats = {{0.5f, 0.2f, 1.5f, 0.0f}, {1.0f, 1.0f, 1.0f, 1.0f}};
+    const BatchAugment from0 = {NULL, 5, 100, 3, 2, 0, 1.0f, false, 0, 0, 0, 0};
+    BatchAugment from_half = from0;
+    from_half.place += 3 * half;
+    const Batch batches[3] = {{whole, NULL, device_flips, n, stats, from0}, {halves, NULL, device_flips, half, stats, from0},
+                              {halves + half * bytes, NULL, device_flips, n - half, stats, from_half}};
+    for (const Batch& batch : batches) {
+        model_augment(&a, &batch, main_stream);
+        cudaCheck(cudaDeviceSynchronize());
+    }
     uint8_t *out = to_host(whole, n * bytes), *again = to_host(halves, n * bytes);
     check(memcmp(out, again, n * bytes) == 0, "two half batches are not the batch");
     check(memcmp(out, images, n * bytes) != 0, "nothing was augmented");
     for (int i = 0; i < plan.n; i++) { cudaCheck(cudaFree(*plan.list[i].pointer)); }
     cudaCheck(cudaFree(device_flips));
-    cudaCheck(cudaFreeHost(a.host_augments));
-    cudaCheck(cudaFreeHost(a.host_erased));
+    augment_close(&a);
     free(images);
     free(out);
     free(again);
@@ -391,7 +388,7 @@ static void test_beta(double alpha) {
 static bool likely(double count, double n, double p) { return fabs(count - n * p) <= 4.0 * sqrt(n * p * (1.0 - p)) + 1e-9; }
 
 static void test_draws(const Safetensors* st) {
-    AugmentOptions o = {};
+    RandAugment o = {};
     parse_augment(&o, "rand-m9-mstd0.5-inc1");
     check(o.layers == 2 && o.magnitude == 9 && o.magnitude_std == 0.5, "rand-m9-mstd0.5-inc1 is %d layers, magnitude %d, deviation %g", o.layers, o.magnitude, o.magnitude_std);
     const int n = 60000;
@@ -445,22 +442,21 @@ static void test_draws(const Safetensors* st) {
         }
     }
 
-    o.mix = 0.7;
-    o.mix_cutmix = 0.3;
+    MixOptions mix = {0.0, 0.0, 0.0, 0.7, 0.3};
     unsigned mixes = 0, cuts = 0, equal = 0, off = 0;
     BatchAugment m = {};
     for (int kind = 0; kind < 4; kind++) { // mixup 1, cutmix 2
-        o.mixup = kind & 1 ? 0.8 : 0.0;
-        o.cutmix = kind & 2 ? 1.0 : 0.0;
+        mix.mixup = kind & 1 ? 0.8 : 0.0;
+        mix.cutmix = kind & 2 ? 1.0 : 0.0;
         for (int i = 0; i < 20000; i++) {
             rank = 0;
-            draw_mix(&m, &o, 4, i, 224);
+            draw_mix(&m, &mix, 4, i, 224);
             if (kind == 3) {
                 mixes += m.lam < 1.0f;
                 cuts += m.cut && m.lam < 1.0f;
                 const float lam = m.lam;
                 rank = 1;
-                draw_mix(&m, &o, 4, i, 224);
+                draw_mix(&m, &mix, 4, i, 224);
                 equal += m.lam == lam && lam < 1.0f;
                 rank = 0;
             } else if (kind == 0 ? m.lam < 1.0f : m.cut != (kind == 2)) { off++; }

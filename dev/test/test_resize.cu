@@ -224,10 +224,11 @@ static void write_shard(const char* path, unsigned begin, unsigned n, unsigned l
     for (unsigned i = 0; i < n; i++) {
         const uint4 u = philox(1, 91, begin + i, 0);
         const unsigned height = least + u.x % (most - least + 1), width = least + u.y % (most - least + 1);
-        const size_t bytes = numel(height, width, CH);
+        const unsigned annotation = i % 3 * 40; // bytes that a classifier passes over
+        const size_t bytes = numel(height, width, CH) + annotation;
         uint8_t* pixels = (uint8_t*)malloc(bytes);
         for (size_t j = 0; j < bytes; j++) { pixels[j] = (uint8_t)(128 + 100 * sin(0.05 * j + u.z % 7) + (u.w >> j % 24) % 28); }
-        entries[i] = ShardEntry{at, height, width, (int)((begin + i) % 10), 0, crc_32(0, pixels, bytes), 0};
+        entries[i] = ShardEntry{at, height, width, (int)((begin + i) % 10), annotation, crc_32(0, pixels, bytes), 0};
         fwrite(pixels, 1, bytes, f);
         free(pixels);
         at += bytes;
@@ -249,35 +250,61 @@ static const char* in_folder(const char* name) {
     return path;
 }
 
-// the bytes, labels and flips of `count` batches from `first` on: a checksum of each batch
-static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t first, size_t count, int readers, bool small_pieces, bool compare) {
-    Augmenter augmenter = {}; // nothing is augmented here
+// the bytes, labels and flips of `count` batches from `first` on: a checksum of each batch. late: of a set that is
+// verified when it is read; damaged: an image of its last shard whose checksum is another then
+static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t first, size_t count, int readers, bool small_pieces, bool compare,
+                       bool late = false, int damaged = -1) {
     LoaderTarget target = {};
+    Augmenter augmenter = {}; // nothing is augmented here
     target.augmenter = &augmenter;
-    const size_t pixels = numel(o.S, o.S, o.CH), planned = loader_staging_bytes(&set, &o), staging = planned == 0 ? 0 : small_pieces ? 84000 : planned;
+    Loader* loader = loader_new(path, o);
+    const ShardSet set = loader->set;
+    const bool resizes = loader->resizes;
+    Shard* last = &loader->set.shards[set.num_shards - 1];
+    ShardEntry* entries = (ShardEntry*)malloc(last->header->images * sizeof(ShardEntry));
+    memcpy(entries, last->entries, last->header->images * sizeof(ShardEntry));
+    last->entries = entries;
+    if (late) { loader->set.verified = false; }
+    if (damaged >= 0) { entries[damaged].crc ^= 1; }
+    if (small_pieces) {
+        loader->piece_bytes = resizes ? align_up(84000) : loader->piece_bytes;
+        loader->group_bytes = 20000;
+    }
+    const size_t pixels = numel(o.S, o.S, o.CH);
     cudaCheck(cudaMalloc(&target.images, o.B * pixels));
     cudaCheck(cudaMalloc(&target.labels, o.B * sizeof(int)));
     cudaCheck(cudaMalloc(&target.flips, o.B * sizeof(int)));
-    if (staging > 0) {
-        cudaCheck(cudaMalloc(&target.staging, staging));
+    if (resizes) {
+        cudaCheck(cudaMalloc(&target.staging, loader->piece_bytes));
         cudaCheck(cudaMalloc(&target.tasks, o.B * sizeof(ResizeTask)));
     }
+    if (o.mix.erase > 0.0) { cudaCheck(cudaMalloc(&target.erased, o.B * sizeof(EraseBox))); }
+    EraseBox* boxes = (EraseBox*)calloc(o.B, sizeof(EraseBox));
+    size_t erased = 0;
     uint8_t *images = (uint8_t*)malloc(o.B * pixels), *expected = (uint8_t*)malloc(pixels);
     int *labels = (int*)malloc(o.B * sizeof(int)), *flips = (int*)malloc(o.B * sizeof(int));
-    Loader* loader = (Loader*)malloc(sizeof(Loader));
-    loader_open(loader, set, o, target, staging, readers);
-    if (small_pieces) { loader->group_bytes = 20000; }
+    loader_start(loader, target, readers);
     const size_t batches = loader_batches(loader);
+    check(loader_first(loader) == 0, "the first batch of a loader");
     Difference difference = {};
     bool right = true;
     for (size_t batch = first; batch < first + count; batch++) {
         const size_t n = loader_batch(loader, batch);
-        cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
+        const Batch* taken = loader_take(loader);
         cudaCheck(cudaStreamSynchronize(main_stream));
+        const BatchAugment a = taken->augment;
+        BatchAugment mix = {};
+        mix.lam = 1.0f;
+        if (o.training) { draw_mix(&mix, &o.mix, o.seed, (unsigned)batch, (int)o.S); }
+        if (a.erased != NULL) { cudaCheck(cudaMemcpy(boxes, a.erased, n * sizeof(EraseBox), cudaMemcpyDeviceToHost)); }
+        right = right && a.lam == mix.lam && (mix.lam == 1.0f || (a.cut == mix.cut && a.top == mix.top && a.right == mix.right));
+        right = right && taken->n == n && loader_first(loader) == batch + 1 && a.erased == target.erased && a.n == (int)n &&
+                a.place == loader_place(&o, batch % batches, 0) && a.place_step == loader_place(&o, batch % batches, 1) - a.place &&
+                taken->stats.mean[0] == 0.5f && taken->stats.std[0] == 0.25f && taken->images == target.images;
         cudaCheck(cudaMemcpy(images, target.images, n * pixels, cudaMemcpyDeviceToHost));
         cudaCheck(cudaMemcpy(labels, target.labels, n * sizeof(int), cudaMemcpyDeviceToHost));
         cudaCheck(cudaMemcpy(flips, target.flips, n * sizeof(int), cudaMemcpyDeviceToHost));
-        cudaCheck(cudaEventRecord(loader->taken, main_stream));
+        loader_release(loader);
         sums[batch - first] = crc_32(crc_32(crc_32(0, images, n * pixels), labels, n * sizeof(int)), flips, n * sizeof(int));
         for (size_t i = 0; compare && i < n; i++) {
             unsigned number, *order = (unsigned*)malloc(set.images * sizeof(unsigned));
@@ -288,19 +315,25 @@ static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t fir
             const Shard* shard = set_image(&set, image, &number);
             const ShardEntry* e = &shard->entries[number];
             ImageView v = loader_view(&o, e, (unsigned)(batch / batches), place);
-            right = right && labels[i] == (int)(image % 10) && flips[i] == (staging == 0 && v.mirror);
-            if (staging == 0) { v.mirror = false; }
+            right = right && labels[i] == (int)(image % 10) && flips[i] == (!resizes && v.mirror);
+            const EraseBox box = draw_erase(o.mix.erase, o.seed, (unsigned)(batch / batches), place, (int)o.S);
+            right = right && (a.erased == NULL || memcmp(&box, &boxes[i], sizeof(box)) == 0);
+            erased += boxes[i].height > 0;
+            if (!resizes) { v.mirror = false; }
             plain_view(expected, shard->file.data + e->offset, e->width, &v, o.S, o.CH);
             add_difference(&difference, images + i * pixels, expected, pixels);
         }
     }
     if (compare) {
-        check(right, "labels and flips of S %zu, crop %d", o.S, o.crop);
+        check(right, "labels, flips, places, boxes and mixing of S %zu, crop %d", o.S, o.crop);
+        check((erased > 0) == (o.mix.erase > 0.0), "%zu images are erased", erased);
         check(difference.equal >= 0.999 * difference.pixels && difference.largest <= 1, "loaded images, S %zu, crop %d: %zu of %zu bytes equal, largest difference %d",
               o.S, o.crop, difference.equal, difference.pixels, difference.largest);
     }
     loader_close(loader);
-    free(loader);
+    free(entries);
+    free(boxes);
+    cudaCheck(cudaFree(target.erased));
     cudaCheck(cudaFree(target.images));
     cudaCheck(cudaFree(target.labels));
     cudaCheck(cudaFree(target.flips));
@@ -313,11 +346,19 @@ static void run_loader(uint32_t* sums, ShardSet set, LoaderOptions o, size_t fir
 }
 
 static void test_loader(bool quick) {
-    const ShardSet mixed = shards_open(in_folder("mixed")), equal = shards_open(in_folder("equal.bin"));
-    check(mixed.num_shards == 3 && mixed.images == 61 && mixed.verified, "three shards of 61 images");
-    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, {}};
+    ShardSet set = shards_open(in_folder("mixed"));
+    check(set.num_shards == 3 && set.images == 61 && set.verified, "three shards of 61 images");
+    for (unsigned i = 0; i < 61; i++) {
+        unsigned number;
+        const Shard* shard = set_image(&set, i, &number);
+        check(shard == &set.shards[i < 20 ? 0 : i == 20 ? 1 : 2] && number == (i < 20 ? i : i == 20 ? 0 : i - 21), "image %u is number %u of its shard", i, number);
+    }
+    set = shards_open(in_folder("equal")); // equal.bin
+    check(set.num_shards == 1 && set.images == 50, "a shard without a number");
+    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, {}};
     LoaderOptions variants[6] = {o, o, o, o, o, o};
     variants[1].repeats = 3;
+    variants[1].mix = MixOptions{0.5, 0.8, 1.0, 0.9, 0.5};
     variants[2].crop = false;       // training images of other sizes: the evaluation transform
     variants[2].B = 30;             // more pieces in a batch than there are slots
     variants[3].training = false;
@@ -327,15 +368,15 @@ static void test_loader(bool quick) {
     variants[5].crop = false;
     variants[5].CH = 1;
     for (int v = 0; v < 6; v++) {
-        const ShardSet set = v == 5 ? equal : mixed;
+        const char* path = in_folder(v == 5 ? "equal" : "mixed");
         uint32_t all[32] = {}, again[32] = {};
         const size_t count = quick ? 12 : 20;
-        run_loader(all, set, variants[v], 0, count, 2, false, true);
+        run_loader(all, path, variants[v], 0, count, 2, false, true);
         for (int readers : {0, 1, 2, 5}) {
-            run_loader(again, set, variants[v], 0, count, readers, true, false);
+            run_loader(again, path, variants[v], 0, count, readers, true, false);
             check(memcmp(all, again, count * sizeof(uint32_t)) == 0, "variant %d: the same bits with %d readers and small pieces", v, readers);
         }
-        run_loader(again, set, variants[v], 5, count - 5, 2, true, false);
+        run_loader(again, path, variants[v], 5, count - 5, 2, true, false);
         check(memcmp(all + 5, again, (count - 5) * sizeof(uint32_t)) == 0, "variant %d: the same bits from batch 5 on", v);
         if (v != 3) { check(all[0] != all[9] && all[1] != all[10], "variant %d: another epoch has other batches", v); }
     }
@@ -363,8 +404,8 @@ static void test_loader(bool quick) {
     }
 }
 
-// what ends with a sentence, in a process of its own: opens a set, and reads it as one too large to verify at once
-enum { READ_NONE, READ_LATE };
+// what ends with a sentence, in a process of its own: opens a set, or reads it as one too large to verify at once, whole or damaged
+enum { READ_NONE, READ_LATE, READ_DAMAGED };
 static void refused(const char* path, int how, int code, const char* pattern) {
     int ends[2];
     require(pipe(ends) == 0, "no pipe: %m");
@@ -374,12 +415,12 @@ static void refused(const char* path, int how, int code, const char* pattern) {
         dup2(ends[1], 2);
         alarm(120);
         close(ends[0]);
-        ShardSet set = shards_open(path);
         uint32_t sums[32];
-        if (how == READ_LATE) {
-            set.verified = false;
-            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, {}};
-            run_loader(sums, set, o, 0, 9, 2, true, false);
+        if (how != READ_NONE) {
+            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, {}};
+            run_loader(sums, path, o, 0, 9, 2, true, false, true, how == READ_DAMAGED ? 17 : -1);
+        } else {
+            shards_open(path);
         }
         _exit(0);
     }
@@ -423,7 +464,7 @@ static void test_refused(void) {
     copy_file(in_folder("mixed_00002.bin"), in_folder("bad_00001.bin"), pixel);
     refused(in_folder("bad"), READ_NONE, 1, "bad_00001.bin: checksum of image 17 is");
     // found in a set that is not verified when it is opened, by the readers; and no complaint where nothing is damaged
-    refused(in_folder("bad"), READ_LATE, 1, "bad_00001.bin: checksum of image 17 is");
+    refused(in_folder("mixed"), READ_DAMAGED, 1, "mixed_00002.bin: checksum of image 17 is");
     refused(in_folder("mixed"), READ_LATE, 0, "");
     // a shard in the middle, or the first; one that has other classes, channels; a set that is being made
     copy_file(in_folder("mixed_00000.bin"), in_folder("gap_00000.bin"), -1);
@@ -441,6 +482,12 @@ static void test_refused(void) {
     require(mkdir(in_folder("part.part"), 0777) == 0, "cannot make a directory: %m");
     refused(in_folder("part"), READ_NONE, 1, "not all made yet");
     refused(in_folder("nothing"), READ_NONE, 1, "cannot open");
+    // PREFIX.bin and shards of that prefix: none is chosen unless it is named
+    copy_file(in_folder("equal.bin"), in_folder("both.bin"), -1);
+    copy_file(in_folder("equal.bin"), in_folder("both_00000.bin"), -1);
+    refused(in_folder("both"), READ_NONE, 1, "both.bin is there, and 1 shards up to ");
+    refused(in_folder("both.bin"), READ_NONE, 0, "");
+    refused(in_folder("both_00000.bin"), READ_NONE, 0, "");
 }
 
 int main(int argc, char** argv) {
