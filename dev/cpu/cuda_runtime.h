@@ -153,6 +153,7 @@ struct Memory {
     std::mutex lock;
     std::map<uintptr_t, Allocation> allocations; // by first address
     size_t total, used;                            // bytes of device memory
+    size_t working;                                // how many DeviceWork there are
 };
 
 inline size_t memory_size() {
@@ -169,7 +170,7 @@ inline size_t memory_size() {
 
 inline Memory& memory() {
     // never destroyed: other threads may outlive main
-    static Memory* m = new Memory{{}, {}, memory_size(), 0};
+    static Memory* m = new Memory{{}, {}, memory_size(), 0, 0};
     return *m;
 }
 
@@ -213,6 +214,48 @@ inline void require_device(const char* what, const char* argument, const void* p
     }
 }
 
+// CPU_PROTECT=1: an allocation of device memory has its pages to itself, and nobody can access them
+// while no DeviceWork is there. Another thread's work opens them to the host as well
+inline size_t whole_pages(size_t bytes) {
+    return round_up(bytes, (size_t)sysconf(_SC_PAGESIZE));
+}
+
+inline void protect(Address p, size_t bytes, int access) {
+    if (mprotect((void*)p, whole_pages(bytes), access) != 0) {
+        die("cannot protect %zu bytes of device memory: %m; run without CPU_PROTECT", bytes);
+    }
+}
+
+// the caller holds the lock of the memory
+inline void protect_all(int access) {
+    for (const auto& a : memory().allocations) {
+        if (a.second.kind == DEVICE) { protect(a.first, a.second.bytes, access); }
+    }
+}
+
+inline void open_memory() {
+    std::lock_guard<std::mutex> guard(memory().lock);
+    if (memory().working++ == 0) { protect_all(PROT_READ | PROT_WRITE); }
+}
+
+inline void close_memory() {
+    std::lock_guard<std::mutex> guard(memory().lock);
+    if (--memory().working == 0) { protect_all(PROT_NONE); }
+}
+
+inline void die_of_host_access(Address p) {
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    auto a = m.allocations.upper_bound(p);
+    if (a == m.allocations.begin()) { return; }
+    --a;
+    if (a->second.kind == DEVICE && p - a->first < whole_pages(a->second.bytes)) {
+        die("the host touched device memory: address %#zx, byte %zu of the allocation of %zu bytes "
+            "at %#zx; copy it with cudaMemcpy (a debugger shows the line)",
+            (size_t)p, p - a->first, a->second.bytes, (size_t)a->first);
+    }
+}
+
 constexpr size_t FILL_CHUNK = 1 << 20;
 
 // large fills and copies are spread over the workers
@@ -236,8 +279,9 @@ inline cudaError_t allocate(void** p, size_t bytes, MemoryKind kind) {
     // 2 MiB pages for what is large: the first touch of a page, and a miss of the translation
     // cache, cost much
     const size_t huge = 2 << 20;
-    const bool large = bytes >= 2 * huge;
-    if (posix_memalign(p, large ? huge : 256, bytes) != 0) {
+    const bool large = bytes >= 2 * huge, protected_pages = kind == DEVICE && protects();
+    const size_t alignment = large ? huge : protected_pages ? whole_pages(1) : 256;
+    if (posix_memalign(p, alignment, protected_pages ? whole_pages(bytes) : bytes) != 0) {
         std::lock_guard<std::mutex> guard(m.lock);
         if (kind == DEVICE) { m.used -= bytes; }
         *p = NULL;
@@ -247,6 +291,10 @@ inline cudaError_t allocate(void** p, size_t bytes, MemoryKind kind) {
     if (kind == DEVICE) { fill(*p, 0xFF, bytes); }
     std::lock_guard<std::mutex> guard(m.lock);
     m.allocations[(Address)*p] = Allocation{kind, bytes};
+    if (protected_pages) {
+        catch_faults();
+        if (m.working == 0) { protect((Address)*p, bytes, PROT_NONE); }
+    }
     return cudaSuccess;
 }
 
@@ -260,6 +308,9 @@ inline cudaError_t release(void* p, MemoryKind kind) {
             return report(cudaErrorInvalidValue);
         }
         if (kind == DEVICE) { m.used -= found->second.bytes; }
+        if (kind == DEVICE && protects()) {
+            protect((Address)p, found->second.bytes, PROT_READ | PROT_WRITE);
+        }
         m.allocations.erase(found);
     }
     free(p);
@@ -359,6 +410,7 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
                               const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_copy("cudaMemcpy", (cpu::Address)to, (cpu::Address)from, bytes, kind, file, line);
+    cpu::DeviceWork work;
     cpu::copy(to, from, bytes);
     return cudaSuccess;
 }
@@ -369,6 +421,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_copy("cudaMemcpyAsync", (cpu::Address)to, (cpu::Address)from, bytes, kind, file,
                     line);
+    cpu::DeviceWork work;
     cpu::copy(to, from, bytes);
     return cudaSuccess;
 }
@@ -377,6 +430,7 @@ inline cudaError_t cudaMemset(void* p, int value, size_t bytes, const char* file
                               int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_side("cudaMemset", "destination", (cpu::Address)p, bytes, true, file, line);
+    cpu::DeviceWork work;
     cpu::fill(p, value, bytes);
     return cudaSuccess;
 }
@@ -386,6 +440,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
                                    int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_side("cudaMemsetAsync", "destination", (cpu::Address)p, bytes, true, file, line);
+    cpu::DeviceWork work;
     cpu::fill(p, value, bytes);
     return cudaSuccess;
 }
