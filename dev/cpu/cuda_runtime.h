@@ -153,7 +153,10 @@ struct Memory {
     std::mutex lock;
     std::map<uintptr_t, Allocation> allocations; // by first address
     size_t total, used;                            // bytes of device memory
-    size_t working;                                // how many DeviceWork there are
+    // under CPU_PROTECT: where all device memory lies, how much of that was ever used, and how many
+    // DeviceWork there are
+    uintptr_t range;
+    size_t range_used, working;
 };
 
 inline size_t memory_size() {
@@ -170,7 +173,7 @@ inline size_t memory_size() {
 
 inline Memory& memory() {
     // never destroyed: other threads may outlive main
-    static Memory* m = new Memory{{}, {}, memory_size(), 0, 0};
+    static Memory* m = new Memory{{}, {}, memory_size(), 0, 0, 0, 0};
     return *m;
 }
 
@@ -214,52 +217,85 @@ inline void require_device(const char* what, const char* argument, const void* p
     }
 }
 
-// CPU_PROTECT=1: an allocation of device memory has its pages to itself, and nobody can access them
-// while no DeviceWork is there. Another thread's work opens them to the host as well
-inline size_t whole_pages(size_t bytes) {
-    return round_up(bytes, (size_t)sysconf(_SC_PAGESIZE));
-}
+// CPU_PROTECT=1: device memory is one range of addresses, [range, range + 2 * total), so that one
+// call opens or closes all that was ever used of it, and its pages are huge, for the time of that
+// call grows with their number. Another thread's work opens the memory to the host as well.
+constexpr size_t HUGE_PAGE = 2 << 20;
 
-inline void protect(Address p, size_t bytes, int access) {
-    if (mprotect((void*)p, whole_pages(bytes), access) != 0) {
-        die("cannot protect %zu bytes of device memory: %m; run without CPU_PROTECT", bytes);
+// of these four functions the caller holds the lock
+inline void protect(size_t first, size_t bytes, int access) {
+    Memory& m = memory();
+    if (bytes > 0 && mprotect((void*)(m.range + first), bytes, access) != 0) {
+        die("cannot protect %zu MiB of device memory: %m; run without CPU_PROTECT", bytes >> 20);
     }
 }
 
-// the caller holds the lock of the memory
-inline void protect_all(int access) {
-    for (const auto& a : memory().allocations) {
-        if (a.second.kind == DEVICE) { protect(a.first, a.second.bytes, access); }
+inline void reserve_range() {
+    Memory& m = memory();
+    const size_t bytes = 2 * m.total + HUGE_PAGE; // with room for gaps between allocations
+    void* p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        die("CPU_PROTECT cannot reserve addresses for %zu MiB of device memory; set CPU_MEMORY to "
+            "fewer bytes",
+            m.total >> 20);
     }
+    m.range = round_up((Address)p, HUGE_PAGE);
+    madvise((void*)m.range, 2 * m.total, MADV_HUGEPAGE);
+    catch_faults();
+}
+
+// the first gap of that many bytes, as an allocation; NULL when there is none
+inline void* take_gap(size_t bytes) {
+    Memory& m = memory();
+    if (m.range == 0) { reserve_range(); }
+    Address at = m.range;
+    for (const auto& a : m.allocations) {
+        if (a.second.kind != DEVICE) { continue; }
+        if (a.first - at >= bytes) { break; }
+        at = a.first + round_up(a.second.bytes, 256);
+    }
+    const size_t end = round_up(at + bytes - m.range, HUGE_PAGE);
+    if (end > 2 * m.total / HUGE_PAGE * HUGE_PAGE) { return NULL; }
+    if (end > m.range_used) {
+        if (m.working > 0) { protect(m.range_used, end - m.range_used, PROT_READ | PROT_WRITE); }
+        m.range_used = end;
+    }
+    m.allocations[at] = Allocation{DEVICE, bytes};
+    return (void*)at;
 }
 
 inline void open_memory() {
-    std::lock_guard<std::mutex> guard(memory().lock);
-    if (memory().working++ == 0) { protect_all(PROT_READ | PROT_WRITE); }
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    if (m.working++ == 0) { protect(0, m.range_used, PROT_READ | PROT_WRITE); }
 }
 
 inline void close_memory() {
-    std::lock_guard<std::mutex> guard(memory().lock);
-    if (--memory().working == 0) { protect_all(PROT_NONE); }
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    if (--m.working == 0) { protect(0, m.range_used, PROT_NONE); }
 }
 
 inline void die_of_host_access(Address p) {
     Memory& m = memory();
     std::lock_guard<std::mutex> guard(m.lock);
+    if (p - m.range >= m.range_used) { return; }
     auto a = m.allocations.upper_bound(p);
-    if (a == m.allocations.begin()) { return; }
-    --a;
-    if (a->second.kind == DEVICE && p - a->first < whole_pages(a->second.bytes)) {
-        die("the host touched device memory: address %#zx, byte %zu of the allocation of %zu bytes "
-            "at %#zx; copy it with cudaMemcpy (a debugger shows the line)",
-            (size_t)p, p - a->first, a->second.bytes, (size_t)a->first);
+    if (a == m.allocations.begin() || p - (--a)->first >= a->second.bytes) {
+        die("the host touched device memory: address %#zx, which is in no allocation (freed, or out "
+            "of bounds)",
+            (size_t)p);
     }
+    die("the host touched device memory: address %#zx, byte %zu of the allocation of %zu bytes at "
+        "%#zx; copy it with cudaMemcpy (a debugger shows the line)",
+        (size_t)p, p - a->first, a->second.bytes, (size_t)a->first);
 }
 
 constexpr size_t FILL_CHUNK = 1 << 20;
 
 // large fills and copies are spread over the workers
 inline void fill(void* p, int value, size_t bytes) {
+    DeviceWork work;
     parallel_for((bytes + FILL_CHUNK - 1) / FILL_CHUNK, [=](size_t i) {
         memset((char*)p + i * FILL_CHUNK, value, std::min(FILL_CHUNK, bytes - i * FILL_CHUNK));
     });
@@ -276,25 +312,24 @@ inline cudaError_t allocate(void** p, size_t bytes, MemoryKind kind) {
         }
         if (kind == DEVICE) { m.used += bytes; }
     }
-    // 2 MiB pages for what is large: the first touch of a page, and a miss of the translation
-    // cache, cost much
-    const size_t huge = 2 << 20;
-    const bool large = bytes >= 2 * huge, protected_pages = kind == DEVICE && protects();
-    const size_t alignment = large ? huge : protected_pages ? whole_pages(1) : 256;
-    if (posix_memalign(p, alignment, protected_pages ? whole_pages(bytes) : bytes) != 0) {
+    // huge pages for what is large: the first touch of a page, and a miss of the translation cache,
+    // cost much
+    const bool large = bytes >= 2 * HUGE_PAGE, guarded = kind == DEVICE && protects();
+    if (guarded) {
+        std::lock_guard<std::mutex> guard(m.lock);
+        *p = take_gap(bytes);
+    } else if (posix_memalign(p, large ? HUGE_PAGE : 256, bytes) != 0) {
+        *p = NULL;
+    }
+    if (*p == NULL) {
         std::lock_guard<std::mutex> guard(m.lock);
         if (kind == DEVICE) { m.used -= bytes; }
-        *p = NULL;
         return report(cudaErrorMemoryAllocation);
     }
-    if (large) { madvise(*p, bytes / huge * huge, MADV_HUGEPAGE); }
+    if (large && !guarded) { madvise(*p, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); }
     if (kind == DEVICE) { fill(*p, 0xFF, bytes); }
     std::lock_guard<std::mutex> guard(m.lock);
     m.allocations[(Address)*p] = Allocation{kind, bytes};
-    if (protected_pages) {
-        catch_faults();
-        if (m.working == 0) { protect((Address)*p, bytes, PROT_NONE); }
-    }
     return cudaSuccess;
 }
 
@@ -308,12 +343,9 @@ inline cudaError_t release(void* p, MemoryKind kind) {
             return report(cudaErrorInvalidValue);
         }
         if (kind == DEVICE) { m.used -= found->second.bytes; }
-        if (kind == DEVICE && protects()) {
-            protect((Address)p, found->second.bytes, PROT_READ | PROT_WRITE);
-        }
         m.allocations.erase(found);
     }
-    free(p);
+    if (kind == PINNED || !protects()) { free(p); }
     return cudaSuccess;
 }
 
@@ -348,6 +380,7 @@ inline void check_copy(const char* call, Address to, Address from, size_t bytes,
 
 inline void copy(void* to, const void* from, size_t bytes) {
     const char *a = (const char*)to, *b = (const char*)from;
+    DeviceWork work;
     if (a < b + bytes && b < a + bytes) {
         memmove(to, from, bytes);
         return;
@@ -410,7 +443,6 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
                               const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_copy("cudaMemcpy", (cpu::Address)to, (cpu::Address)from, bytes, kind, file, line);
-    cpu::DeviceWork work;
     cpu::copy(to, from, bytes);
     return cudaSuccess;
 }
@@ -421,7 +453,6 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_copy("cudaMemcpyAsync", (cpu::Address)to, (cpu::Address)from, bytes, kind, file,
                     line);
-    cpu::DeviceWork work;
     cpu::copy(to, from, bytes);
     return cudaSuccess;
 }
@@ -430,7 +461,6 @@ inline cudaError_t cudaMemset(void* p, int value, size_t bytes, const char* file
                               int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_side("cudaMemset", "destination", (cpu::Address)p, bytes, true, file, line);
-    cpu::DeviceWork work;
     cpu::fill(p, value, bytes);
     return cudaSuccess;
 }
@@ -440,7 +470,6 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
                                    int line = __builtin_LINE()) {
     if (bytes == 0) { return cudaSuccess; }
     cpu::check_side("cudaMemsetAsync", "destination", (cpu::Address)p, bytes, true, file, line);
-    cpu::DeviceWork work;
     cpu::fill(p, value, bytes);
     return cudaSuccess;
 }

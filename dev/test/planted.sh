@@ -69,7 +69,7 @@ touched='the host touched device memory: address 0x[0-9a-f]+, byte'
 for build in plain asan tsan; do
     CPU_PROTECT=1 planted $build host_read "$touched 15360 of the allocation of 16384 bytes"
     CPU_PROTECT=1 planted $build host_write "$touched 4 of the allocation of 1024 bytes"
-    CPU_PROTECT=1 planted $build host_reuse "$touched 0 of the allocation of 1024 bytes"
+    CPU_PROTECT=1 planted $build host_after_free 'the host touched device memory: .*, which is in no allocation'
     CPU_PROTECT=1 planted $build host_threads "$touched 1020 of the allocation of 1024 bytes"
 done
 echo "$passed passed, $failed failed"
