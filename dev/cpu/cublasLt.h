@@ -307,6 +307,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
         cpu::require_device("cublasLtMatmul", "workspace", workspace, workspaceSizeInBytes);
     }
 
+    cpu::DeviceWork work;
     cpu::gemm(batch, problem);
     // the operand lies column by column with its k along the columns: a sum of columns
     if (desc->epilogue == CUBLASLT_EPILOGUE_BGRADA) {

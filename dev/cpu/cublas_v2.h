@@ -191,6 +191,7 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(
         p.c = p.d = (void*)cpu::element(C, p.d_type, strideC * (long long)i);
         return p;
     };
+    cpu::DeviceWork work;
     cpu::require_device_operands("cuBLAS", problem(0));
     cpu::require_device_operands("cuBLAS", problem((size_t)batchCount - 1));
     cpu::gemm((size_t)batchCount, problem);
@@ -224,6 +225,7 @@ inline cublasStatus_t cublasGemmBatchedEx(cublasHandle_t handle, cublasOperation
         p.c = p.d = Carray[i];
         return p;
     };
+    cpu::DeviceWork work; // the arrays of pointers lie in device memory, too
     for (int i = 0; i < batchCount; i++) {
         cpu::require_device_operands("cublasGemmBatchedEx", problem((size_t)i));
     }

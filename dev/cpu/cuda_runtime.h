@@ -153,6 +153,10 @@ struct Memory {
     std::mutex lock;
     std::map<uintptr_t, Allocation> allocations; // by first address
     size_t total, used;                            // bytes of device memory
+    // under CPU_PROTECT: where all device memory lies, how much of that was ever used, and how many
+    // DeviceWork there are
+    uintptr_t range;
+    size_t range_used, working;
 };
 
 inline size_t memory_size() {
@@ -169,7 +173,7 @@ inline size_t memory_size() {
 
 inline Memory& memory() {
     // never destroyed: other threads may outlive main
-    static Memory* m = new Memory{{}, {}, memory_size(), 0};
+    static Memory* m = new Memory{{}, {}, memory_size(), 0, 0, 0, 0};
     return *m;
 }
 
@@ -213,10 +217,85 @@ inline void require_device(const char* what, const char* argument, const void* p
     }
 }
 
+// CPU_PROTECT=1: device memory is one range of addresses, [range, range + 2 * total), so that one
+// call opens or closes all that was ever used of it, and its pages are huge, for the time of that
+// call grows with their number. Another thread's work opens the memory to the host as well.
+constexpr size_t HUGE_PAGE = 2 << 20;
+
+// of these four functions the caller holds the lock
+inline void protect(size_t first, size_t bytes, int access) {
+    Memory& m = memory();
+    if (bytes > 0 && mprotect((void*)(m.range + first), bytes, access) != 0) {
+        die("cannot protect %zu MiB of device memory: %m; run without CPU_PROTECT", bytes >> 20);
+    }
+}
+
+inline void reserve_range() {
+    Memory& m = memory();
+    const size_t bytes = 2 * m.total + HUGE_PAGE; // with room for gaps between allocations
+    void* p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        die("CPU_PROTECT cannot reserve addresses for %zu MiB of device memory; set CPU_MEMORY to "
+            "fewer bytes",
+            m.total >> 20);
+    }
+    m.range = round_up((Address)p, HUGE_PAGE);
+    madvise((void*)m.range, 2 * m.total, MADV_HUGEPAGE);
+    catch_faults();
+}
+
+// the first gap of that many bytes, as an allocation; NULL when there is none
+inline void* take_gap(size_t bytes) {
+    Memory& m = memory();
+    if (m.range == 0) { reserve_range(); }
+    Address at = m.range;
+    for (const auto& a : m.allocations) {
+        if (a.second.kind != DEVICE) { continue; }
+        if (a.first - at >= bytes) { break; }
+        at = a.first + round_up(a.second.bytes, 256);
+    }
+    const size_t end = round_up(at + bytes - m.range, HUGE_PAGE);
+    if (end > 2 * m.total / HUGE_PAGE * HUGE_PAGE) { return NULL; }
+    if (end > m.range_used) {
+        if (m.working > 0) { protect(m.range_used, end - m.range_used, PROT_READ | PROT_WRITE); }
+        m.range_used = end;
+    }
+    m.allocations[at] = Allocation{DEVICE, bytes};
+    return (void*)at;
+}
+
+inline void open_memory() {
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    if (m.working++ == 0) { protect(0, m.range_used, PROT_READ | PROT_WRITE); }
+}
+
+inline void close_memory() {
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    if (--m.working == 0) { protect(0, m.range_used, PROT_NONE); }
+}
+
+inline void die_of_host_access(Address p) {
+    Memory& m = memory();
+    std::lock_guard<std::mutex> guard(m.lock);
+    if (p - m.range >= m.range_used) { return; }
+    auto a = m.allocations.upper_bound(p);
+    if (a == m.allocations.begin() || p - (--a)->first >= a->second.bytes) {
+        die("the host touched device memory: address %#zx, which is in no allocation (freed, or out "
+            "of bounds)",
+            (size_t)p);
+    }
+    die("the host touched device memory: address %#zx, byte %zu of the allocation of %zu bytes at "
+        "%#zx; copy it with cudaMemcpy (a debugger shows the line)",
+        (size_t)p, p - a->first, a->second.bytes, (size_t)a->first);
+}
+
 constexpr size_t FILL_CHUNK = 1 << 20;
 
 // large fills and copies are spread over the workers
 inline void fill(void* p, int value, size_t bytes) {
+    DeviceWork work;
     parallel_for((bytes + FILL_CHUNK - 1) / FILL_CHUNK, [=](size_t i) {
         memset((char*)p + i * FILL_CHUNK, value, std::min(FILL_CHUNK, bytes - i * FILL_CHUNK));
     });
@@ -233,17 +312,21 @@ inline cudaError_t allocate(void** p, size_t bytes, MemoryKind kind) {
         }
         if (kind == DEVICE) { m.used += bytes; }
     }
-    // 2 MiB pages for what is large: the first touch of a page, and a miss of the translation
-    // cache, cost much
-    const size_t huge = 2 << 20;
-    const bool large = bytes >= 2 * huge;
-    if (posix_memalign(p, large ? huge : 256, bytes) != 0) {
+    // huge pages for what is large: the first touch of a page, and a miss of the translation cache,
+    // cost much
+    const bool large = bytes >= 2 * HUGE_PAGE, guarded = kind == DEVICE && protects();
+    if (guarded) {
+        std::lock_guard<std::mutex> guard(m.lock);
+        *p = take_gap(bytes);
+    } else if (posix_memalign(p, large ? HUGE_PAGE : 256, bytes) != 0) {
+        *p = NULL;
+    }
+    if (*p == NULL) {
         std::lock_guard<std::mutex> guard(m.lock);
         if (kind == DEVICE) { m.used -= bytes; }
-        *p = NULL;
         return report(cudaErrorMemoryAllocation);
     }
-    if (large) { madvise(*p, bytes / huge * huge, MADV_HUGEPAGE); }
+    if (large && !guarded) { madvise(*p, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); }
     if (kind == DEVICE) { fill(*p, 0xFF, bytes); }
     std::lock_guard<std::mutex> guard(m.lock);
     m.allocations[(Address)*p] = Allocation{kind, bytes};
@@ -262,7 +345,7 @@ inline cudaError_t release(void* p, MemoryKind kind) {
         if (kind == DEVICE) { m.used -= found->second.bytes; }
         m.allocations.erase(found);
     }
-    free(p);
+    if (kind == PINNED || !protects()) { free(p); }
     return cudaSuccess;
 }
 
@@ -297,6 +380,7 @@ inline void check_copy(const char* call, Address to, Address from, size_t bytes,
 
 inline void copy(void* to, const void* from, size_t bytes) {
     const char *a = (const char*)to, *b = (const char*)from;
+    DeviceWork work;
     if (a < b + bytes && b < a + bytes) {
         memmove(to, from, bytes);
         return;

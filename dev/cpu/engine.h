@@ -21,6 +21,7 @@ arrive computes the result of all of them, and they resume in lane order.
 #include <inttypes.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <map>
@@ -275,30 +276,62 @@ inline bool begin_launch(Launch* launch, const char* kernel, size_t* max_dynamic
     return true;
 }
 
-// A kernel that leaves all mapped memory would end without a word. The handler has a stack of its
-// own for each worker, for the fault may be that a thread's stack is full. Sanitizers have handlers
-// that say more
+// CPU_PROTECT=1: may the host not touch device memory, as on a GPU?
+inline bool protects() {
+    static const bool value = [] {
+        const char* text = getenv("CPU_PROTECT");
+        if (text == NULL || *text == '\0' || strcmp(text, "0") == 0) { return false; }
+        if (strcmp(text, "1") == 0) { return true; }
+        die("CPU_PROTECT is \"%s\"; set it to 1, so that the host cannot touch device memory, or to 0",
+            text);
+    }();
+    return value;
+}
+
+// Whatever works on device memory (a launch, a copy, a fill, a library's call) holds one of these:
+// under CPU_PROTECT=1 the memory is accessible while any thread holds one. cuda_runtime.h has the
+// memory, and defines these functions
+void open_memory();
+void close_memory();
+struct DeviceWork {
+    DeviceWork() { if (protects()) { open_memory(); } }
+    ~DeviceWork() { if (protects()) { close_memory(); } }
+    DeviceWork(const DeviceWork&) = delete;
+};
+// ends the program when the address lies in device memory; also in cuda_runtime.h
+void die_of_host_access(uintptr_t address);
+
+#if defined(CPU_ASAN) || defined(CPU_TSAN)
+constexpr bool SANITIZED = true; // sanitizers have handlers that say more of what a kernel does
+#else
+constexpr bool SANITIZED = false;
+#endif
+inline struct sigaction fault_action_before;
+
+// A kernel that leaves all mapped memory would end without a word, and so would a host that touches
+// protected memory. The handler has a stack of its own for each worker, for the fault may be that a
+// thread's stack is full
 inline void on_fault(int number, siginfo_t* info, void*) {
-    if (running_kernel != NULL) {
+    if (running_kernel != NULL && !SANITIZED) {
         die("kernel %s accessed address %p, where nothing is: an index out of bounds, or local "
             "variables of more than 64 KiB; `make asan` finds the line",
             running_kernel, info->si_addr);
     }
-    signal(number, SIG_DFL); // not ours: the access faults again when this returns
+    if (running_kernel == NULL && protects()) { die_of_host_access((uintptr_t)info->si_addr); }
+    sigaction(number, &fault_action_before, NULL); // not ours: the access faults again after this
 }
 
 inline void catch_faults() {
-#if !defined(CPU_ASAN) && !defined(CPU_TSAN)
     static const bool done = [] {
+        if (SANITIZED && !protects()) { return true; }
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        sigaction(SIGSEGV, &action, NULL);
         sigaction(SIGBUS, &action, NULL);
+        sigaction(SIGSEGV, &action, &fault_action_before);
         return true;
     }();
     (void)done;
-#endif
 }
 
 inline uint3 block_index(dim3 grid, uint64_t i) {
@@ -425,6 +458,7 @@ void run_free(const char* kernel, const Guard& guard, const Body& body) {
     const bool vectorise =
         schedule().kind == NATURAL && (uint64_t)launch.grid.x * launch.block.x <= MAX_FLAT_INDEX;
     auto run = vectorise ? free_blocks<Guard, Body> : free_blocks_in_order<Guard, Body>;
+    DeviceWork work;
     // below some thousand threads the workers take longer to wake than one of them to do it all
     catch_faults();
     spread_blocks(launch, 4096, [&](uint64_t first, uint64_t last) {
@@ -993,6 +1027,7 @@ CPU_ENGINE inline void fiber_blocks(const Launch& launch, void (*run)(Worker*, c
 template <class Body> void run_fibers(const char* kernel, const Body& body) {
     Launch launch;
     if (!begin_launch(&launch, kernel, &max_dynamic_shared<Body>)) { return; }
+    DeviceWork work;
     spread_blocks(launch, 0, [&](uint64_t first, uint64_t last) {
         fiber_blocks(launch, run_threads<Body>, &body, first, last);
     });

@@ -237,6 +237,7 @@ inline ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t c
     if (count == 0) { return ncclSuccess; }
     cpu::require_device("ncclAllReduce", "sendbuff", sendbuff, count * type_bytes);
     cpu::require_device("ncclAllReduce", "recvbuff", recvbuff, count * type_bytes);
+    cpu::DeviceWork work;
     size_t num_ranks = (size_t)comm->num_ranks;
     std::vector<size_t> first(num_ranks), owned(num_ranks);
     std::vector<cpu::Piece> outgoing(num_ranks), incoming(num_ranks);
@@ -274,6 +275,7 @@ inline ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size
     cpu::require_device("ncclReduceScatter", "sendbuff", sendbuff,
                         num_ranks * recvcount * type_bytes);
     cpu::require_device("ncclReduceScatter", "recvbuff", recvbuff, recvcount * type_bytes);
+    cpu::DeviceWork work;
     std::vector<size_t> first(num_ranks), owned(num_ranks);
     for (size_t begin = 0; begin < recvcount; begin += piece) {
         for (size_t q = 0; q < num_ranks; q++) {
@@ -296,6 +298,7 @@ inline ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t s
     size_t num_ranks = (size_t)comm->num_ranks, block = sendcount * type_bytes;
     cpu::require_device("ncclAllGather", "sendbuff", sendbuff, block);
     cpu::require_device("ncclAllGather", "recvbuff", recvbuff, num_ranks * block);
+    cpu::DeviceWork work;
     std::vector<cpu::Piece> outgoing(num_ranks), incoming(num_ranks);
     for (size_t begin = 0; begin < block; begin += cpu::NCCL_PIECE) {
         size_t bytes = std::min(cpu::NCCL_PIECE, block - begin);
@@ -320,6 +323,7 @@ inline ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t c
     }
     if (count == 0) { return ncclSuccess; }
     cpu::require_device("ncclBroadcast", "recvbuff", recvbuff, bytes);
+    cpu::DeviceWork work;
     if (comm->rank == root) {
         cpu::require_device("ncclBroadcast", "sendbuff", sendbuff, bytes);
         memmove(recvbuff, sendbuff, bytes);

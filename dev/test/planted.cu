@@ -11,6 +11,9 @@ that was planted.
 #include <stdlib.h>
 #include <string.h>
 
+#include <thread>
+#include <vector>
+
 #include <cuda_runtime.h>
 
 #define cudaCheck(call) \
@@ -282,6 +285,58 @@ template <bool Bug> void free_of_host() {
     free(p);
 }
 
+// The host touches device memory: found under CPU_PROTECT=1. Device memory of several pages, host
+// memory beside it
+template <bool Bug> void host_read() {
+    float *p, *pinned, host[N] = {};
+    cudaCheck(cudaMalloc((void**)&p, 16 * sizeof(host)));
+    cudaCheck(cudaMallocHost((void**)&pinned, sizeof(host)));
+    cudaCheck(cudaMemset(p, 0, 16 * sizeof(host)));
+    cudaCheck(cudaMemcpy(host, p + 15 * N, sizeof(host), cudaMemcpyDeviceToHost));
+    pinned[0] = Bug ? p[15 * N] : host[0];
+    if (pinned[0] != 0.0f) { fprintf(stderr, "%f was read\n", pinned[0]); }
+    cudaCheck(cudaFreeHost(pinned));
+    cudaCheck(cudaFree(p));
+}
+
+template <bool Bug> void host_write() {
+    float host[N] = {};
+    if (Bug) { in[1] = 1.0f; } else { host[1] = 1.0f; }
+    cudaCheck(cudaMemcpy(in, host, sizeof(host), cudaMemcpyHostToDevice));
+    copy_kernel<<<1, N>>>(out, in);
+}
+
+template <bool Bug> void host_after_free() {
+    float* p;
+    cudaCheck(cudaMalloc((void**)&p, N * sizeof(float)));
+    copy_kernel<<<1, N>>>(p, in);
+    cudaCheck(cudaFree(p));
+    if (Bug) { p[0] = 1.0f; }
+}
+
+// Each thread works on memory of its own while the others allocate, launch, copy and free
+template <bool Bug> void host_threads() {
+    auto work = [](float first) {
+        for (int round = 0; round < 200; round++) {
+            float *p, *q, host[N], back[N] = {};
+            for (int i = 0; i < N; i++) { host[i] = first + (float)(i + round); }
+            cudaCheck(cudaMalloc((void**)&p, sizeof(host)));
+            cudaCheck(cudaMalloc((void**)&q, sizeof(host)));
+            cudaCheck(cudaMemcpyAsync(p, host, sizeof(host), cudaMemcpyHostToDevice));
+            copy_kernel<<<1, N>>>(q, p);
+            cudaCheck(cudaMemcpyAsync(back, q, sizeof(host), cudaMemcpyDeviceToHost));
+            if (memcmp(host, back, sizeof(host)) != 0) { fprintf(stderr, "a thread read wrong values\n"); }
+            cudaCheck(cudaFree(p));
+            cudaCheck(cudaFree(q));
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; i++) { threads.emplace_back(work, 1000.0f * (float)i); }
+    for (std::thread& thread : threads) { thread.join(); }
+    // all work has ended, and so has the right to touch the memory
+    if (Bug) { std::thread([] { out[N - 1] = 1.0f; }).join(); }
+}
+
 // reading what nobody wrote gives NaN, and NaN fails every comparison
 template <bool Bug> void uninitialised_memory() {
     float* p;
@@ -368,6 +423,10 @@ static const Case cases[] = {
     CASE(stack_overflow),
     CASE(double_free),
     CASE(free_of_host),
+    CASE(host_read),
+    CASE(host_write),
+    CASE(host_after_free),
+    CASE(host_threads),
     CASE(uninitialised_memory),
     CASE(uninitialised_shared),
     CASE(out_of_memory),

@@ -64,5 +64,13 @@ for build in plain asan; do
     planted $build uninitialised_shared 'a value is -?nan'
     planted $build out_of_memory 'out of memory'
 done
+# the host may not touch device memory when the device is asked to protect it
+touched='the host touched device memory: address 0x[0-9a-f]+, byte'
+for build in plain asan tsan; do
+    CPU_PROTECT=1 planted $build host_read "$touched 15360 of the allocation of 16384 bytes"
+    CPU_PROTECT=1 planted $build host_write "$touched 4 of the allocation of 1024 bytes"
+    CPU_PROTECT=1 planted $build host_after_free 'the host touched device memory: .*, which is in no allocation'
+    CPU_PROTECT=1 planted $build host_threads "$touched 1020 of the allocation of 1024 bytes"
+done
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

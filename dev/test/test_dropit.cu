@@ -58,6 +58,20 @@ template <class T> static T* device(size_t n) {
     return p;
 }
 
+// n elements on the device, copied from the host
+template <class T> static T* to_device(const T* host, size_t n) {
+    T* p = device<T>(n);
+    cudaCheck(cudaMemcpy(p, host, n * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+}
+
+// n + 1 kept values: unpacking reads the one behind the last, which nobody writes, and does not use it
+static floatX* device_values(size_t n) {
+    floatX* p = device<floatX>(n + 1);
+    cudaCheck(cudaMemset(p + n, 0xff, sizeof(floatX)));
+    return p;
+}
+
 // zeros wherever the search for a threshold takes its sample: found by sampling two tensors whose elements name their places
 static void mislead(floatX* x, size_t n) {
     floatX *place = (floatX*)malloc(n * sizeof(floatX)), *on_device = device<floatX>(n), *sample = device<floatX>(DROPIT_TILE);
@@ -85,6 +99,16 @@ static void mislead(floatX* x, size_t n) {
 
 static bool same_bits(const floatX* a, const floatX* b, size_t n) { return memcmp(a, b, n * sizeof(floatX)) == 0; }
 
+// do two arrays on the device hold the same bits?
+template <class T> static bool same_on_device(const T* a, const T* b, size_t n) {
+    T* host = (T*)malloc(2 * n * sizeof(T));
+    cudaCheck(cudaMemcpy(host, a, n * sizeof(T), cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(host + n, b, n * sizeof(T), cudaMemcpyDeviceToHost));
+    const bool same = memcmp((void*)host, (void*)(host + n), n * sizeof(T)) == 0;
+    free((void*)host);
+    return same;
+}
+
 static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) {
     const size_t tiles = dropit_tiles(n), words = dropit_words(n);
     const DropRule rule = {strategy, 0x123456789abcdefull, 5};
@@ -110,7 +134,7 @@ static void test_case(size_t n, size_t k, double gamma, int kind, int strategy) 
     for (size_t i = 0; i < n; i++) { expected[i] = kept[i] ? x[i] : (floatX)0.0f; }
 
     floatX *dx = device<floatX>(n), *out = device<floatX>(n);
-    Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device<floatX>(k + 1)};
+    Dropped d = {n, k, device<Threshold>(tiles), device<unsigned>(dropit_segments(n)), device<unsigned>(words), device_values(k)};
     const size_t list = dropit_list_capacity(n);
     DropScratch s = {device<TensorSearch>(1), device<unsigned>(DROPIT_BINS), device<uint2>(tiles), device<unsigned>(tiles),
                      device<floatX>(DROPIT_TILE), device<unsigned>(2), device<floatX>(list), device<unsigned>(list), device<unsigned>(1)};
@@ -190,8 +214,10 @@ static void test_together(int strategy) {
     DropChoice choices[4], alone[4];
     for (int i = 0; i < 4; i++) {
         const size_t n = sizes[i];
-        floatX* x = device<floatX>(n);
-        for (size_t j = 0; j < n; j++) { x[j] = input_value(i == 1 ? FEW : GAUSS, j + 1000 * i, n); }
+        floatX* host = (floatX*)malloc(n * sizeof(floatX));
+        for (size_t j = 0; j < n; j++) { host[j] = input_value(i == 1 ? FEW : GAUSS, j + 1000 * i, n); }
+        floatX* x = to_device(host, n);
+        free((void*)host);
         for (DropChoice* c : {&choices[i], &alone[i]}) {
             Dropped d = {n, dropit_k(n, gamma, strategy), device<Threshold>(dropit_tiles(n)), i == 2 ? NULL : device<unsigned>(dropit_segments(n)),
                          device<unsigned>(dropit_words(n)), device<floatX>(n + 1)};
@@ -204,11 +230,11 @@ static void test_together(int strategy) {
     for (int i = 0; i < 4; i++) { dropit_select(&alone[i], 1, &s, gamma, main_stream); }
     cudaCheck(cudaDeviceSynchronize());
     for (int i = 0; i < 4; i++) {
-        const size_t n = sizes[i], thresholds = (strategy == MINK ? 1 : dropit_tiles(n)) * sizeof(Threshold);
+        const size_t n = sizes[i];
         const Dropped a = choices[i].d, b = alone[i].d;
-        const bool same = memcmp(a.thresholds, b.thresholds, thresholds) == 0 && memcmp(a.bitmap, b.bitmap, dropit_words(n) * sizeof(unsigned)) == 0 &&
-                          same_bits(a.values, b.values, n + 1) &&
-                          (i == 2 || memcmp(a.offsets, b.offsets, dropit_segments(n) * sizeof(unsigned)) == 0);
+        const bool same = same_on_device(a.thresholds, b.thresholds, strategy == MINK ? 1 : dropit_tiles(n)) &&
+                          same_on_device(a.bitmap, b.bitmap, dropit_words(n)) && same_on_device(a.values, b.values, n + 1) &&
+                          (i == 2 || same_on_device(a.offsets, b.offsets, dropit_segments(n)));
         check(same, "strategy %d: tensor %d of four chosen together", strategy, i);
         for (const Dropped& d : {a, b}) {
             void* const all[] = {d.thresholds, d.offsets, d.bitmap, (void*)d.values};
@@ -224,14 +250,17 @@ static void test_masking_kernels(size_t rows, size_t C, bool coarse, double gamm
     const size_t n = rows * C, parts[] = {rows, 3};
     const DropRule rule = {MINK, 0, 0};
     const DropScratch s = scratch_new(dropit_tiles(n), dropit_list_capacity(n));
-    floatX *inp = device<floatX>(n), *out = device<floatX>(n), *masked = device<floatX>(n), *weight = device<floatX>(C), *bias = device<floatX>(C);
+    floatX* host = (floatX*)malloc((n + 2 * C) * sizeof(floatX)); // input, weight, bias
+    floatX *out = device<floatX>(n), *masked = device<floatX>(n);
     float *mean = device<float>(rows), *rstd = device<float>(rows);
     Dropped d = {n, dropit_k(n, gamma, MINK), device<Threshold>(1), NULL, NULL, NULL};
     for (size_t i = 0; i < n; i++) {
         const float g = (float)input_value(GAUSS, i, n);
-        inp[i] = (floatX)(coarse ? rintf(2.0f * g) / 2.0f : g);
+        host[i] = (floatX)(coarse ? rintf(2.0f * g) / 2.0f : g);
     }
-    for (size_t c = 0; c < C; c++) { weight[c] = (floatX)1.25f, bias[c] = (floatX)0.1f; }
+    for (size_t c = 0; c < C; c++) { host[n + c] = (floatX)1.25f, host[n + C + c] = (floatX)0.1f; }
+    floatX *inp = to_device(host, n), *weight = to_device(host + n, C), *bias = to_device(host + n + C, C);
+    free((void*)host);
     for (int kind = 0; kind < 2; kind++) {
         auto run = [&](floatX* to, size_t begin, size_t count, bool mask) {
             const KeepLargest keep = {d.thresholds, begin * C};
@@ -249,7 +278,7 @@ static void test_masking_kernels(size_t rows, size_t C, bool coarse, double gamm
             cudaCheck(cudaMemset(masked, 0xff, n * sizeof(floatX)));
             for (size_t begin = 0; begin < rows; begin += part) { run(masked + begin * C, begin, rows - begin < part ? rows - begin : part, true); }
             cudaCheck(cudaDeviceSynchronize());
-            check(same_bits(masked, out, n), "%s of %zu x %zu, %s, gamma %g, %zu rows at a time: masked as it is written", kind == 0 ? "gelu" : "layernorm",
+            check(same_on_device(masked, out, n), "%s of %zu x %zu, %s, gamma %g, %zu rows at a time: masked as it is written", kind == 0 ? "gelu" : "layernorm",
                   rows, C, coarse ? "few values" : "gauss", gamma, part);
         }
     }
