@@ -794,12 +794,17 @@ def test_convert_torch(same):
 
 # ---- plot -------------------------------------------------------------------------------------------------------------
 def test_plot():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("not run: dev/plot.py (no Python package matplotlib here; python3 -m pip install matplotlib)")
+        return
     for name, shift in (("a", 0), ("b", 1)):
         lines = [f"s:{s} trl:{2 * 0.99 ** s + shift:.9g} lr:{0.001 * (1 - s / 200):.9g} norm:{'nan' if s == 7 else 1.5} ms:41.200\n" for s in range(1, 201)]
         lines.insert(100, f"s:100 tel:0.55 top1:{80.1 - shift} top5:99.2\n")
         lines.append(f"s:200 tel:0.5 top1:{82 - shift} top5:99.5\n")
         if name == "b":
-            lines[4], lines[8] = "s:4 trl:2.2\n", "\0\0garbage\n"
+            lines[4], lines[8] = "s:4 trl:2.2 lr:1.2.3\n", "\0\0garbage\n"
             lines.append("s:201 trl:1.5 lr:0.0")  # cut off
         write(at(name, "main.log"), "".join(lines).encode())
     done = works("dev/plot.py", at("a"), f"second={at('b', 'main.log')}", "-o", at("plot.png"))
@@ -812,6 +817,18 @@ def test_plot():
     rows = [np.nonzero((np.abs(image[100:, 150:650] - color).sum(2) < 30).any(1))[0].mean() for color in ((31, 92, 168), (211, 84, 0))]
     check(rows[0] > rows[1] + 50, f"the higher loss is not drawn higher: rows {rows}")
     works("dev/plot.py", *[at("a")] * 8, "-o", at("plot.png"))
+    refused("at most 8", "dev/plot.py", *[at("a")] * 9, "-o", at("plot.png"))
+    # what a log has in addition is drawn: pale training accuracy, and dotted lines of the moving average
+    write(at("d", "main.log"), "".join(["s:0 cached:1 total:2\n"] + [
+        f"s:{s} trl:2 trtop1:{s / 4} lr:0.001 norm:1 ms:40 img:1552\n" for s in range(1, 201)] + [
+        f"s:{s} tel:1.5 top1:10 top5:99\ns:{s} etel:1 etop1:40 etop5:99\n" for s in (100, 200)]).encode())
+    done = works("dev/plot.py", at("d"), "-o", at("plot.png"))
+    check("d: 200 steps, 2 evaluations, 0 damaged" in done.stdout, done.stdout)
+    image = np.asarray(Image.open(at("plot.png")).convert("RGB")).astype(int)[60:420, 800:]
+    pale = (np.abs(image - (165, 190, 220)).sum(2) < 30)
+    check(pale.any(0).sum() > 300, f"training accuracy covers {pale.any(0).sum()} columns")
+    dark = [rows.sum() for rows in np.array_split((np.abs(image - (31, 92, 168)).sum(2) < 60), 2)]
+    check(60 < dark[0] < 0.75 * dark[1], f"a dotted line above (40 %) and a whole one below (10 %): {dark} points")
     write(at("c", "main.log"), b"s:1 trl:nan lr:0 norm:nan ms:1\n")
     works("dev/plot.py", at("c"), "-o", at("plot.png"))
     write(at("c", "main.log"), b"s:1 tel:1 top1:10 top5:20\n")
@@ -820,6 +837,7 @@ def test_plot():
     refused("has no line of a step", "dev/plot.py", at("c"), "-o", at("plot.png"))
     refused("cannot read", "dev/plot.py", at("nowhere"), "-o", at("plot.png"))
     refused("cannot write", "dev/plot.py", at("a"), "-o", at("nowhere", "plot.png"))
+    refused("cannot write", "dev/plot.py", at("a"), "-o", at("plot.text"))
 
 
 def main():
