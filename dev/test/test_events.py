@@ -68,7 +68,7 @@ def test_trainer(work):
     run = work / "trained"
     done = subprocess.run([sys.argv[1], "-b", "16", "-x", "7", "-v", "0", "-o", str(run)], stdout=subprocess.DEVNULL)
     check(done.returncode == 0, "the trainer does not train")
-    tags = {"trl": "train/loss", "trtop1": "train/top1", "lr": "train/lr", "norm": "train/gradient_norm", "ms": "train/ms_per_step",
+    tags = {"trl": "train/loss", "trtop1": "train/top1", "trtop5": "train/top5", "lr": "train/lr", "norm": "train/gradient_norm", "ms": "train/ms_per_step",
             "img": "train/images_per_s", "tel": "val/loss", "top1": "val/top1", "top5": "val/top5"}
     expected = {}
     for line in (run / "main.log").read_text().splitlines():
