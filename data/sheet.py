@@ -38,9 +38,11 @@ def read(path):
     except ValueError as error:
         fail(error)
     image, label, mean, std = (tensors.get(name, np.zeros(())) for name in ("image", "label", "mean", "std"))
-    if image.ndim != 4 or 0 in image.shape or label.shape != image.shape[:1] or not mean.shape == std.shape == image.shape[1:2]:
-        fail(f"{path} is no batch of images: it needs image (n, CH, H, W), label (n), mean (CH) and std (CH), and has "
-             + (", ".join(f"{name} {tensor.shape}" for name, tensor in tensors.items()) or "no tensor"))
+    n, channels = image.shape[:1], image.shape[1:2]
+    if image.ndim != 4 or image.size == 0 or label.shape != n or mean.shape != channels or std.shape != channels:
+        found = ", ".join(f"{name} {tensor.shape}" for name, tensor in tensors.items())
+        fail(f"{path} is no batch of images: it has {found or 'no tensor'}, expected image (n, CH, H, W), label (n), "
+             "mean (CH) and std (CH)")
     pixels = image.transpose(0, 2, 3, 1) * std + mean
     return np.clip(255 * pixels + 0.5, 0, 255).astype(np.uint8), label
 

@@ -24,7 +24,7 @@ try:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 except ImportError:
-    sys.exit("dev/tensorboard.py: the Python package tensorboard is missing; install it: python3 -m pip install tensorboard")
+    sys.exit("dev/tensorboard.py: the Python package tensorboard is missing; python3 -m pip install tensorboard")
 
 NUMBER = rb"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf)"
 LINE = re.compile(rb"s:\d{1,15}(?: \w+:" + NUMBER + rb")+\n")  # other lines are damaged; they are skipped
@@ -133,10 +133,10 @@ def follow(runs, once):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Writes TensorBoard's event files from the main.log of runs, and follows them.")
+    parser = argparse.ArgumentParser(description="Writes TensorBoard's event files from the main.log of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory with main.log, or such a file")
-    parser.add_argument("-o", "--out", metavar="DIR", help="write into DIR/NAME for each run (default: beside main.log)")
-    parser.add_argument("--once", action="store_true", help="write what the logs hold and end")
+    parser.add_argument("-o", "--out", metavar="DIR", help="write into DIR/NAME of each run; default: beside main.log")
+    parser.add_argument("--once", action="store_true", help="end with the last line; default: wait for more")
     options = parser.parse_args()
     runs = find_runs(options.runs, options.out)
     try:

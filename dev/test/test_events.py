@@ -1,5 +1,5 @@
-"""Test of dev/tensorboard.py: TensorBoard's own reader must find the numbers of main.log, of runs that have ended, that go on and that were
-resumed. Needs the Python package tensorboard.
+"""Test of dev/tensorboard.py: TensorBoard's own reader must find the numbers of main.log, of runs that have ended, that
+go on and that were resumed. Needs the Python package tensorboard.
 
 usage: test_events.py ./train_deit
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 try:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 except ImportError:
-    print("not run: TensorBoard's event files (no Python package tensorboard here; python3 -m pip install tensorboard)\n0 passed, 0 failed")
+    print("not run: dev/tensorboard.py (no Python package tensorboard here; python3 -m pip install tensorboard)")
+    print("0 passed, 0 failed")
     sys.exit(0)
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it says what it drops
@@ -30,7 +31,8 @@ def check(ok, what):
 
 
 def convert(*arguments, env=None):
-    done = subprocess.run([sys.executable, SCRIPT, "--once", *map(str, arguments)], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, SCRIPT, "--once", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=60, env=env)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -55,20 +57,26 @@ def same(found, expected, what):
 
 
 def log_lines(first, last, loss):
-    return "".join(f"s:{s} trl:{loss + s / 8:.9g} trtop1:{s / 4} lr:1e-05 norm:2.5 ms:40.000 img:1552\n" for s in range(first, last + 1))
+    return "".join(f"s:{s} trl:{loss + s / 8:.9g} trtop1:{s / 4} lr:1e-05 norm:2.5 ms:40.000 img:1552\n"
+                   for s in range(first, last + 1))
 
 
 def of_log(first, last, loss):
-    tags = {"train/top1": 0, "train/lr": 1e-5, "train/gradient_norm": 2.5, "train/ms_per_step": 40, "train/images_per_s": 1552, "train/loss": 0}
-    rows = {(s, tag): value for s in range(first, last + 1) for tag, value in tags.items()}
-    return {(s, tag): loss + s / 8 if tag == "train/loss" else s / 4 if tag == "train/top1" else value for (s, tag), value in rows.items()}
+    """What log_lines should become."""
+    rows = {}
+    for s in range(first, last + 1):
+        tags = {"loss": loss + s / 8, "top1": s / 4, "lr": 1e-5, "gradient_norm": 2.5, "ms_per_step": 40,
+                "images_per_s": 1552}
+        rows.update({(s, f"train/{tag}"): value for tag, value in tags.items()})
+    return rows
 
 
 def test_trainer(work):
     run = work / "trained"
     done = subprocess.run([sys.argv[1], "-b", "16", "-x", "7", "-v", "0", "-o", str(run)], stdout=subprocess.DEVNULL)
     check(done.returncode == 0, "the trainer does not train")
-    tags = {"trl": "train/loss", "trtop1": "train/top1", "trtop5": "train/top5", "lr": "train/lr", "norm": "train/gradient_norm", "ms": "train/ms_per_step",
+    tags = {"trl": "train/loss", "trtop1": "train/top1", "trtop5": "train/top5", "lr": "train/lr",
+            "norm": "train/gradient_norm", "ms": "train/ms_per_step",
             "img": "train/images_per_s", "tel": "val/loss", "top1": "val/top1", "top5": "val/top5"}
     expected = {}
     for line in (run / "main.log").read_text().splitlines():
@@ -102,13 +110,16 @@ s:940 ap:37.5 ap50:58 te_mask:3
     check(code == 0 and err == "" and len(list((work / "tags").iterdir())) == 1, f"-o: {code}: {err}")
     found = shown(work / "out" / "tags")
     check(found.pop((2, "train/gradient_norm"), 0) != 0, "a norm that is not a number is left out")
-    expected = {
-        (0, "memory/cached_MiB"): 3, (0, "memory/total_MiB"): 2 + 0.5 / 2**20, (0, "memory/x_MiB"): 0, (1, "train/loss"): 2.26, (1, "train/top1"): 31.2,
-        (1, "train/lr"): 0.00048, (1, "train/gradient_norm"): 3.1, (1, "train/ms_per_step"): 41.2, (1, "train/images_per_s"): 1552,
-        (2, "train/loss"): 2.25, (2, "train/lr"): 0.00048, (2, "train/ms_per_step"): 41.2, (936, "val/loss"): 0.55, (936, "val/top1"): 80.1,
-        (936, "val/top5"): 99.2, (936, "val/ema_loss"): 0.5, (936, "val/ema_top1"): 81, (936, "val/ema_top5"): 99.5, (936, "val/ema_ap"): 7,
-        (3, "train/loss"): 1, (3, "train/loss_box"): 0.5, (3, "train/acc"): 7, (3, "train/rpn"): -0.25, (940, "val/ap"): 37.5, (940, "val/ap50"): 58,
-        (940, "val/mask"): 3}
+    steps = {
+        0: {"memory/cached_MiB": 3, "memory/total_MiB": 2 + 0.5 / 2**20, "memory/x_MiB": 0},
+        1: {"train/loss": 2.26, "train/top1": 31.2, "train/lr": 0.00048, "train/gradient_norm": 3.1,
+            "train/ms_per_step": 41.2, "train/images_per_s": 1552},
+        2: {"train/loss": 2.25, "train/lr": 0.00048, "train/ms_per_step": 41.2},
+        936: {"val/loss": 0.55, "val/top1": 80.1, "val/top5": 99.2,
+              "val/ema_loss": 0.5, "val/ema_top1": 81, "val/ema_top5": 99.5, "val/ema_ap": 7},
+        3: {"train/loss": 1, "train/loss_box": 0.5, "train/acc": 7, "train/rpn": -0.25},
+        940: {"val/ap": 37.5, "val/ap50": 58, "val/mask": 3}}
+    expected = {(step, tag): value for step, values in steps.items() for tag, value in values.items()}
     same(found, expected, "all forms of lines")
     check(shown(work / "out" / "again").keys() == shown(work / "out" / "tags").keys(), "the second run")
 
@@ -124,7 +135,8 @@ def test_follow(work):
                 break
         same(shown(run), expected, what)
 
-    tool = subprocess.Popen([sys.executable, SCRIPT, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen([sys.executable, SCRIPT, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
     try:
         check(tool.stdout.readline() == f"waiting for {log}\n", "what is waited for is said")
         run.mkdir()
@@ -156,7 +168,8 @@ def test_follow(work):
     finally:
         tool.send_signal(signal.SIGINT)
         out, err = tool.communicate(timeout=30)
-    check(tool.returncode == 0 and err == "" and f"{log}: 7 lines" in out, f"the end by Ctrl-C: {tool.returncode}: {out}{err}")
+    check(tool.returncode == 0 and err == "" and f"{log}: 7 lines" in out,
+          f"the end by Ctrl-C: {tool.returncode}: {out}{err}")
     code, _, err = convert(run)
     check(code == 0 and err == "", f"once more: {err}")
     same(shown(run), last, "a log that is read again")
@@ -164,18 +177,22 @@ def test_follow(work):
 
 def test_refused(work):
     code, _, err = convert(work / "nowhere")
-    check(code == 1 and err == f"dev/tensorboard.py: {work}/nowhere/main.log: No such file or directory\n", f"no log: {code}: {err}")
+    check(code == 1 and err == f"dev/tensorboard.py: {work}/nowhere/main.log: No such file or directory\n",
+          f"no log: {code}: {err}")
     for folder in (work / "a" / "run", work / "b" / "run"):
         folder.mkdir(parents=True)
         (folder / "main.log").write_text(log_lines(1, 2, 0))
     code, _, err = convert(work / "a" / "run", work / "b" / "run", "-o", work / "c")
-    check(code == 1 and "would both become event files in" in err and err.count("\n") == 1, f"two runs of one name: {code}: {err}")
+    check(code == 1 and "would both become event files in" in err and err.count("\n") == 1,
+          f"two runs of one name: {code}: {err}")
     code, _, err = convert(work / "a" / "run", "-o", work / "a" / "run" / "main.log")
-    check(code == 1 and "main.log" in err and err.count("\n") == 1, f"event files that cannot be written: {code}: {err}")
+    check(code == 1 and "main.log" in err and err.count("\n") == 1,
+          f"event files that cannot be written: {code}: {err}")
     (work / "without" / "tensorboard").mkdir(parents=True)
     (work / "without" / "tensorboard" / "__init__.py").write_text("raise ImportError")
     code, _, err = convert(work / "a" / "run", env={"PYTHONPATH": str(work / "without")})
-    check(code == 1 and err.count("\n") == 1 and "python3 -m pip install tensorboard" in err, f"without the package: {code}: {err}")
+    check(code == 1 and err.count("\n") == 1 and "python3 -m pip install tensorboard" in err,
+          f"without the package: {code}: {err}")
 
 
 with tempfile.TemporaryDirectory() as directory:
