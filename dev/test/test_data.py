@@ -846,7 +846,9 @@ def test_plot():
         f"s:{s} tel:1.5 top1:10 top5:99\ns:{s} etel:1 etop1:40 etop5:99\n" for s in (100, 200)]).encode())
     done = works("dev/plot.py", at("d"), "-o", at("plot.png"))
     check("d: 200 steps, 2 evaluations, 0 damaged" in done.stdout, done.stdout)
-    image = np.asarray(Image.open(at("plot.png")).convert("RGB")).astype(int)[60:420, 800:]
+    image = np.asarray(Image.open(at("plot.png")).convert("RGB")).astype(int)[:, 800:]
+    check((np.abs(image[450:] - (31, 92, 168)).sum(2) < 60).sum() > 300, "the learning rate is not drawn")
+    image = image[60:420]
     pale = (np.abs(image - (165, 190, 220)).sum(2) < 30)
     check(pale.any(0).sum() > 300, f"training accuracy covers {pale.any(0).sum()} columns")
     dark = [rows.sum() for rows in np.array_split((np.abs(image - (31, 92, 168)).sum(2) < 60), 2)]
