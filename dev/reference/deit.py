@@ -22,12 +22,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rng
-import safetensors_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "data"))
-from shard import Shard, ShardError  # noqa: E402  (data/ is no package)
+import safetensors_file  # noqa: E402  (data/ is no package)
+from shard import Shard, ShardError  # noqa: E402
 
 # ----------------------------------------------------------------------------
 # DropIT

@@ -5,16 +5,19 @@
 
 Needs torch and timm. in.OLD is (1, 1 + OLD^2, 5); out.OLD.NEW is what timm's resample_abs_pos_embed makes of it for a
 grid of NEW x NEW, but in float64, then rounded: timm itself interpolates in float32, and its distance is printed.
-dev/test/test_files.cu compares the trainer's with them.
+dev/test/test_data.py compares those of data/convert.py with them.
 """
 import os
+import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
-from safetensors_file import save
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "..", "data"))
+from safetensors_file import save  # noqa: E402  (data/ is no package)
 
 SIDES = {1: (1, 4), 2: (3, 1), 7: (4, 5, 12, 14), 14: (7, 9, 24, 1), 16: (15, 17)}
 
@@ -35,7 +38,7 @@ def main():
             worst = max(worst, ((timm - out).abs().max() / out.abs().max()).item())
             tensors[f"out.{old}.{new}"] = out.numpy()
     assert worst < 2e-6, worst
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures", "positions.safetensors")
+    path = os.path.join(HERE, "fixtures", "positions.safetensors")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     save(path, tensors)
     print(f"wrote {path}: {len(tensors)} tensors; timm's float32 differs by {worst:.1e} of the largest at most")

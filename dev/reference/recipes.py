@@ -10,6 +10,7 @@ here and not taken from the trainer.
 """
 import argparse
 import os
+import sys
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEma
 
 import rng
-import safetensors_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "..", "data"))
+import safetensors_file  # noqa: E402  (data/ is no package)
 
 # defaults of the published program
 DEFAULTS = dict(

@@ -27,7 +27,7 @@ import types
 import zipfile
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-for folder in ("data", "dev", "dev/reference"):
+for folder in ("data", "dev"):
     sys.path.insert(0, os.path.join(ROOT, folder))
 sys.dont_write_bytecode = True
 try:
@@ -639,6 +639,7 @@ def test_convert():
         check(lines[0] and lines[0] == lines[1], f"evaluation of converted weights: {lines}")
     else:
         print(f"not run: what needs a trainer (no {trainer})")
+    test_convert_safetensors(same)
     test_convert_torch(same)
 
 
@@ -649,6 +650,127 @@ def raises(path):
     except convert.Refused as error:
         return str(error)
     return ""
+
+
+def test_convert_safetensors(same):
+    numbers = {"f8": random.standard_normal((2, 3)), "f4": random.standard_normal(5).astype("<f4"),
+               "f2": random.standard_normal((4, 1)).astype("<f2"),
+               "i8": np.array(7), "i4": np.arange(-2, 2, dtype="<i4"), "u1": np.arange(250, 256, dtype="u1"),
+               "yes": np.array([True, False])}
+    floats = {name: array.astype("<f4" if array.dtype.kind == "f" else "<i8") for name, array in numbers.items()}
+    bits = (random.standard_normal((2, 2)).astype("<f4").view("<u4") >> 16 << 16)
+    numbers["bf"], floats["bf"] = (bits >> 16).astype("<u2").view(safetensors_file.BFLOAT16), bits.view("<f4")
+    path = at("numbers.safetensors")
+    safetensors_file.save(path, numbers)
+    done = same(path, floats, "safetensors of all types")
+    for line in ("F64 tensors became float32", "F16 tensors became float32", "BF16 tensors became float32",
+                 "U8 tensors became int64"):
+        check(f"\n1 {line}\n" in done.stdout, f"{line} is not said: {done.stdout}")
+    check("F32" not in done.stdout and "I64" not in done.stdout, f"types that stay are named: {done.stdout}")
+    refused("which have no entries", "data/convert.py", path, at("x.safetensors"), "--key", "model")
+    refused("would be overwritten", "data/convert.py", path)
+    whole = content(path)
+    for cut in (whole[:9], whole[:60], whole[:-1], whole + b"0", whole.replace(b'"F16"', b'"F15"')):
+        refused("is damaged or cut off", "data/convert.py", write(at("cut.safetensors"), cut), at("x.safetensors"))
+    safetensors_file.save(path, {"w": np.array([1e300])})
+    refused("float32 cannot hold", "data/convert.py", path, at("x.safetensors"))
+    test_positions()
+    test_adapted()
+
+
+def test_positions():
+    """Position embeddings of other grids, against those of PyTorch in float64."""
+    fixture, pairs = safetensors_file.load(os.path.join(ROOT, "dev/reference/fixtures/positions.safetensors"))[0], 0
+    for name, expected in fixture.items():
+        if name.startswith("out."):
+            old, side = map(int, name.split(".")[1:])
+            positions = fixture[f"in.{old}"]
+            found = convert.interpolate_positions(positions, side, side)
+            error = np.abs(found - expected).max() / np.abs(expected).max() if found.shape == expected.shape else np.inf
+            check(error <= 2e-7 and found.dtype == "<f4",
+                  f"positions of {old} to {side}: {error} of the largest from PyTorch's")
+            check(np.array_equal(found[:, 0], positions[:, 0]),
+                  f"positions of {old} to {side}: the class token's is kept")
+            pairs += 1
+    check(pairs > 10, f"{pairs} pairs of grids")
+    # where the rows of a grid are alike, 4 x 9 patches are those of 9 x 9 in every row
+    alike = np.concatenate([fixture["in.7"][:, :1], np.tile(fixture["in.7"][:, 1:8], (1, 7, 1))], 1)
+    wide, square = (convert.interpolate_positions(alike, rows, 9)[0, 1:].reshape(rows, 9, -1) for rows in (4, 9))
+    check(np.abs(wide - square[0]).max() < 1e-6 and np.ptp(square[0], 0).min() > 0.1,
+          "a grid of 4 x 9: rows come first")
+
+
+def vit_weights(grid, patch, classes, head="head"):
+    shapes = {"cls_token": (1, 1, 8), "pos_embed": (1, 1 + grid * grid, 8),
+              "patch_embed.proj.weight": (8, 3, patch, patch),
+              "norm.weight": (8,), f"{head}.weight": (classes, 8), f"{head}.bias": (classes,)}
+    return {name: random.standard_normal(shape).astype("<f4") for name, shape in shapes.items()}
+
+
+def test_adapted():
+    """Weights for another image size and number of classes."""
+    def convert_to(arrays, *options):
+        safetensors_file.save(at("vit.safetensors"), arrays)
+        done = works("data/convert.py", at("vit.safetensors"), at("out.safetensors"), *options)
+        return safetensors_file.load(at("out.safetensors"))[0], done.stdout
+
+    good = vit_weights(7, 4, 10)
+    found, out = convert_to(good, "--size", 28, "--classes", 10)
+    check(all(np.array_equal(found[name], good[name]) for name in good), "what fits is changed")
+    check("embeddings are those of 7 x 7 patches already" in out and "head has 10 classes already" in out, out)
+    half = {name: array.astype("<f2") for name, array in good.items()}
+    found, out = convert_to(half, "--size", "16x36", "--classes", 300, "--seed", 7)
+    check("position embeddings of 7 x 7 patches became 4 x 9\n" in out, out)
+    check("the layer head of 10 classes became an untrained one of 300, seed 7\n" in out and "6 F16 tensors" in out,
+          out)
+    expected = convert.interpolate_positions(half["pos_embed"].astype("<f4"), 4, 9)
+    check(np.array_equal(found["pos_embed"], expected), "a size of 16 x 36 pixels is 4 x 9 patches")
+    body = [name for name in good if not name.startswith(("head", "pos_embed"))]
+    check(all(np.array_equal(found[name], half[name].astype("<f4")) for name in body), "the body is changed")
+    head = found["head.weight"]
+    check(head.shape == (300, 8) and head.dtype == "<f4" and abs(head.mean()) < 2e-3 and 0.019 < head.std() < 0.021,
+          "weights of the head")
+    check(found["head.bias"].shape == (300,) and not found["head.bias"].any(), "biases of the head")
+    for seed, same_head in ((7, True), (8, False)):
+        again = convert_to(good, "--classes", 300, "--seed", seed)[0]
+        check(np.array_equal(again["head.weight"], head) == same_head
+              and np.array_equal(again["pos_embed"], good["pos_embed"]), f"seed {seed}")
+    check(abs(convert_to(good, "--classes", 3)[0]["head.weight"][0, 0] / 0.032486908 - 1) < 1e-6,
+          "the first number of seed 1")
+    resnet = {"conv1.weight": good["patch_embed.proj.weight"], "bn1.num_batches_tracked": np.array(3),
+              "fc.weight": good["head.weight"], "fc.bias": good["head.bias"]}
+    found, out = convert_to(resnet, "--classes", 5)
+    check(found["fc.weight"].shape == (5, 8) and found["fc.bias"].shape == (5,) and found.keys() == resnet.keys(),
+          "the head of a ResNet")
+    path = imitated_pth(at("vit.pth"), lambda t: {"model": {
+        name: t("Float", array.ravel(), 0, array.shape, [s // 4 for s in array.strides])
+        for name, array in good.items()}}, True)
+    works("data/convert.py", path, at("out.safetensors"), "--size", 56, "--classes", 2)
+    found = safetensors_file.load(at("out.safetensors"))[0]
+    check(found["pos_embed"].shape == (1, 197, 8) and found["head.weight"].shape == (2, 8),
+          "a .pth file for another size and other classes")
+
+    distilled = {**good, "dist_token": good["cls_token"]}
+    cases = [("which do not divide 30 x 30", good, "--size", 30),
+             ("which do not divide 28 x 30", good, "--size", "28x30"),
+             ("has no position embeddings", resnet, "--size", 28), ("is a distilled DeiT", distilled, "--size", 56),
+             ("is a distilled DeiT", distilled, "--classes", 5),
+             ("has no linear layer", {"a": good["cls_token"]}, "--classes", 5),
+             ("has no linear layer", {**good, "head.bias": good["norm.weight"]}, "--classes", 5)]
+    for shape in ((1, 51, 8), (1, 1, 8), (2, 50, 8), (50, 8)):
+        cases.append((f"position embeddings of the shape {shape}", {**good, "pos_embed": np.zeros(shape, "<f4")},
+                      "--size", 28))
+    cases.append(("expected those of a class token",
+                  {name: array for name, array in good.items() if name != "cls_token"}, "--size", 56))
+    for sentence, arrays, *options in cases:
+        safetensors_file.save(at("bad.safetensors"), arrays)
+        refused(sentence, "data/convert.py", at("bad.safetensors"), at("x.safetensors"), *options)
+    for options in (("--size", "0"), ("--size", "28x"), ("--size", "28.5"), ("--classes", "0"), ("--classes", "many"),
+                    ("--seed", "-1")):
+        done = script("data/convert.py", at("vit.safetensors"), at("x.safetensors"), *options)
+        check(done.returncode == 2 and f"argument {options[0]}: must be" in done.stderr,
+              f"{options}: {done.returncode}: {done.stderr}")
+    check(not os.path.exists(at("x.safetensors")), "a file that is refused is written")
 
 
 def test_convert_torch(same):
@@ -684,16 +806,27 @@ def test_convert_torch(same):
         refused("asks for torch.ComplexFloatStorage", "data/convert.py", at("t.pth"))
     torch.jit.script(torch.nn.Linear(2, 2)).save(at("t.pth"))
     refused("TorchScript", "data/convert.py", at("t.pth"))
+    positions = torch.randn(1, 50, 3)
+    grid = positions[:, 1:].double().reshape(1, 7, 7, 3).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(4, 12), mode="bicubic", antialias=True)
+    expected = grid.permute(0, 2, 3, 1).reshape(1, 48, 3).numpy()
+    error = np.abs(convert.interpolate_positions(positions.numpy(), 4, 12)[:, 1:] - expected).max()
+    check(error < 5e-7, f"positions of 7 x 7 to 4 x 12 differ from torch's by {error}")
 
 
 # ---- plot -------------------------------------------------------------------------------------------------------------
 def test_plot():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("not run: dev/plot.py (no Python package matplotlib here; python3 -m pip install matplotlib)")
+        return
     for name, shift in (("a", 0), ("b", 1)):
         lines = [f"s:{s} trl:{2 * 0.99 ** s + shift:.9g} lr:{0.001 * (1 - s / 200):.9g} norm:{'nan' if s == 7 else 1.5} ms:41.200\n" for s in range(1, 201)]
         lines.insert(100, f"s:100 tel:0.55 top1:{80.1 - shift} top5:99.2\n")
         lines.append(f"s:200 tel:0.5 top1:{82 - shift} top5:99.5\n")
         if name == "b":
-            lines[4], lines[8] = "s:4 trl:2.2\n", "\0\0garbage\n"
+            lines[4], lines[8] = "s:4 trl:2.2 lr:1.2.3\n", "\0\0garbage\n"
             lines.append("s:201 trl:1.5 lr:0.0")  # cut off
         write(at(name, "main.log"), "".join(lines).encode())
     done = works("dev/plot.py", at("a"), f"second={at('b', 'main.log')}", "-o", at("plot.png"))
@@ -706,6 +839,20 @@ def test_plot():
     rows = [np.nonzero((np.abs(image[100:, 150:650] - color).sum(2) < 30).any(1))[0].mean() for color in ((31, 92, 168), (211, 84, 0))]
     check(rows[0] > rows[1] + 50, f"the higher loss is not drawn higher: rows {rows}")
     works("dev/plot.py", *[at("a")] * 8, "-o", at("plot.png"))
+    refused("at most 8", "dev/plot.py", *[at("a")] * 9, "-o", at("plot.png"))
+    # what a log has in addition is drawn: pale training accuracy, and dotted lines of the moving average
+    write(at("d", "main.log"), "".join(["s:0 cached:1 total:2\n"] + [
+        f"s:{s} trl:2 trtop1:{s / 4} lr:0.001 norm:1 ms:40 img:1552\n" for s in range(1, 201)] + [
+        f"s:{s} tel:1.5 top1:10 top5:99\ns:{s} etel:1 etop1:40 etop5:99\n" for s in (100, 200)]).encode())
+    done = works("dev/plot.py", at("d"), "-o", at("plot.png"))
+    check("d: 200 steps, 2 evaluations, 0 damaged" in done.stdout, done.stdout)
+    image = np.asarray(Image.open(at("plot.png")).convert("RGB")).astype(int)[:, 800:]
+    check((np.abs(image[450:] - (31, 92, 168)).sum(2) < 60).sum() > 300, "the learning rate is not drawn")
+    image = image[60:420]
+    pale = (np.abs(image - (165, 190, 220)).sum(2) < 30)
+    check(pale.any(0).sum() > 300, f"training accuracy covers {pale.any(0).sum()} columns")
+    dark = [rows.sum() for rows in np.array_split((np.abs(image - (31, 92, 168)).sum(2) < 60), 2)]
+    check(60 < dark[0] < 0.75 * dark[1], f"a dotted line above (40 %) and a whole one below (10 %): {dark} points")
     write(at("c", "main.log"), b"s:1 trl:nan lr:0 norm:nan ms:1\n")
     works("dev/plot.py", at("c"), "-o", at("plot.png"))
     write(at("c", "main.log"), b"s:1 tel:1 top1:10 top5:20\n")
@@ -714,6 +861,7 @@ def test_plot():
     refused("has no line of a step", "dev/plot.py", at("c"), "-o", at("plot.png"))
     refused("cannot read", "dev/plot.py", at("nowhere"), "-o", at("plot.png"))
     refused("cannot write", "dev/plot.py", at("a"), "-o", at("nowhere", "plot.png"))
+    refused("cannot write", "dev/plot.py", at("a"), "-o", at("plot.text"))
 
 
 def main():

@@ -2,6 +2,8 @@
 
 Layout: u64 length of the header (little endian), the header (JSON), the data. An entry of the
 header is name -> {dtype, shape, data_offsets}, offsets counted from the start of the data.
+numpy has no bfloat16: such a tensor is an array of the type BFLOAT16, 16 bits without a meaning, which
+data/convert.py turns into float32.
 """
 import json
 import os
@@ -9,8 +11,11 @@ import tempfile
 
 import numpy as np
 
-DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I32": np.dtype("<i4"),
-          "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+BFLOAT16 = np.dtype([("bits", "<u2")])
+DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16,
+          "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+          "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+          "BOOL": np.dtype("?")}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # the limit of the published readers
 
