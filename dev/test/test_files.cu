@@ -158,6 +158,11 @@ static void test_safetensors(void) {
         "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}",
     };
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) { check(open_in_child(SAFETENSORS, make_safetensors(bad[i], 8)) == 1, "safetensors header %s", bad[i]); }
+    for (int entries = 128; entries <= 129; entries++) {
+        std::string list;
+        for (int i = 0; i < entries; i++) { list += (i ? ",\"" : "\"") + std::to_string(i) + "\":\"\""; }
+        check(open_in_child(SAFETENSORS, make_safetensors("{\"__metadata__\":{" + list + "}}", 0)) == (entries > 128), "%d metadata entries", entries);
+    }
     check(open_in_child(SAFETENSORS, make_safetensors("{\"" + std::string(5000, 'a') + "\":{}}", 8)) == 1, "a name of 5,000 characters");
     for (unsigned i = 0; i < 1000; i++) { // up to three bytes changed
         std::string s = good;
@@ -206,33 +211,6 @@ static void test_checkpoints(void) {
         const bool same = s.compare(tensors_at, std::string::npos, good, tensors_at, std::string::npos) == 0;
         check((result == 1 || (result == 0 && same)) && checkpoint_file_whole(path) == (s == good), "checkpoint with changes at %zu %zu %zu",
               u.x % s.size(), u.y % s.size(), u.z % s.size());
-    }
-}
-
-// every F16 and BF16 number, against the definition of the formats
-static void test_floats(void) {
-    for (int half = 0; half < 2; half++) {
-        std::string data;
-        for (unsigned h = 0; h < 65536; h++) { data += {(char)(h & 255), (char)(h >> 8)}; }
-        const std::string header = std::string("{\"x\":{\"dtype\":\"") + (half ? "F16" : "BF16") + "\",\"shape\":[256,256],\"data_offsets\":[0,131072]}}";
-        const std::string file = make_safetensors(header, 0) + data;
-        FILE* f = fopen(path, "wb");
-        require(f != NULL && fwrite(file.data(), 1, file.size(), f) == file.size() && fclose(f) == 0, "cannot write %s: %m", path);
-        Safetensors* st = safetensors_open(path);
-        float* x = (float*)malloc(65536 * sizeof(float));
-        safetensors_floats(st, safetensors_find(st, "x"), x);
-        const int fraction_bits = half ? 10 : 7, bias = half ? 15 : 127, top = half ? 31 : 255;
-        int wrong = 0;
-        for (int h = 0; h < 65536; h++) {
-            const int exponent = h >> fraction_bits & top, fraction = h & ((1 << fraction_bits) - 1);
-            const double sign = h & 0x8000 ? -1.0 : 1.0;
-            const double expected = exponent == top ? (fraction ? NAN : INFINITY)
-                                  : ldexp(fraction + (exponent > 0 ? 1 << fraction_bits : 0), (exponent > 0 ? exponent : 1) - bias - fraction_bits);
-            wrong += isnan(expected) ? !isnan(x[h]) : !((double)x[h] == sign * expected && (signbit(x[h]) != 0) == (h >= 0x8000));
-        }
-        check(wrong == 0, "%d of the 65,536 %s numbers become another float", wrong, half ? "F16" : "BF16");
-        free(x);
-        safetensors_close(st);
     }
 }
 
@@ -313,8 +291,8 @@ static void test_weights(void) {
     tiny.options.adamw = true;
     deit_plan(&tiny); // image 6, patch 3, 2 channels, 3 classes, 4 channels, 1 block, 2 heads: T is 5
     const struct { const char* change; int result; size_t classes = 3; } cases[] = {
-        {NULL, 0}, {"norm.weight F16 4", 0}, {"norm.weight BF16 4", 0}, {"norm.weight F64 4", 1}, {"norm.weight I32 4", 1}, {"norm.weight F32 5", 1},
-        {"norm.weight F32 2,2", 1}, {"norm.weight none", 1}, {"norm.scale F32 4", 1}, {"pos_embed F32 1,2,4", 0}, {"pos_embed F16 1,10,4", 0},
+        {NULL, 0}, {"norm.weight F16 4", 1}, {"norm.weight BF16 4", 1}, {"norm.weight F64 4", 1}, {"norm.weight I32 4", 1}, {"norm.weight F32 5", 1},
+        {"norm.weight F32 2,2", 1}, {"norm.weight none", 1}, {"norm.scale F32 4", 1}, {"pos_embed F32 1,2,4", 0}, {"pos_embed F16 1,10,4", 1},
         {"pos_embed U8 1,10,4", 1}, {"pos_embed F32 1,6,4", 1}, {"pos_embed F32 1,1,4", 1}, {"pos_embed F32 1,0,4", 1}, {"pos_embed F32 1,10,5", 1},
         {"pos_embed F32 2,10,4", 1}, {"pos_embed F32 10,4", 1}, {"pos_embed F32 1,257,4", 0}, {"pos_embed F32 1,99999999999,0", 1},
         {"head.weight F32 7,4", 1}, {"head.bias F32 7", 1}, {"head.bias none", 1}, {"dist_token F32 1,1,4", 1}, {"head_dist.weight F32 3,4", 1},
@@ -324,7 +302,7 @@ static void test_weights(void) {
         const int result = open_in_child(WEIGHTS, make_weights(cases[i].change, cases[i].classes));
         check(result == cases[i].result, "weights of %zu classes with %s: %d, expected %d", cases[i].classes, cases[i].change ? cases[i].change : "no change", result, cases[i].result);
     }
-    const std::string good = make_weights("pos_embed F16 1,10,4", 7);
+    const std::string good = make_weights("pos_embed F32 1,10,4", 7);
     const size_t header = good.find("}}") + 2;
     for (unsigned i = 0; i < 1000; i++) { // digits, names and types of the header, up to three bytes
         std::string s = good;
@@ -344,7 +322,6 @@ int main(void) {
     test_shards();
     test_safetensors();
     test_checkpoints();
-    test_floats();
     test_positions();
     test_weights();
     unlink(path);
