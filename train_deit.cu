@@ -385,7 +385,7 @@ void mask_unless_read(const Model* model, Activation* a, const Activation* reade
 // tensors that drop_activations chooses from in one call
 void plan_selection(Model* model, std::initializer_list<const Activation*> activations);
 // where image b0 of a tensor is written in the forward pass, or recomputed and read in the backward pass
-char* activation_at(const Model* model, const Activation* a, size_t b0, bool backward);
+char* activation_at(const Activation* a, size_t b0, bool backward);
 // is the tensor computed now? In the forward pass each is, in the backward pass what is not cached
 bool computed(const Activation* a, bool backward);
 KeepLargest keep_largest(const Activation* a, size_t b0);
@@ -440,7 +440,7 @@ struct Common {
     floatX* params_memory;       // (num_parameters + num_frozen)
     float* grads_memory;         // (num_parameters)
     float *master, *m, *v, *ema; // (shard_n); in fp32 master is the shard in params_memory
-    float *fixed, *fixed_ema;    // (num_frozen + num_buffers) in fp32, and their moving average
+    float *fixed, *buffers_ema;  // (num_frozen + num_buffers) in fp32; (num_buffers), their moving average
     float* partial;              // of column sums
     struct Scratch* scratch;     // of loader, loss, optimizer and DropIT
     StepResult* result;
@@ -695,9 +695,9 @@ void norm_forward(const Activation* norm, const Activation* mean, const Activati
                   const floatX* weight, const floatX* bias, const Model* model, size_t b0, size_t rows, bool recompute) {
     const size_t C = model->config.channels;
     if (!computed(norm, recompute)) { return; }
-    floatX* out = (floatX*)activation_at(model, norm, b0, recompute);
-    float* m = (float*)activation_at(model, mean, b0, recompute);
-    float* r = (float*)activation_at(model, rstd, b0, recompute);
+    floatX* out = (floatX*)activation_at(norm, b0, recompute);
+    float* m = (float*)activation_at(mean, b0, recompute);
+    float* r = (float*)activation_at(rstd, b0, recompute);
     if (recompute && norm->masked) { layernorm_forward(out, m, r, inp, weight, bias, rows, C, C, keep_largest(norm, b0)); }
     else { layernorm_forward(out, m, r, inp, weight, bias, rows, C, C); }
 }
@@ -710,7 +710,7 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     auto* a = &model->acts;
     const float* scales = training ? branch_scales(model, l, 0, b0) : NULL;
     const float* scales2 = training ? branch_scales(model, l, 1, b0) : NULL;
-#define AT(type, name) ((type*)activation_at(model, &a->name[l], b0, recompute))
+#define AT(type, name) ((type*)activation_at(&a->name[l], b0, recompute))
     floatX *residual = AT(floatX, residual), *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv), *atty = AT(floatX, atty);
     floatX *residual2 = AT(floatX, residual2), *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch), *gelu = AT(floatX, fch_gelu);
     norm_forward(&a->ln1[l], &a->ln1_mean[l], &a->ln1_rstd[l], residual, p->ln1w[l], p->ln1b[l], model, b0, rows, recompute);
@@ -725,7 +725,7 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     else if (computed(&a->fch_gelu[l], recompute)) { gelu_forward(gelu, fch, rows * 4*C); }
 #undef AT
     if (!recompute) {
-        floatX* out = (floatX*)activation_at(model, &a->residual[l+1], b0, false);
+        floatX* out = (floatX*)activation_at(&a->residual[l+1], b0, false);
         branch_forward(out, gelu, p->fc2w[l], p->fc2b[l], residual2, scales2, nb, T, 4*C, C);
     }
 }
@@ -739,9 +739,9 @@ void model_forward(Model* model, size_t n, bool training) {
     auto* a = &model->acts;
     for (size_t b0 = 0; b0 < n; b0 += I) {
         const size_t nb = n - b0 < I ? n - b0 : I;
-        const floatX* patches = (floatX*)activation_at(model, a->patches, b0, false);
+        const floatX* patches = (floatX*)activation_at(a->patches, b0, false);
         linear_forward(model->tokens, patches, p->patchw[0], p->patchb[0], NULL, nb * (T-1), K, C);
-        embed((floatX*)activation_at(model, a->residual, b0, false), model->tokens, p->cls[0], p->pos[0], nb, T, C);
+        embed((floatX*)activation_at(a->residual, b0, false), model->tokens, p->cls[0], p->pos[0], nb, T, C);
     }
     if (training) { drop_activations(model, {a->patches}); }
     if (training && model->own.drop_path > 0.0) {
@@ -753,9 +753,9 @@ void model_forward(Model* model, size_t n, bool training) {
         if (training) { drop_activations(model, {&a->ln1[l], &a->atty[l], &a->ln2[l], &a->fch_gelu[l]}); }
     }
     // the head reads the class token alone, so the last norm is taken of that row only: rows T*C apart
-    floatX* lnf = (floatX*)activation_at(model, a->lnf, 0, false);
+    floatX* lnf = (floatX*)activation_at(a->lnf, 0, false);
     layernorm_forward(lnf, (float*)a->lnf_mean->data, (float*)a->lnf_rstd->data,
-                      (floatX*)activation_at(model, &a->residual[c.depth], 0, false), p->lnfw[0], p->lnfb[0], n, C, T*C);
+                      (floatX*)activation_at(&a->residual[c.depth], 0, false), p->lnfw[0], p->lnfb[0], n, C, T*C);
     linear_forward((floatX*)a->logits->data, lnf, p->headw[0], p->headb[0], NULL, n, C, V);
     if (training) { drop_activations(model, {a->lnf}); }
 }
@@ -769,7 +769,7 @@ void block_backward(Model* model, int l, size_t b0, size_t nb) {
     floatX *dres = model->dresidual + b0 * T*C, *dbranch = model->dbranch, *dqkv = model->dqkv, *dfch = model->dfch;
     const float *scales = branch_scales(model, l, 0, b0), *scales2 = branch_scales(model, l, 1, b0);
     block_forward(model, l, b0, nb, true, true);
-#define AT(type, name) ((type*)activation_at(model, &a->name[l], b0, true))
+#define AT(type, name) ((type*)activation_at(&a->name[l], b0, true))
     // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch, which has no use yet, takes what drop-path lets through
     const floatX* dmlp = scales2 != NULL ? dbranch : dres;
     if (scales2 != NULL) { drop_path(dbranch, dres, NULL, scales2, nb, T*C); }
@@ -809,7 +809,7 @@ void model_backward(Model* model) {
     // only the class tokens' rows of the last residual have a gradient yet
     cudaCheck(cudaMemsetAsync(model->dresidual, 0, B*T*C * sizeof(floatX), main_stream));
     layernorm_backward(model->dresidual, g->lnfw[0], g->lnfb[0], model->partial, model->dlnf,
-                       (floatX*)activation_at(model, &a->residual[c.depth], 0, true), p->lnfw[0],
+                       (floatX*)activation_at(&a->residual[c.depth], 0, true), p->lnfw[0],
                        (float*)a->lnf_mean->data, (float*)a->lnf_rstd->data, B, C, T*C);
     for (int l = c.depth - 1; l >= 0; l--) {
         for (size_t b0 = 0; b0 < B; b0 += I) { block_backward(model, l, b0, B - b0 < I ? B - b0 : I); }
@@ -825,7 +825,7 @@ void model_backward(Model* model) {
 }
 
 void model_input(Model* model, const Batch* batch) {
-    patchify((floatX*)activation_at(model, model->acts.patches, 0, false), batch->images, batch->flips, batch->stats,
+    patchify((floatX*)activation_at(model->acts.patches, 0, false), batch->images, batch->flips, batch->stats,
              &batch->augment, batch->n, (int)model->H, model->config.patch_size, (int)model->CH);
     cudaCheck(cudaMemcpyAsync(model->labels, batch->labels, batch->n * sizeof(int), cudaMemcpyDeviceToDevice, main_stream));
     batch_used(batch);
@@ -999,7 +999,7 @@ void model_print(const Model* model) {
 void model_pixels(const Model* model, size_t b, float* pixels) {
     const size_t P = model->config.patch_size, CH = model->CH, W = model->W, n = model->acts.patches->per_image;
     floatX* patches = host_new<floatX>(n, "an image");
-    cudaCheck(cudaMemcpy(patches, activation_at(model, model->acts.patches, b, false), n * sizeof(floatX),
+    cudaCheck(cudaMemcpy(patches, activation_at(model->acts.patches, b, false), n * sizeof(floatX),
                          cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) { // patches are (T-1, CH, P, P)
         const size_t t = i / (CH*P*P), ch = i / (P*P) % CH, h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
@@ -5555,8 +5555,7 @@ double seconds(void) {
 // ---- end shared: command line ----------------------------------------------
 // ---- shared: tensors -------------------------------------------------------
 // What the lines of a model's two tables become. Parameters lie in memory by kind: decayed, other trained ones, padding up
-// to whole shards; then, in memory of their own, frozen ones and buffers. Each begins at a multiple of 128 elements: 256
-// bytes in bf16
+// to whole shards; then, in memory of their own, frozen ones and buffers. Each begins at a multiple of 128 elements
 struct Scratch {
     double* norm_partial;
     DropScratch drop;
@@ -5569,12 +5568,12 @@ struct Scratch {
 Init constant_init(double value) { return Init{Init::CONSTANT, value}; }
 Init normal_init(double deviation) { return Init{Init::NORMAL, deviation}; }
 Init uniform_init(size_t fan_in) { return Init{Init::UNIFORM, 1.0 / sqrt((double)fan_in)}; }
+bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAIN; }
 
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer, const char* name,
                                             int copy, int copies, int kind, Init init, Dims... dims) {
     if (copy == 0) { model->num_parameter_lines++; }
     if (numel(dims...) == 0) { return; }
-    const size_t shape[] = {(size_t)dims...};
     Parameter p = {};
     snprintf(p.name, sizeof(p.name), name, copy);
     p.line = model->num_parameter_lines - 1;
@@ -5582,16 +5581,13 @@ template <class... Dims> void add_parameter(Model* model, floatX** param, float*
     p.init = init;
     p.copy = copy;
     p.copies = copies;
-    p.dims = sizeof...(dims);
-    memcpy(p.shape, shape, sizeof(shape));
+    for (size_t dim : {(size_t)dims...}) { p.shape[p.dims++] = dim; }
     p.n = numel(dims...);
     p.param = kind == BUFFER ? NULL : param;
-    p.grad = kind == DECAY || kind == PLAIN ? grad : NULL;
+    p.grad = is_trained(&p) ? grad : NULL;
     p.buffer = kind == BUFFER ? buffer : NULL;
     model->parameters.push(p);
 }
-
-bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAIN; }
 
 // gives the parameters their places
 static void place_parameters(Model* model) {
@@ -5619,16 +5615,18 @@ static void place_parameters(Model* model) {
 static void plan_parameters(Model* model) {
     Plan* plan = &model->plan;
     const size_t n = model->num_parameters, floats = n * sizeof(float), shard = model->shard_n * sizeof(float);
-    const size_t params = (n + model->num_frozen) * sizeof(floatX), fixed = (model->num_frozen + model->num_buffers) * sizeof(float);
+    const size_t params = (n + model->num_frozen) * sizeof(floatX), buffers = model->num_buffers * sizeof(float);
+    const size_t fixed = model->num_frozen * sizeof(float) + buffers;
+    const bool ema = model->s->ema > 0.0, masters = sizeof(floatX) != sizeof(float);
     plan_add(plan, PARAMETERS_MEMORY, "parameters", "", "with padding", &model->params_memory, params, params);
-    if (fixed > 0) { plan_add(plan, PARAMETERS_MEMORY, "frozen and buffers", "", "fp32", &model->fixed, fixed, fixed); }
+    if (fixed > 0) { plan_add(plan, PARAMETERS_MEMORY, "frozen, buffers", "", "fp32", &model->fixed, fixed, fixed); }
     plan_add(plan, GRADIENTS, "gradients", "", "fp32", &model->grads_memory, floats, floats);
     plan_add(plan, OPTIMIZER, "momentum", "", "fp32", &model->m, shard, floats);
     if (model->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, shard, floats); }
-    if (sizeof(floatX) != sizeof(float)) { plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, shard, floats); }
-    if (model->s->ema > 0.0) { plan_add(plan, OPTIMIZER, "moving average", "", "fp32", &model->ema, shard, floats); }
-    if (model->s->ema > 0.0 && fixed > 0) {
-        plan_add(plan, OPTIMIZER, "moving average", " of buffers", "fp32", &model->fixed_ema, fixed, fixed);
+    if (masters) { plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, shard, floats); }
+    if (ema) { plan_add(plan, OPTIMIZER, "moving average", "", "fp32", &model->ema, shard, floats); }
+    if (ema && buffers > 0) {
+        plan_add(plan, OPTIMIZER, "moving average", " of buffers", "fp32", &model->buffers_ema, buffers, buffers);
     }
 }
 
@@ -5636,10 +5634,10 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
                      size_t n, int level, int cache) {
     Plan* plan = &model->plan;
     const Settings* s = model->s;
+    const Activation* before = model->activations.n > 0 ? model->activations.end()[-1] : NULL;
     if (copy == 0) { model->num_lines++; }
     *a = Activation{};
     if (n == 0) { return; }
-    assert(n / model->B * bits % 8 == 0);
     a->name = name;
     a->copy = copy;
     a->copies = copies;
@@ -5650,13 +5648,11 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     a->per_image = n / model->B;
     a->cached = s->recompute < level;
     a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
-    // copies of a line share the memory of their chunks and batches
-    const Activation* before = model->activations.n > 0 ? model->activations.end()[-1] : NULL;
-    const bool shares = before != NULL && before->line == a->line;
+    assert(a->per_image * bits % 8 == 0);
     model->activations.push(a);
-    const size_t bytes = CEIL_DIV(n * bits, (size_t)8), dense = align_up(bytes);
-    const size_t chunk = model->chunk_images * a->per_image * bits / 8;
+    const bool shares = before != NULL && before->line == a->line; // copies share the memory of their chunks and batches
     char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
+    const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = model->chunk_images * a->per_image * bits / 8;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }
         else { plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, dense, chunk_of); }
@@ -5672,9 +5668,8 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
         plan_add(plan, CACHED, name, ".bitmap", "1 bit an element", &d->bitmap, dropit_words(n) * sizeof(unsigned));
         plan_add(plan, CACHED, name, ".offsets", "1 bit in 8 elements", &d->offsets, dropit_segments(n) * sizeof(unsigned));
     }
-    const size_t choices = model->strategy == MINK ? 1 : dropit_tiles(n);
-    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, choices * sizeof(Threshold),
-             a->cached ? 0 : dense);
+    const size_t thresholds = (model->strategy == MINK ? 1 : dropit_tiles(n)) * sizeof(Threshold);
+    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, thresholds, a->cached ? 0 : dense);
     plan_add(plan, SCRATCH, name, ".batch", shape, &a->batch, bytes, 0, s->stats > 0 ? NULL : batch_of);
     plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, 0, chunk_of);
 }
@@ -5686,13 +5681,11 @@ void mask_unless_read(const Model* model, Activation* a, const Activation* reade
 void plan_selection(Model* model, std::initializer_list<const Activation*> activations) {
     size_t tiles = 0, list = 0;
     for (const Activation* a : activations) {
-        if (!a->dropped) { continue; }
-        tiles += dropit_tiles(a->n);
-        list += align_up(dropit_list_capacity(a->n));
+        tiles += a->dropped ? dropit_tiles(a->n) : 0;
+        list += a->dropped ? align_up(dropit_list_capacity(a->n)) : 0;
     }
-    Scratch* s = model->scratch;
-    if (s->drop_tiles < tiles) { s->drop_tiles = tiles; }
-    if (s->drop_list < list) { s->drop_list = list; }
+    model->scratch->drop_tiles = std::max(model->scratch->drop_tiles, tiles);
+    model->scratch->drop_list = std::max(model->scratch->drop_list, list);
 }
 
 // numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns how many there are
@@ -5711,26 +5704,24 @@ static int number_dropped(Model* model) {
 }
 
 static void plan_selections(Model* model) {
-    Plan* plan = &model->plan;
     Scratch* s = model->scratch;
-    DropScratch* d = &s->drop;
     const int num_dropped = number_dropped(model);
-    if (s->drop_tiles > 0) { dropit_plan(plan, d, s->drop_tiles, s->drop_list); }
+    if (s->drop_tiles > 0) { dropit_plan(&model->plan, &s->drop, s->drop_tiles, s->drop_list); }
     if (model->s->stats > 0) {
+        const size_t bytes = model->num_parameters * sizeof(float);
         s->stats_bytes = num_dropped * 6 * sizeof(double);
-        plan_add(plan, SCRATCH, "stats exact", "", "fp32", &s->stats_exact, model->num_parameters * sizeof(float));
-        plan_add(plan, SCRATCH, "stats sums", "", "(6) a tensor, fp64", &s->stats_sums, s->stats_bytes);
+        plan_add(&model->plan, SCRATCH, "stats exact", "", "fp32", &s->stats_exact, bytes);
+        plan_add(&model->plan, SCRATCH, "stats sums", "", "(6) a tensor, fp64", &s->stats_sums, s->stats_bytes);
     }
 }
 
-char* activation_at(const Model*, const Activation* a, size_t b0, bool backward) {
+char* activation_at(const Activation* a, size_t b0, bool backward) {
     const size_t offset = b0 * a->per_image * a->bits / 8;
     if (a->cached && !a->dropped) { return a->data + offset; }
     return a->dropped && !backward ? a->batch + offset : a->chunk;
 }
 
 bool computed(const Activation* a, bool backward) { return !backward || !a->cached; }
-
 KeepLargest keep_largest(const Activation* a, size_t b0) { return KeepLargest{a->dropit.thresholds, b0 * a->per_image}; }
 
 static DropRule drop_rule(const Model* model, const Activation* a) {
@@ -5739,12 +5730,13 @@ static DropRule drop_rule(const Model* model, const Activation* a) {
     return DropRule{model->strategy, model->seed ^ tensor, model->pass};
 }
 
-// chooses what is kept of up to MAX_SELECTIONS tensors, once they have been computed for the whole batch
 void drop_activations(const Model* model, std::initializer_list<const Activation*> activations) {
     DropChoice choices[MAX_SELECTIONS];
     int n = 0;
     for (const Activation* a : activations) {
-        if (a->dropped) { choices[n++] = {(const floatX*)activation_at(model, a, 0, false), a->dropit, drop_rule(model, a)}; }
+        if (!a->dropped) { continue; }
+        assert(n < MAX_SELECTIONS);
+        choices[n++] = DropChoice{(const floatX*)activation_at(a, 0, false), a->dropit, drop_rule(model, a)};
     }
     if (n > 0) { dropit_select(choices, n, &model->scratch->drop, model->s->gamma, main_stream); }
 }
@@ -5769,36 +5761,34 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
 // for the gradient that dweight (OC, C) is of
 static void stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, const float* dweight,
                       const floatX* dout, size_t rows, size_t C, size_t OC) {
-    Scratch* s = model->scratch;
     a->gradient = dweight - model->grads_memory;
     a->gradient_n = C * OC;
-    linear_backward_weight(s->stats_exact + a->gradient, dout, exact, rows, C, OC);
-    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(s->stats_sums + 6 * a->id, x, exact, rows * C);
+    linear_backward_weight(model->scratch->stats_exact + a->gradient, dout, exact, rows, C, OC);
+    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(model->scratch->stats_sums + 6 * a->id, x, exact, rows * C);
     kernelCheck();
 }
 
 // prints what DropIT kept of a tensor, and what that does to its weight gradient, which is complete
-static void stats_report(Model* model, const Activation* a) {
-    Scratch* s = model->scratch;
-    double *device = s->stats_sums + 6 * a->id, sums[6];
-    dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, model->grads_memory + a->gradient, s->stats_exact + a->gradient,
-                                                  a->gradient_n);
+static void stats_report(Model* model, Activation* a) {
+    double *device = model->scratch->stats_sums + 6 * a->id, sums[6];
+    const float *kept = model->grads_memory + a->gradient, *exact = model->scratch->stats_exact + a->gradient;
+    dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, kept, exact, a->gradient_n);
     kernelCheck();
+    a->gradient_n = 0; // reported
     cudaCheck(cudaMemcpyAsync(sums, device, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
-    printf("stats %-8s copy %2d | kept %6.2f %% of the elements, %6.2f %% of the sum of squares | "
-           "cosine of dW with the exact %.4f\n", a->name, a->copy, 100.0 * a->dropit.k / a->dropit.n,
-           100.0 * sums[1] / sums[2], sums[3] / sqrt(sums[4] * sums[5]));
+    printf("stats %-8s copy %2d | kept %6.2f %% of the elements, %6.2f %% of the sum of squares | cosine of dW with the exact "
+           "%.4f\n", a->name, a->copy, 100.0 * a->dropit.k / a->n, 100.0 * sums[1] / sums[2], sums[3] / sqrt(sums[4] * sums[5]));
 }
 
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC) {
-    floatX* x = (floatX*)activation_at(model, a, b0, true);
+    floatX* x = (floatX*)activation_at(a, b0, true);
     if (a->dropped) {
         const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
+        const floatX* exact = (const floatX*)activation_at(a, b0, false);
         if (a->cached) { dropit_unpack(x, &a->dropit, begin, end, main_stream); }
         else if (!a->masked) { dropit_mask(x, &a->dropit, begin, end, drop_rule(model, a), main_stream); }
-        const floatX* exact = (const floatX*)activation_at(model, a, b0, false);
         if (model->stats_now) { stats_add(model, a, x, exact, dweight, dout, nb * rows, C, OC); }
     }
     linear_backward_weight(dweight, dout, x, nb * rows, C, OC);
@@ -5807,11 +5797,10 @@ void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, 
 
 void gradients_done(Model* model, int copy) {
     if (!model->last_pass) { return; }
-    for (const Activation* a : model->activations) {
-        const bool complete = copy < 0 ? a->copies == 1 : a->copies > 1 && a->copy == copy;
-        if (model->stats_now && complete && a->dropped) { stats_report(model, a); }
+    for (Activation* a : model->activations) {
+        const bool complete = copy < 0 || (a->copies > 1 && a->copy == copy);
+        if (model->stats_now && complete && a->gradient_n > 0) { stats_report(model, a); }
     }
-    if (num_ranks == 1) { return; }
     float** pieces = host_new<float*>(model->parameters.n, "pieces of gradients");
     size_t* sizes = host_new<size_t>(model->parameters.n, "pieces of gradients");
     int n = 0;
@@ -5840,7 +5829,6 @@ void zero_gradients(Model* model) {
 
 // ---- shared: model state ---------------------------------------------------
 // Memory, weights and optimizer states of a model as a whole
-
 Model* model_new(void) {
     Model* model = host_new<Model>(1, "the model");
     Option* options = model->options;
@@ -5855,9 +5843,8 @@ Model* model_new(void) {
 void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
-    plan->lines.n = 0;
     memset(plan->bytes, 0, sizeof(plan->bytes));
-    model->parameters.n = model->activations.n = model->num_parameter_lines = model->num_lines = 0;
+    plan->lines.n = model->parameters.n = model->activations.n = model->num_parameter_lines = model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5877,27 +5864,26 @@ size_t largest_batch(Model* model, size_t bytes) {
     // up to twice what fits
     for (model->B = 1; model->B <= limit; model->B++) {
         plan_model(model);
-        if (plan_total(&model->plan) <= bytes && model->too_large == NULL) {
-            fits = model->B;
-            limit = 2 * model->B + 64;
-        }
+        if (plan_total(&model->plan) > bytes || model->too_large != NULL) { continue; }
+        fits = model->B;
+        limit = 2 * model->B + 64;
     }
     model->B = own;
     plan_model(model);
     return fits;
 }
 
-static void require_indices(const Model* model) {
+static void plan_checked(Model* model) {
+    plan_model(model);
     require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch "
             "(-b)", model->too_large);
 }
 
 // the table of all memory, and a line of it for programs; -plan 24GiB: also the largest batch that fits
 void report_plan(Model* model) {
-    plan_model(model);
-    require_indices(model);
     const bool fits = strcmp(model->s->plan, "1") != 0;
     const size_t limit = fits ? parse_bytes(model->s->plan) : 0;
+    plan_checked(model);
     plan_print(&model->plan);
     printf("plan");
     for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s=%zu", category_names[c], model->plan.bytes[c]); }
@@ -5907,8 +5893,7 @@ void report_plan(Model* model) {
 
 // allocates everything; fails with what is needed, what is there and what would fit
 void model_allocate(Model* model) {
-    plan_model(model);
-    require_indices(model);
+    plan_checked(model);
     size_t free_bytes, total_bytes;
     const size_t need = plan_total(&model->plan);
     cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -5927,13 +5912,9 @@ void model_allocate(Model* model) {
 }
 
 void model_free(Model* model) {
-    for (int c = 0; c < NUM_CATEGORIES; c++) { cudaCheck(cudaFree(model->plan.blocks[c])); }
-    free(model->plan.lines.of);
-    free(model->parameters.of);
-    free(model->activations.of);
-    free(model->scratch);
-    free(model->s);
-    free(model);
+    for (char* block : model->plan.blocks) { cudaCheck(cudaFree(block)); }
+    void* const all[] = {model->plan.lines.of, model->parameters.of, model->activations.of, model->scratch, model->s, model};
+    for (void* p : all) { free(p); }
 }
 
 // elements of all parameters on the host: trained ones, padding, frozen ones, buffers
@@ -5941,27 +5922,28 @@ static size_t all_values(const Model* model) { return model->num_parameters + mo
 
 // copies host values (all_values) to the device, as masters, rounded, and as their moving average
 static void set_parameters(Model* model, const float* values) {
-    const size_t rounded_n = model->num_parameters + model->num_frozen;
-    const size_t shard = model->shard_n * sizeof(float), fixed = (all_values(model) - model->num_parameters) * sizeof(float);
+    const size_t n = model->num_parameters, rounded_n = n + model->num_frozen;
+    const size_t shard = model->shard_n * sizeof(float), buffers = model->num_buffers * sizeof(float);
     floatX* rounded = host_new<floatX>(rounded_n, "parameters");
     for (size_t i = 0; i < rounded_n; i++) { rounded[i] = (floatX)values[i]; }
     cudaCheck(cudaMemcpy(model->params_memory, rounded, rounded_n * sizeof(floatX), cudaMemcpyHostToDevice));
-    for (float* of_shard : {sizeof(floatX) != sizeof(float) ? model->master : NULL, model->ema}) {
-        if (of_shard == NULL) { continue; }
-        cudaCheck(cudaMemcpy(of_shard, values + model->shard_begin, shard, cudaMemcpyHostToDevice));
-    }
-    for (float* to : {model->fixed, model->fixed_ema}) {
-        if (to != NULL) { cudaCheck(cudaMemcpy(to, values + model->num_parameters, fixed, cudaMemcpyHostToDevice)); }
-    }
     free(rounded);
+    const struct { float* to; size_t from, bytes; } copies[] = {
+        {sizeof(floatX) != sizeof(float) ? model->master : NULL, model->shard_begin, shard},
+        {model->ema, model->shard_begin, shard},
+        {model->fixed, n, model->num_frozen * sizeof(float) + buffers},
+        {model->buffers_ema, rounded_n, buffers}};
+    for (const auto& c : copies) {
+        if (c.to != NULL) { cudaCheck(cudaMemcpy(c.to, values + c.from, c.bytes, cudaMemcpyHostToDevice)); }
+    }
 }
 
 // out (p->n) = initial values of a tensor
 void initial_values(const Model* model, const Parameter* p, float* out) {
     for (size_t i = 0; i < p->n; i++) {
         const uint4 u = philox(model->seed, RNG_INIT, p->line, p->copy * p->n + i);
-        out[i] = (float)(p->init.scale * (p->init.kind == Init::NORMAL ? normal(u)
-                                          : p->init.kind == Init::UNIFORM ? 2.0 * uniform(u.x) - 1.0 : 1.0));
+        const double x = p->init.kind == Init::NORMAL ? normal(u) : p->init.kind == Init::UNIFORM ? 2.0 * uniform(u.x) - 1.0 : 1.0;
+        out[i] = (float)(p->init.scale * x);
     }
 }
 
@@ -5972,15 +5954,44 @@ void init_parameters(Model* model) {
     free(values);
 }
 
-// Values (all_values) from a file, by the names of the tables with `prefix` before each: "" for weights, "param." in a dump,
-// "exp_avg." for a moment. fixed: frozen tensors and buffers too. Every tensor under the prefix must be of the model and fit;
-// all that do not are listed. values NULL: only checks
-static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, bool fixed, float* values) {
+// fp32 tensors of the device that a file has under one prefix: trained ones (shard_n), frozen ones (num_frozen) and buffers
+// (num_buffers). NULL: not in the file
+typedef struct {
+    const char* prefix; // "" for weights, "param." in a dump, "exp_avg." for a moment
+    float *trained, *frozen, *buffers;
+} TensorSet;
+
+static bool in_set(const TensorSet* set, const Parameter* p) {
+    return (p->kind == BUFFER ? set->buffers : p->kind == FROZEN ? set->frozen : set->trained) != NULL;
+}
+
+static TensorSet weights_set(const Model* model, const char* prefix) {
+    return TensorSet{prefix, model->master, model->fixed, model->fixed + model->num_frozen};
+}
+
+// The states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the
+// moving average of the weights; returns how many there are
+static int state_sets(const Model* model, TensorSet sets[3]) {
+    int n = 0;
+    sets[n++] = TensorSet{model->adamw ? "exp_avg." : "momentum_buffer.", model->m, NULL, NULL};
+    if (model->v != NULL) { sets[n++] = TensorSet{"exp_avg_sq.", model->v, NULL, NULL}; }
+    if (model->ema != NULL) { sets[n++] = TensorSet{"ema.", model->ema, NULL, model->buffers_ema}; }
+    return n;
+}
+
+static void print_tensor(const char* path, const char* name, const char* found, const StTensor* t) {
+    fprintf(stderr, "%s: %s: %s", path, name, found);
+    if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
+}
+
+// Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit; all that do not are
+// listed. values NULL: only checks. set NULL: all tensors of the model
+static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set, float* values) {
     bool* known = host_new<bool>(st->num_tensors, "the tensor list");
     int wrong = 0;
     for (const Parameter& p : model->parameters) {
         char name[128];
-        if (!is_trained(&p) && !fixed) { continue; }
+        if (set != NULL && !in_set(set, &p)) { continue; }
         snprintf(name, sizeof(name), "%s%s", prefix, p.name);
         const StTensor* t = safetensors_find(st, name);
         if (t != NULL) { known[t - st->tensors] = true; }
@@ -5988,8 +5999,7 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
             && memcmp(t->shape, p.shape, p.dims * sizeof(size_t)) == 0;
         if (fits && values != NULL) { memcpy(values + p.offset, safetensors_data(st, t), p.n * sizeof(float)); }
         if (fits) { continue; }
-        fprintf(stderr, "%s: %s: %s", st->file.path, name, t != NULL ? "found " : "missing");
-        if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
+        print_tensor(st->file.path, name, t != NULL ? "found " : "missing", t);
         fprintf(stderr, ", expected ");
         print_shape(stderr, "F32", p.shape, p.dims);
         fprintf(stderr, "\n");
@@ -5997,25 +6007,26 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
     }
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
-        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0) { continue; }
-        fprintf(stderr, "%s: %s: found ", st->file.path, t->name);
-        print_shape(stderr, t->dtype, t->shape, t->dims);
+        const char* counter = strstr(t->name, "num_batches_tracked"); // PyTorch's batch norms count, nothing reads it
+        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0 || counter != NULL) { continue; }
+        print_tensor(st->file.path, t->name, "found ", t);
         fprintf(stderr, ", expected no such tensor\n");
         wrong++;
     }
     free(known);
     require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, -chans and "
-            "-classes. data/convert.py makes weights for another image size, number of classes or precision", st->file.path, wrong);
+            "-classes. data/convert.py makes weights for another image size, number of classes or precision", st->file.path,
+            wrong);
 }
 
 void check_parameters(const Model* model, const Safetensors* st) {
     model_check_file(st);
-    read_tensors(model, st, "", true, NULL);
+    read_tensors(model, st, "", NULL, NULL);
 }
 
 void load_parameters(Model* model, const Safetensors* st, const char* prefix) {
     float* values = host_new<float>(all_values(model), "parameters");
-    read_tensors(model, st, prefix, true, values);
+    read_tensors(model, st, prefix, NULL, values);
     set_parameters(model, values);
     free(values);
 }
@@ -6039,42 +6050,37 @@ void weights_agree(const Model* model) {
 
 // the buffers of rank 0 are the model's, as with DistributedDataParallel: all ranks get them
 void share_buffers(Model* model) {
-    const float* all[] = {model->fixed, model->fixed_ema};
-    for (const float* memory : all) {
-        if (memory != NULL) { ranks_broadcast((void*)(memory + model->num_frozen), model->num_buffers * sizeof(float)); }
-    }
+    const size_t bytes = model->num_buffers * sizeof(float);
+    if (bytes == 0) { return; }
+    ranks_broadcast(model->fixed + model->num_frozen, bytes);
+    if (model->buffers_ema != NULL) { ranks_broadcast(model->buffers_ema, bytes); }
 }
-
-// fp32 tensors of the device that a file has under one prefix: (shard_n) of the trained parameters, and of the others
-// (num_frozen + num_buffers), NULL: not in the file
-typedef struct {
-    const char* prefix;
-    float *trained, *fixed;
-} TensorSet;
 
 // one file of some sets. All ranks call, rank 0 writes
 static void write_tensors(const Model* model, const char* path, const StMetadata* metadata, int num_metadata,
                           const TensorSet* sets, int num_sets) {
-    const size_t n = model->num_parameters, all = all_values(model), tensors_n = numel(num_sets, model->parameters.n);
+    const size_t n = model->num_parameters, frozen = model->num_frozen, all = all_values(model);
     float* values = host_new<float>(num_sets * all, "parameters");
-    StTensor* tensors = host_new<StTensor>(tensors_n, "the tensor list");
-    const float** data = host_new<const float*>(tensors_n, "the tensor list");
+    StTensor* tensors = host_new<StTensor>(numel(num_sets, model->parameters.n), "the tensor list");
+    const float** data = host_new<const float*>(numel(num_sets, model->parameters.n), "the tensor list");
     int count = 0;
-    for (int set = 0; set < num_sets; set++) {
-        const float* full = sets[set].trained;
-        float* to = values + set * all;
+    for (const TensorSet* set = sets; set < sets + num_sets; set++) {
+        const float* full = set->trained;
+        float* to = values + (set - sets) * all;
         if (model->s->sharded && num_ranks > 1) { // the gradients have been used: their memory takes the parts of all ranks
             ranks_gather(model->grads_memory, full, model->shard_n * sizeof(float));
             full = model->grads_memory;
             cudaCheck(cudaStreamSynchronize(main_stream));
         }
-        cudaCheck(cudaMemcpy(to, full, n * sizeof(float), cudaMemcpyDeviceToHost));
-        const bool fixed = sets[set].fixed != NULL;
-        if (fixed) { cudaCheck(cudaMemcpy(to + n, sets[set].fixed, (all - n) * sizeof(float), cudaMemcpyDeviceToHost)); }
+        const struct { float* to; const float* from; size_t n; } copies[] = {
+            {to, full, n}, {to + n, set->frozen, frozen}, {to + n + frozen, set->buffers, model->num_buffers}};
+        for (const auto& c : copies) {
+            if (c.from != NULL) { cudaCheck(cudaMemcpy(c.to, c.from, c.n * sizeof(float), cudaMemcpyDeviceToHost)); }
+        }
         for (const Parameter& p : model->parameters) {
-            if (!is_trained(&p) && !fixed) { continue; }
+            if (!in_set(set, &p)) { continue; }
             StTensor* t = &tensors[count];
-            snprintf(t->name, sizeof(t->name), "%s%s", sets[set].prefix, p.name);
+            snprintf(t->name, sizeof(t->name), "%s%s", set->prefix, p.name);
             t->dims = p.dims;
             memcpy(t->shape, p.shape, p.dims * sizeof(size_t));
             data[count++] = to + p.offset;
@@ -6086,28 +6092,13 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
     free(data);
 }
 
-// The states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the
-// moving average of the weights; returns how many there are
-static int model_states(const Model* model, TensorSet sets[3]) {
-    int n = 0;
-    sets[n++] = TensorSet{model->adamw ? "exp_avg." : "momentum_buffer.", model->m, NULL};
-    if (model->v != NULL) { sets[n++] = TensorSet{"exp_avg_sq.", model->v, NULL}; }
-    if (model->ema != NULL) { sets[n++] = TensorSet{"ema.", model->ema, model->fixed_ema}; }
-    return n;
-}
-
-static void write_weights(const Model* model, const char* path, const StMetadata* metadata, int num_metadata) {
-    const TensorSet weights = {"", model->master, model->fixed};
-    write_tensors(model, path, metadata, num_metadata, &weights, 1);
-}
-
 // writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0 writes
 void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int num_metadata) {
     char path[PATH_MAX];
-    TensorSet sets[3];
-    const int num_sets = model_states(model, sets);
+    TensorSet weights = weights_set(model, ""), sets[3];
+    const int num_sets = state_sets(model, sets);
     checkpoint_path(path, sizeof(path), model->s->output, "model", step);
-    write_weights(model, path, metadata, num_metadata);
+    write_tensors(model, path, metadata, num_metadata, &weights, 1);
     checkpoint_path(path, sizeof(path), model->s->output, "state", step);
     write_tensors(model, path, metadata, num_metadata, sets, num_sets);
     if (rank == 0) { checkpoint_done(model->s->output, step, model->s->keep); }
@@ -6117,53 +6108,59 @@ void write_checkpoint(const Model* model, int step, const StMetadata* metadata, 
 // metadata. All ranks call, rank 0 writes
 void write_best(const Model* model, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     char path[PATH_MAX];
+    const TensorSet weights = weights_set(model, "");
     path_in(path, model->s->output, "best.safetensors");
     double stands = rank == 0 && checkpoint_best_stands(path, metadata, num_metadata, best);
     ranks_sum(&stands, 1); // only rank 0 may see the file
-    if (stands == 0.0) { write_weights(model, path, metadata, num_metadata); }
+    if (stands == 0.0) { write_tensors(model, path, metadata, num_metadata, &weights, 1); }
 }
 
-// An entry that a resumed run must share: `was` as the file has it. A flag that the file does not name was neutral
+// an entry that a resumed run must share: as the file has it, and as it is
 static void require_same(const char* path, const char* key, const char* was, const char* is) {
     require(was != NULL && strcmp(was, is) == 0, "%s was written with %s %s, not %s; resume with the flags of the run, or start "
             "anew with another -o", path, key, was != NULL ? was : "unknown", is);
 }
 
-// Reads the checkpoint of a step in -o back. Its metadata must be these and the flags that a resumed run must share; an empty
-// value becomes that of the file
+// Metadata and the flags that a resumed run must share are as in the file. An empty value becomes the file's; a flag that the
+// file does not name was neutral
+static void check_metadata(const Model* model, const Safetensors* st, StMetadata* metadata, int num_metadata) {
+    const char* path = st->file.path;
+    for (StMetadata* m = metadata; m < metadata + num_metadata; m++) {
+        const char* was = safetensors_metadata(st, m->key);
+        if (was != NULL && m->value[0] == 0) { strcpy(m->value, was); }
+        require_same(path, m->key, was, m->value);
+    }
+    for (const Option* o = model->options; o < model->options + model->num_options; o++) {
+        char is[sizeof(o->neutral)];
+        const char* was = safetensors_metadata(st, o->flag);
+        option_text(o, is);
+        if (o->resume == SAME) { require_same(path, o->flag, was != NULL ? was : o->neutral, is); }
+    }
+}
+
+// reads the checkpoint of a step in -o back
 void read_checkpoint(Model* model, int step, StMetadata* metadata, int num_metadata) {
     char path[PATH_MAX];
     TensorSet sets[3];
-    const int num_sets = model_states(model, sets);
+    const int num_sets = state_sets(model, sets);
+    const size_t buffers = model->num_buffers * sizeof(float), buffers_at = model->num_parameters + model->num_frozen;
+    checkpoint_path(path, sizeof(path), model->s->output, "model", step);
+    Safetensors* st = safetensors_open(path);
+    check_metadata(model, st, metadata, num_metadata);
+    load_parameters(model, st, "");
+    safetensors_close(st);
+    checkpoint_path(path, sizeof(path), model->s->output, "state", step);
+    st = safetensors_open(path);
+    check_metadata(model, st, metadata, num_metadata);
     float* values = host_new<float>(all_values(model), "parameters");
-    for (int file = 0; file < 2; file++) {
-        checkpoint_path(path, sizeof(path), model->s->output, file == 0 ? "model" : "state", step);
-        Safetensors* st = safetensors_open(path);
-        for (int i = 0; i < num_metadata; i++) {
-            const char* was = safetensors_metadata(st, metadata[i].key);
-            if (was != NULL && metadata[i].value[0] == 0) { strcpy(metadata[i].value, was); }
-            require_same(path, metadata[i].key, was, metadata[i].value);
-        }
-        for (int i = 0; i < model->num_options; i++) {
-            const Option* o = &model->options[i];
-            char is[sizeof(o->neutral)];
-            if (o->resume != SAME) { continue; }
-            option_text(o, is);
-            const char* was = safetensors_metadata(st, o->flag);
-            require_same(path, o->flag, was != NULL ? was : o->neutral, is);
-        }
-        if (file == 0) { load_parameters(model, st, ""); }
-        for (int set = 0; file == 1 && set < num_sets; set++) {
-            const float *trained = values + model->shard_begin, *fixed = values + model->num_parameters;
-            read_tensors(model, st, sets[set].prefix, sets[set].fixed != NULL, values);
-            cudaCheck(cudaMemcpy(sets[set].trained, trained, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
-            if (sets[set].fixed == NULL) { continue; }
-            const size_t bytes = (model->num_frozen + model->num_buffers) * sizeof(float);
-            cudaCheck(cudaMemcpy(sets[set].fixed, fixed, bytes, cudaMemcpyHostToDevice));
-        }
-        safetensors_close(st);
+    for (const TensorSet* set = sets; set < sets + num_sets; set++) {
+        read_tensors(model, st, set->prefix, set, values);
+        const float* shard = values + model->shard_begin;
+        cudaCheck(cudaMemcpy(set->trained, shard, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
+        if (set->buffers != NULL) { cudaCheck(cudaMemcpy(set->buffers, values + buffers_at, buffers, cudaMemcpyHostToDevice)); }
     }
     free(values);
+    safetensors_close(st);
 }
 
 // step counts from 1
@@ -6173,16 +6170,19 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step) {
     ranks_wait();
     gradient_norm(model->result, model->scratch->norm_partial, model->grads_memory, model->num_parameters);
     for (int part = 0; part < 2; part++) { // with weight decay, without
-        const size_t begin = part == 0 || first > decayed ? first : decayed, end = part == 1 || last < decayed ? last : decayed;
+        const size_t begin = part == 0 ? first : std::max(first, decayed), end = part == 0 ? std::min(last, decayed) : last;
         if (begin >= end) { continue; }
         OptimizerConfig config = o;
         if (part == 1) { config.weight_decay = 0.0; }
         const size_t at = begin - first;
-        optimizer_update(model->params_memory + begin, model->master + at, model->m + at, model->v == NULL ? NULL : model->v + at,
-                         model->grads_memory + begin, end - begin, model->result, config, lr, step);
+        optimizer_update(model->params_memory + begin, model->master + at, model->m + at,
+                         model->v == NULL ? NULL : model->v + at, model->grads_memory + begin, end - begin, model->result,
+                         config, lr, step);
     }
     if (model->ema != NULL) { ema_update(model->ema, model->master, model->shard_n, model->s->ema); }
-    if (model->fixed_ema != NULL) { ema_update(model->fixed_ema, model->fixed, model->num_frozen + model->num_buffers, model->s->ema); }
+    if (model->buffers_ema != NULL) {
+        ema_update(model->buffers_ema, model->fixed + model->num_frozen, model->num_buffers, model->s->ema);
+    }
     if (model->s->sharded && num_ranks > 1) {
         ranks_gather(model->params_memory, model->params_memory + first, model->shard_n * sizeof(floatX));
     }
@@ -6200,31 +6200,30 @@ __global__ void swap_kernel(float* a, float* b, size_t n) {
     }
 }
 
-static void swap_fixed(Model* model) {
-    const size_t n = model->num_frozen + model->num_buffers;
-    if (model->fixed_ema == NULL) { return; }
-    swap_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(model->fixed, model->fixed_ema, n);
+static void swap_buffers(Model* model) {
+    const size_t n = model->num_buffers, blocks = CEIL_DIV(n, (size_t)256 * VEC);
+    if (model->buffers_ema == NULL) { return; }
+    swap_kernel<<<blocks, 256, 0, main_stream>>>(model->fixed + model->num_frozen, model->buffers_ema, n);
     kernelCheck();
 }
 
-// The moving average takes the place of the weights, for an evaluation, until ema_leave. The gradients have been used: their
-// memory keeps the weights
+// The gradients have been used: their memory keeps the weights
 void ema_enter(Model* model) {
-    const size_t first = model->shard_begin, n = model->shard_n, bytes = model->num_parameters * sizeof(floatX);
-    cudaCheck(cudaMemcpyAsync(model->grads_memory, model->params_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
-    round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(model->params_memory + first, model->ema, n);
+    const size_t n = model->shard_n, bytes = model->num_parameters * sizeof(floatX);
+    floatX *params = model->params_memory, *shard = params + model->shard_begin;
+    cudaCheck(cudaMemcpyAsync(model->grads_memory, params, bytes, cudaMemcpyDeviceToDevice, main_stream));
+    round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(shard, model->ema, n);
     kernelCheck();
-    if (model->s->sharded && num_ranks > 1) { ranks_gather(model->params_memory, model->params_memory + first, n * sizeof(floatX)); }
-    swap_fixed(model);
+    if (model->s->sharded && num_ranks > 1) { ranks_gather(params, shard, n * sizeof(floatX)); }
+    swap_buffers(model);
 }
 
 void ema_leave(Model* model) {
     const size_t bytes = model->num_parameters * sizeof(floatX);
     cudaCheck(cudaMemcpyAsync(model->params_memory, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
-    swap_fixed(model);
+    swap_buffers(model);
 }
 
-// what the devices of all ranks have added up since zero_gradients; waits for them
 StepResult model_result(const Model* model) {
     StepResult result;
     double sums[MAX_METRICS + 1];
@@ -6256,7 +6255,8 @@ static bool activation_finite(const Activation* a) {
 // name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
 void first_not_finite(const Model* model, char name[128]) {
     for (const Parameter& p : model->parameters) {
-        if (p.kind == BUFFER || all_finite<floatX>(model->params_memory + p.offset, p.n)) { continue; }
+        const bool finite = p.kind == BUFFER ? all_finite<float>(*p.buffer, p.n) : all_finite<floatX>(*p.param, p.n);
+        if (finite) { continue; }
         snprintf(name, 128, "parameter %s", p.name);
         return;
     }
@@ -6272,7 +6272,7 @@ void first_not_finite(const Model* model, char name[128]) {
         }
     }
     for (const Parameter& p : model->parameters) {
-        if (!is_trained(&p) || all_finite<float>(model->grads_memory + p.offset, p.n)) { continue; }
+        if (!is_trained(&p) || all_finite<float>(*p.grad, p.n)) { continue; }
         snprintf(name, 128, "gradient of %s", p.name);
         return;
     }
