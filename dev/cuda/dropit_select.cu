@@ -150,7 +150,7 @@ template <int COPIES> __global__ void __launch_bounds__(THREADS, 2) block_kernel
         const Search s = search;
         const int bits = digit_bits(&s), shift = s.bits - bits;
         load_lane(v, tile, tile_first(), DROPIT_TILE);
-        word_keys<false>(keys, v, 0, DropRule{});
+        magnitude_keys(keys, v);
         if (first) {
             const unsigned bad = count_above(keys, INFINITY_KEY - 1);
             if (bad > 0) { atomicAdd(not_finite, bad); }
@@ -177,7 +177,7 @@ template <int COPIES> __global__ void __launch_bounds__(THREADS, 2) block_kernel
         search_digit(&search, counts, warp_sums);
     }
     load_lane(v, tile, tile_first(), DROPIT_TILE);
-    word_keys<false>(keys, v, 0, DropRule{});
+    magnitude_keys(keys, v);
     const unsigned word = finish_tile(&thresholds[blockIdx.x], keys, valid, search, tie_sums);
     pack_tile(values, bitmap, offsets, word, blockIdx.x * k_tile, n, tile, warp_sums);
 }
@@ -235,8 +235,8 @@ static DropChoice choice_of(const Tensor& t) { return {t.x.device, t.d, t.rule};
 static Selections selections_of(const Tensor& t, bool list) {
     const DropChoice choice = choice_of(t);
     Selections all = {};
-    all.of[0] = dropit_selection(&choice, &t.s, 0.0);
-    if (!list) { all.of[0].list_capacity = 0; }
+    all.tensors[0] = dropit_selection(&choice, &t.s, 0.0);
+    if (!list) { all.tensors[0].list_capacity = 0; }
     return all;
 }
 
