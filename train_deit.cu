@@ -2329,11 +2329,11 @@ template <bool RUNS> __device__ inline size_t place(int j) { // of element j, co
     return RUNS ? (size_t)(j / PACK_RUN) * 32 * PACK_RUN + j % PACK_RUN : (size_t)j;
 }
 
-// the mask of the elements of the word at element i whose index is below end
-template <bool RUNS> __device__ inline unsigned below_mask(size_t i, size_t end) {
+// the mask of the elements of the word of runs at element i whose index is below end
+__device__ inline unsigned below_mask(size_t i, size_t end) {
     unsigned mask = 0;
     for (int q = 0; q < 32; q += 8) {
-        const size_t at = i + place<RUNS>(q);
+        const size_t at = i + place<true>(q);
         mask |= (at + 8 <= end ? 255u : at < end ? (1u << (end - at)) - 1 : 0u) << q;
     }
     return mask;
@@ -2357,18 +2357,19 @@ __device__ inline void magnitude_keys(unsigned* keys, const __nv_bfloat16* v) {
 template <bool HASHED, bool RUNS = false>
 __device__ inline unsigned load_keys(floatX* v, unsigned* keys, const DropChoice& c, size_t i) {
     const floatX* x = c.x + i;
-    const bool whole = i + place<RUNS>(31) < c.d.n;
+    const size_t n = c.d.n;
+    const bool whole = i + place<RUNS>(31) < n;
     if (whole) {
         for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); }
     } else {
-        for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < c.d.n ? x[place<RUNS>(j)] : (floatX)0.0f; }
+        for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < n ? x[place<RUNS>(j)] : (floatX)0.0f; }
     }
     if constexpr (HASHED) {
         for (int j = 0; j < 32; j++) { keys[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
     } else {
         magnitude_keys(keys, v);
     }
-    return whole ? ~0u : below_mask<RUNS>(i, c.d.n);
+    return whole ? ~0u : RUNS ? below_mask(i, n) : i < n ? (1u << (n - i)) - 1 : 0;
 }
 
 __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
@@ -2818,7 +2819,7 @@ unsigned kept_mask(const Selection& s, Threshold t, unsigned tile, size_t i) {
     const bool all_ties = t.tie_end >= end;
     unsigned mask = all_ties && t.key == 0 ? ~0u : above_mask(keys, t.key - all_ties);
     if (begin < t.tie_end && !all_ties) {
-        mask |= equal_mask(keys, t.key, 0) & below_mask<true>(i, t.tie_end);
+        mask |= equal_mask(keys, t.key, 0) & below_mask(i, t.tie_end);
     }
     return mask & valid;
 }
