@@ -72,7 +72,8 @@ static cudaStream_t main_stream;
 static int num_multiprocessors;
 static int rank = 0, num_ranks = 1; // of the processes that train together, one a GPU
 
-// Ends the program with one sentence on stderr, and with it all ranks: the others would wait for this one for ever
+// Ends the program with one sentence on stderr, and with it all ranks: the others would wait for this
+// one for ever
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
     const int reason = errno; // for %m
     va_list arguments;
@@ -99,7 +100,8 @@ static int rank = 0, num_ranks = 1; // of the processes that train together, one
 #define ncclCheck(call) checkCall(call, ncclSuccess, ncclGetErrorString)
 #define mpiCheck(call) require((call) == MPI_SUCCESS, "%s:%d: %s failed", __FILE__, __LINE__, #call)
 
-// goes after every <<<>>>; with -DDEBUG it also waits, so that a bad access is reported by its own kernel
+// goes after every <<<>>>; with -DDEBUG it also waits, so that a bad access is reported by its own
+// kernel
 #ifdef DEBUG
 #define kernelCheck() do { cudaCheck(cudaGetLastError()); cudaCheck(cudaDeviceSynchronize()); } while (0)
 #else
@@ -119,8 +121,8 @@ typedef uint16_t bitsX;
 #define PRECISION_NAME "bf16"
 #endif
 
-// V consecutive elements, moved in accesses of up to 16 bytes. Kernels are templates over V: VEC where sizes and
-// pointers allow it, else 1
+// V consecutive elements, moved in accesses of up to 16 bytes. Kernels are templates over V: VEC where
+// sizes and pointers allow it, else 1
 #define VEC 8
 template <int V, class T = floatX> struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack { T v[V]; };
 
@@ -146,16 +148,16 @@ template <class... Pointers> bool vectorizable(size_t n, Pointers... p) {
     return n % VEC == 0 && ((((uintptr_t)p | ...) % 16) == 0);
 }
 
-// Launches the version of a kernel for packs of VEC elements where `vector`, else the one for single elements. A thread
-// handles one pack of the n elements
+// Launches the version of a kernel for packs of VEC elements where `vector`, else the one for single
+// elements. A thread handles one pack of the n elements
 #define LAUNCH(kernel, vector, n, block, ...) do { \
     if (vector) { kernel<VEC><<<CEIL_DIV((n) / VEC, (size_t)(block)), block, 0, main_stream>>>(__VA_ARGS__); } \
     else { kernel<1><<<CEIL_DIV(n, (size_t)(block)), block, 0, main_stream>>>(__VA_ARGS__); } \
     kernelCheck(); } while (0)
 
-// Kernels on rows of n elements are templates over V and LANES, the lanes that share a row. A row gets so few lanes that
-// each has about four packs or more: a lane without work costs, and a single lane could not hide the latency of its loads.
-// A row's sum is then one reduction over its lanes
+// Kernels on rows of n elements are templates over V and LANES, the lanes that share a row. A row gets
+// so few lanes that each has about four packs or more: a lane without work costs, and a single lane
+// could not hide the latency of its loads. A row's sum is then one reduction over its lanes
 #define LAUNCH_LANES(kernel, V, LANES, rows, ...) \
     kernel<V, LANES><<<CEIL_DIV(rows, (size_t)(128 / (LANES))), 128, 0, main_stream>>>(__VA_ARGS__)
 #define LAUNCH_ROWS(kernel, vector, n, rows, ...) do { \
@@ -185,7 +187,8 @@ template <class T> struct List {
     T* begin() const { return of; }
     T* end() const { return of + n; }
     void push(const T& element) {
-        if ((n & (n - 1)) == 0) { of = (T*)realloc((void*)of, (n > 0 ? 2 * n : 1) * sizeof(T)); } // at powers of two
+        const bool full = (n & (n - 1)) == 0; // it doubles at powers of two
+        if (full) { of = (T*)realloc((void*)of, (n > 0 ? 2 * n : 1) * sizeof(T)); }
         require(of != NULL, "out of host memory for a list of %d", n + 1);
         of[n++] = element;
     }
@@ -193,28 +196,31 @@ template <class T> struct List {
 // ---- end shared: base ------------------------------------------------------
 
 // ---- shared: interface -----------------------------------------------------
-// What stands behind main(): the types and functions that a model and the training loop use, as a table of contents
+// What stands behind main(): the types and functions that a model and the training loop use, as a table
+// of contents
 
-// Several GPUs: a rank is a process with a GPU of its own; all hold the same weights and take different images
-void device_open(void);                                           // joins the other ranks, chooses the GPU
+// Several GPUs: a rank is a process with a GPU of its own; all hold the same weights and take different
+// images
+void device_open(void);                                // joins the other ranks, chooses the GPU
 void ranks_close(void);
-void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients, in place; main_stream does not wait
-void ranks_wait(void);                                            // main_stream waits until they are added up
-void ranks_gather(void* full, const void* part, size_t bytes);    // full: all ranks' parts; part may lie in it
-void ranks_broadcast(void* device, size_t bytes);                 // all get what rank 0 has
-void ranks_sum(double* values, int n);                            // of the host: the same sums on all ranks
-void ranks_agree(uint32_t value, const char* what);               // ends the run unless all ranks have this value
+void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients; main_stream does not wait
+void ranks_wait(void);                                 // main_stream waits until they are added up
+void ranks_gather(void* full, const void* part, size_t bytes); // full: all ranks' parts; part may lie in it
+void ranks_broadcast(void* device, size_t bytes);      // all get what rank 0 has
+void ranks_sum(double* values, int n);                 // of the host: the same sums on all ranks
+void ranks_agree(uint32_t value, const char* what);    // ends the run unless all ranks have this value
 
-// Random numbers: Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator: (seed, purpose, step, i) gives the
-// same four words everywhere
-enum { RNG_INIT = 1, RNG_SHUFFLE, RNG_DROPIT, RNG_AUGMENT, RNG_CROP, RNG_RANDAUGMENT, RNG_ERASE, RNG_MIX, RNG_DROP_PATH };
+// Random numbers: Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator: (seed, purpose,
+// step, i) gives the same four words everywhere
+enum { RNG_INIT = 1, RNG_SHUFFLE, RNG_DROPIT, RNG_AUGMENT, RNG_CROP, RNG_RANDAUGMENT, RNG_ERASE, RNG_MIX,
+       RNG_DROP_PATH };
 __host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i);
 double uniform(unsigned u); // in (0, 1)
 double normal(uint4 u);     // by Box and Muller
 int draw_below(unsigned u, int n); // 0 to n-1
 
-// Memory: every byte on the device is a line of the plan. The lines are added up before anything is allocated, and then
-// allocated by one cudaMalloc a category; nothing is allocated later
+// Memory: every byte on the device is a line of the plan. The lines are added up before anything is
+// allocated, and then allocated by one cudaMalloc a category; nothing is allocated later
 enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
 static const char* const category_names[NUM_CATEGORIES] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
 struct Allocation;
@@ -223,9 +229,9 @@ typedef struct {
     size_t bytes[NUM_CATEGORIES];
     char* blocks[NUM_CATEGORIES]; // as allocated
 } Plan;
-// name and part are printed as one word, shape as it stands in the table; lines of the same name and part are printed as
-// one. dense: bytes without DropIT and recomputation. shared: the pointer of a line before, whose memory this line uses
-// too: that memory grows to `bytes` where it is smaller
+// name and part are printed as one word, shape as it stands in the table; lines of the same name and
+// part are printed as one. dense: bytes without DropIT and recomputation. shared: the pointer of a line
+// before, whose memory this line uses too: that memory grows to `bytes` where it is smaller
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                  T** pointer, size_t bytes, size_t dense = 0, T** shared = NULL);
 void plan_clear(Plan* plan); // the line that was added last is zero when it has been allocated
@@ -233,15 +239,17 @@ size_t plan_total(const Plan* plan);
 
 // DropIT chooses the k elements of largest magnitude of a tensor, and stores or masks them
 enum { MINK, FASTMINK, RANDOM };
-typedef struct { unsigned key, tie_end; } Threshold; // kept: key > this key || (key == this key && index < tie_end)
+// an element is kept when its key > key || (its key == key && its index < tie_end)
+typedef struct { unsigned key, tie_end; } Threshold;
 typedef struct {
     size_t n, k;
     Threshold* thresholds; // (1) or, for fastmink and random, (tiles)
-    unsigned* offsets;     // (segments) values before each; NULL: the tensor is recomputed, only thresholds are stored
+    unsigned* offsets;     // (segments) values before each; NULL: only thresholds are stored
     unsigned* bitmap;      // (words)
     floatX* values;        // (k + 1): unpacking may read one value more than there are
 } Dropped;
-// what a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing, or min-k's masking
+// what a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing,
+// or min-k's masking
 struct KeepAll { template <int V> __device__ void apply(float*, size_t) const {} };
 struct KeepLargest {
     const Threshold* threshold;
@@ -249,8 +257,8 @@ struct KeepLargest {
     template <int V> __device__ void apply(float* v, size_t i) const;
 };
 
-// Linear layers, in PyTorch: F.linear(inp, weight, bias). out and dout are (rows, OC), inp and dinp (rows, C), weight and
-// dweight (OC, C), bias (OC)
+// Linear layers, in PyTorch: F.linear(inp, weight, bias). out and dout are (rows, OC), inp and dinp
+// (rows, C), weight and dweight (OC, C), bias (OC)
 static cublasHandle_t cublas_handle;
 // out = inp @ weight^T + bias (+ residual (rows, OC); NULL: none)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
@@ -258,21 +266,23 @@ void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const 
 // dinp = dout @ weight; dweight += dout^T @ inp
 void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC);
 void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC);
-// out (OC) += x (rows, OC) summed over rows: SLAB_ROWS rows give a row of partial (column_sum_scratch floats), and
-// column_sum_finish adds up those. Columns from C on go to out2
+// out (OC) += x (rows, OC) summed over rows: SLAB_ROWS rows give a row of partial (column_sum_scratch
+// floats), and column_sum_finish adds up those. Columns from C on go to out2
 #define SLAB_ROWS 64
 size_t column_sum_scratch(size_t rows, size_t OC);
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC);
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC);
 
-// What a step or an evaluation adds up on the device, over its images; model_train_metrics has the names of the sums
+// What a step or an evaluation adds up on the device, over its images; model_train_metrics has the names
+// of the sums
 #define MAX_METRICS 16
 typedef struct {
     double sums[MAX_METRICS];
     unsigned not_finite; // NaNs and Infs that DropIT met
     float norm;          // of all gradients, before clipping
 } StepResult;
-// a number that is printed: the mean of a sum over images, times unit (100 for percent), with so many digits
+// a number that is printed: the mean of a sum over images, times unit (100 for percent), with so many
+// digits
 typedef struct { const char* name; double unit; int digits; } Metric;
 typedef struct {
     bool adamw; // else SGD with momentum
@@ -285,11 +295,11 @@ typedef struct {
 typedef struct { int top, left, height, width; } EraseBox; // height 0: nothing is erased
 typedef struct {
     const EraseBox* erased;  // (n), NULL: none
-    unsigned long long seed, place, place_step; // place in the epoch of the first image, and from one to the next
+    unsigned long long seed, place, place_step; // place of the first image in the epoch, and distance of the next
     unsigned epoch;
     int n;
     float lam;               // weight of image b and of its label; 1: no mixing with image n-1-b
-    bool cut;                // cutmix: the pixels of a box are the other image's; else mixup: all are a weighted mean
+    bool cut;                // cutmix: a box has the other image's pixels; else mixup: all are a weighted mean
     int top, bottom, left, right;
 } BatchAugment;
 typedef struct { float mean[4], std[4]; } PixelStats;
@@ -317,12 +327,12 @@ size_t loader_epoch(const Loader* loader);        // trained on in an epoch, ove
 size_t loader_batches(const Loader* loader);      // of a rank's epoch, or of its part of an evaluation
 size_t loader_first(const Loader* loader);        // the batch that comes next; evaluations count on
 uint32_t loader_crc(const Loader* loader);        // of the headers: which data these are
-void loader_batch(Loader* loader, size_t number); // brings a batch to the device, beside what main_stream does
+void loader_batch(Loader* loader, size_t number); // brings a batch to the device, beside main_stream
 const Batch* loader_take(const Loader* loader);   // that batch, for what main_stream does from now on
-void batch_used(const Batch* batch);              // main_stream has read the images: the next may take their place
+void batch_used(const Batch* batch);              // main_stream has read it: the next may take its place
 
-// Image classifiers: their flags and memory, and softmax cross-entropy with label smoothing and mixing, of which
-// result->sums gets {loss, top1, top5}: logits (n, V) become their gradient times scale
+// Image classifiers: their flags and memory, and softmax cross-entropy with label smoothing and mixing,
+// of which result->sums gets {loss, top1, top5}: logits (n, V) become their gradient times scale
 typedef struct Augmenter Augmenter;
 int image_options(Model* model, struct Option* options, int n);
 void plan_images(Model* model, Augmenter* augmenter);
@@ -335,22 +345,22 @@ void mean_scores(const Model* model, size_t images, double* scores);
 //   BUFFER  is not trained, but moves: running statistics. fp32 in both precisions
 //   FROZEN  is as it was read
 enum { DECAY, PLAIN, FROZEN, BUFFER, NUM_KINDS };
-typedef struct { enum { CONSTANT, NORMAL, UNIFORM } kind; double scale; } Init; // scale: value, deviation or bound
-Init constant_init(double value), normal_init(double deviation), uniform_init(size_t fan_in); // up to 1/sqrt(fan_in)
+typedef struct { enum { CONSTANT, NORMAL, UNIFORM } kind; double scale; } Init; // value, deviation, bound
+Init constant_init(double value), normal_init(double deviation), uniform_init(size_t fan_in);
 typedef struct {
     char name[96];
     int line, kind, dims, copy, copies;
     bool added; // over the ranks, in this step
     Init init;
-    size_t shape[4], n, offset; // offset: in the memory of all parameters, gradients, moments and masters alike
+    size_t shape[4], n, offset; // offset: in the memory of parameters, gradients, moments and masters
     floatX** param;             // the model's pointers; NULL: a kind that has no such memory
     float **grad, **buffer;
 } Parameter;
 // name: "blocks.%d.norm1.weight", %d is the copy. A tensor without elements does not exist
-template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer, const char* name,
-                                            int copy, int copies, int kind, Init init, Dims... shape);
-// Gives the gradients of this copy of all tensors that have several to the ranks, to be added up while the backward pass
-// goes on. What no call names is added up at its end
+template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
+                                            const char* name, int copy, int copies, int kind, Init init, Dims... shape);
+// Gives the gradients of this copy of all tensors that have several to the ranks, to be added up while
+// the backward pass goes on. What no call names is added up at its end
 void gradients_done(Model* model, int copy);
 
 // A tensor of the forward pass: a line of the model's table, for one copy
@@ -373,14 +383,14 @@ typedef struct {
     int id;               // among the dropped tensors
     size_t gradient, gradient_n; // -stats: where its weight gradient lies in the memory of gradients
     char* data;           // cached and not dropped
-    char* batch;          // dropped: the whole tensor until its elements are chosen; one for all copies, but under -stats
-    char* chunk;          // recomputed or dropped: what the backward pass (forward, if not dropped) works on; one for all
+    char* batch;          // dropped: the whole tensor until its elements are chosen; copies share it, but for -stats
+    char* chunk;          // recomputed or dropped: what the passes work on; copies share it
     Dropped dropit;
 } Activation;
 void plan_activation(Model* model, Activation* a, const char* name, const char* shape, int copy, int copies, int bits,
                      size_t n, int level, int cache);
-// The kernel that recomputes `a` masks it, unless `reader`, which a layer computes from it, is recomputed too: that layer
-// needs all elements
+// The kernel that recomputes `a` masks it, unless `reader`, which a layer computes from it, is
+// recomputed too: that layer needs all elements
 void mask_unless_read(const Model* model, Activation* a, const Activation* reader);
 // tensors that drop_activations chooses from in one call
 void plan_selection(Model* model, std::initializer_list<const Activation*> activations);
@@ -390,13 +400,14 @@ char* activation_at(const Activation* a, size_t b0, bool backward);
 bool computed(const Activation* a, bool backward);
 KeepLargest keep_largest(const Activation* a, size_t b0);
 void drop_activations(const Model* model, std::initializer_list<const Activation*> activations);
-// dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 of `rows` rows each. X is the tensor
-// as the backward pass has it: dense, unpacked, or recomputed and masked
+// dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 of `rows` rows
+// each. X is the tensor as the backward pass has it: dense, unpacked, or recomputed and masked
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC);
 
-// Flags, one line each: X(type, field, flag, default, least, most, resume, help). Types: i int, f double, s string. The
-// defaults are neutral: model_defaults says what a model trains with. SAME: a resumed run must have the same value
+// Flags, one line each: X(type, field, flag, default, least, most, resume, help). Types: i int, f
+// double, s string. The defaults are neutral: model_defaults says what a model trains with. SAME: a
+// resumed run must have the same value
 #define MAX_OPTIONS 96
 enum { ANY, SAME };
 typedef struct Option {
@@ -446,8 +457,8 @@ struct Common {
     StepResult* result;
     Plan plan;
     const char* too_large;       // a dropped tensor of 2^32 elements or more: indices have 32 bits
-    unsigned pass;               // counts forward passes of training: what random choices of a pass depend on
-    bool stats_now, last_pass;   // this step reports -stats; its gradients are complete after this backward pass
+    unsigned pass;               // forward passes of training so far: their random choices depend on it
+    bool stats_now, last_pass;   // this step reports -stats; gradients are complete after this pass
 };
 
 // A step, and the state that it changes
@@ -465,57 +476,39 @@ void model_allocate(Model* model); // all of the plan
 void model_free(Model* model);
 void init_parameters(Model* model);
 typedef struct Safetensors Safetensors;
+bool safetensors_has(const Safetensors* st, const char* name); // a tensor
 void check_parameters(const Model* model, const Safetensors* st); // ends the run unless they fit the model
-void load_parameters(Model* model, const Safetensors* st, const char* prefix); // prefix: of the names in the file
+void load_parameters(Model* model, const Safetensors* st, const char* prefix); // prefix: of names in the file
 void share_buffers(Model* model);  // rank 0's running statistics are the model's
 void zero_gradients(Model* model);
 void model_update(Model* model, OptimizerConfig o, double lr, int step); // step counts from 1
 void ema_enter(Model* model);      // the moving average takes the place of the weights, until ema_leave
 void ema_leave(Model* model);
-StepResult model_result(const Model* model);      // over all ranks, since zero_gradients; waits for the device
-void first_not_finite(const Model* model, char name[128]); // the first stored tensor, in the order of computation
+StepResult model_result(const Model* model); // over all ranks, since zero_gradients; waits for the device
+void first_not_finite(const Model* model, char name[128]); // the first stored tensor as they are computed
 uint32_t fingerprint(const Model* model);         // CRC-32 of all weights
 void weights_agree(const Model* model);           // over the ranks, else the run ends
 
-// Checkpoints, files, flags
-int checkpoint_newest(const char* directory, int below); // step with a DONE file; -1: none
-int checkpoint_find(const char* directory);              // the newest whose files are whole; -1: there is none
-void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int n);
-void read_checkpoint(Model* model, int step, StMetadata* metadata, int n); // refuses a run with other flags
-void write_best(const Model* model, const StMetadata* metadata, int n, const StMetadata* best);
-void log_cut(FILE* log, int step); // cuts main.log behind the lines of this step
-#define set_value(entry, ...) snprintf((entry)->value, sizeof((entry)->value), __VA_ARGS__)
-Safetensors* safetensors_open(const char* path);
-void safetensors_close(Safetensors* st);
-bool safetensors_has(const Safetensors* st, const char* name); // a tensor
-void path_in(char path[PATH_MAX], const char* directory, const char* name);
-void parse_options(Model* model, int argc, char** argv);
-void settings_derive(Model* model); // checks what fits together
-int options_metadata(const Model* model, StMetadata* metadata, int n); // flags that are not neutral
-void report_plan(Model* model);
-double seconds(void);
-void write_sheet(Model* model, Loader* loader, size_t number);
-void predict(Model* model, Loader* loader);
-
 // What a model defines for the code behind main()
-int model_options(Model* model, Option* options, int n); // appends its flags; returns how many there are then
-const char* model_defaults(const char* name);            // flags that stand before the recipe's and the user's
+int model_options(Model* model, Option* options, int n); // appends its flags; returns how many there are
+const char* model_defaults(const char* name);            // flags that stand before a recipe's
 void model_configure(Model* model);                      // what the flags say: H, W, CH, V and its own
 void model_plan(Model* model);                           // its tables, its scratch
 void model_print(const Model* model);                    // says in a line what it is
-// Forward pass, loss and backward pass of a whole batch: gradients += those of scale * loss, result += the sums
+// Forward pass, loss and backward pass of a whole batch: gradients += those of scale * loss, result +=
+// the sums
 void model_train(Model* model, const Batch* batch, float scale);
 void model_evaluate(Model* model, const Batch* batch);   // without DropIT; result += the sums
 floatX* model_predict(Model* model, const Batch* batch); // classifiers: the logits (n, V)
-void model_input(Model* model, const Batch* batch);      // the batch, normalised, erased and mixed, as the first tensor
-void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it (H, W, CH), to be looked at
-void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // changes the bytes of training images
-void model_check_file(const Safetensors* st);            // refuses weights of relatives that it does not train
-double model_flops(const Model* model, size_t n);        // operations of the products of a training step on n images
-void model_scores(const Model* model, size_t images, double* scores); // of an evaluation, in the order of its metrics
-extern const Metric model_train_metrics[];               // what a step adds up: the loss first; a NULL name ends them
-extern const Metric model_eval_metrics[];                // what an evaluation finds
-extern const int model_best_metric;                      // of these, by which best.safetensors is chosen: the larger
+void model_input(Model* model, const Batch* batch);      // normalised, erased, mixed: the first tensor
+void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (H, W, CH)
+void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: of training images
+void model_check_file(const Safetensors* st);            // refuses weights of what it does not train
+double model_flops(const Model* model, size_t n);        // of the products of a training step on n images
+void model_scores(const Model* model, size_t images, double* scores); // of an evaluation
+extern const Metric model_train_metrics[];               // a step's sums: the loss first; a NULL name ends them
+extern const Metric model_eval_metrics[];                // an evaluation's scores
+extern const int model_best_metric;                      // of these: best.safetensors has the largest
 extern const char* const model_recipes[][2];             // name, flags; {NULL, NULL} ends them
 // ---- end shared: interface -------------------------------------------------
 
@@ -537,8 +530,9 @@ static const struct {
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
 
-// X(name, name in timm, copies, shape of copy l, kind, initial value). timm initialises linear layers and positions from a
-// normal distribution, the patch embedding as PyTorch does any convolution: uniform up to 1/sqrt(inputs of an output)
+// X(name, name in timm, copies, shape of copy l, kind, initial value). timm initialises linear layers
+// and positions from a normal distribution, the patch embedding as PyTorch does any convolution: uniform
+// up to 1/sqrt(inputs of an output)
 #define PARAMETERS(X) \
     X(patchw, "patch_embed.proj.weight",    1, (C, CH, P, P), DECAY, uniform_init(CH*P*P)) \
     X(patchb, "patch_embed.proj.bias",      1, (C),           PLAIN, uniform_init(CH*P*P)) \
@@ -590,13 +584,14 @@ static const struct {
 // flags of this model alone, beside those of all image classifiers
 #define DEIT_SETTINGS(X) \
     X(i, patch,     "-patch",     0,      0, 65535, SAME, "patch size, 0: the model's") \
-    X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block, linear over depth; 0: off") \
+    X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block; 0: off") \
     X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment as timm names it: none, rand-m9-mstd0.5-inc1")
 
-// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them. No T x T
-// matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the backward pass rebuilds
-// the probabilities from it. Rows of T x T matrices are `ld` elements apart, T rounded up to VEC, so that they can be read
-// in packs; the columns from T on are never used as values
+// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between
+// them. No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of
+// scores, and the backward pass rebuilds the probabilities from it. Rows of T x T matrices are `ld`
+// elements apart, T rounded up to VEC, so that they can be read in packs; the columns from T on are
+// never used as values
 typedef struct {
     int heads, T, HS, ld, max_images;
     float* scores;   // (images, NH, T, ld) q @ k^T / sqrt(HS)
@@ -648,108 +643,120 @@ struct Model : Common {
 // ----------------------------------------------------------------------------
 // its kernels' launchers, which stand behind main()
 
-// patches (B, T-1, CH*P*P) = images (B, S, S, CH), mirrored where flips (B) say so, normalised, erased and mixed
+// patches (B, T-1, CH*P*P) = images (B, S, S, CH), mirrored where flips (B) say so, normalised, erased
+// and mixed
 void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment,
               size_t n, int S, int P, int CH);
 // out[b] = concatenation of cls and tokens[b] (T-1, C), plus pos (T, C)
 void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C);
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C);
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C);
-// in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps). out (rows, C), mean and rstd (rows); row r of inp begins at
-// inp + r*stride. keep: DropIT's masking of out
+// in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps). out (rows, C), mean and rstd (rows); row r of
+// inp begins at inp + r*stride. keep: DropIT's masking of out
 template <class Keep = KeepAll> void layernorm_forward(
     floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias, size_t rows,
     size_t C, size_t stride, Keep keep = Keep());
-// dinp += its gradient, since dinp is that of the residual stream. partial holds 2 * column_sum_scratch(rows, C) floats
-void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
-                        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride);
+// dinp += its gradient, since dinp is that of the residual stream. partial holds 2 *
+// column_sum_scratch(rows, C) floats
+void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
+                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd, size_t rows,
+                        size_t C, size_t stride);
 template <class Keep = KeepAll> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep = Keep());
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // in place: dinp *= derivative of F.gelu at inp
-// in PyTorch: F.scaled_dot_product_attention(q, k, v). out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
+// in PyTorch: F.scaled_dot_product_attention(q, k, v). out (images, T, C), lse (images, NH, T), qkv
+// (images, T, 3C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images);
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images);
-// drop-path (stochastic depth): out = scales[image] * x + residual, with scales (L, 2, B) of 0 or 1 / (1 - rate)
+// drop-path (stochastic depth): out = scales[image] * x + residual, with scales (L, 2, B) of 0 or 1 / (1
+// - rate)
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth);
 void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first);
-void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images, size_t per_image);
+void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
+               size_t per_image);
 
 // ----------------------------------------------------------------------------
 // forward and backward passes
 
-// the drop-path scales of image b0 in a branch of block l (0: attention, 1: mlp); NULL: the branch is never left out
+// the drop-path scales of image b0 in a branch of block l (0: attention, 1: mlp); NULL: the branch is
+// never left out
 const float* branch_scales(const Model* model, int l, int branch, size_t b0) {
     const double last = model->own.drop_path;
     if (last == 0.0 || drop_path_rate((float)last, l, model->config.depth) == 0.0f) { return NULL; }
     return model->drop_path_scales + (2*l + branch) * model->B + b0;
 }
 
-// out = residual + linear(inp) for nb images, or + scales * linear(inp) where scales is not NULL; shapes as linear_forward
+// out = residual + linear(inp) for nb images, or + scales * linear(inp) where scales is not NULL; shapes
+// as linear_forward
 void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                     const float* scales, size_t nb, size_t T, size_t C, size_t OC) {
     linear_forward(out, inp, weight, bias, scales == NULL ? residual : NULL, nb * T, C, OC);
     if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
 }
 
-// LayerNorm number 1 or 2 of block l, from image b0 on, where it is computed now
-void norm_forward(const Activation* norm, const Activation* mean, const Activation* rstd, const floatX* inp,
-                  const floatX* weight, const floatX* bias, const Model* model, size_t b0, size_t rows, bool recompute) {
-    const size_t C = model->config.channels;
-    if (!computed(norm, recompute)) { return; }
-    floatX* out = (floatX*)activation_at(norm, b0, recompute);
-    float* m = (float*)activation_at(mean, b0, recompute);
-    float* r = (float*)activation_at(rstd, b0, recompute);
-    if (recompute && norm->masked) { layernorm_forward(out, m, r, inp, weight, bias, rows, C, C, keep_largest(norm, b0)); }
-    else { layernorm_forward(out, m, r, inp, weight, bias, rows, C, C); }
+// a LayerNorm of a block, from image b0 on; masked where DropIT allows it
+void norm_forward(const Activation* a, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                  const floatX* bias, size_t b0, size_t rows, size_t C, bool recompute) {
+    const bool masked = recompute && a->masked;
+    if (masked) { layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C, keep_largest(a, b0)); }
+    else { layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C); }
 }
 
-// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls: the same bits. training: with
-// drop-path
+// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls: the same
+// bits. training: with drop-path
 void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
     const size_t C = model->config.channels, T = model->T, rows = nb * T;
     const auto* p = &model->params;
     auto* a = &model->acts;
-    const float* scales = training ? branch_scales(model, l, 0, b0) : NULL;
-    const float* scales2 = training ? branch_scales(model, l, 1, b0) : NULL;
+    const float *scales = NULL, *scales2 = NULL;
+    if (training) { scales = branch_scales(model, l, 0, b0), scales2 = branch_scales(model, l, 1, b0); }
 #define AT(type, name) ((type*)activation_at(&a->name[l], b0, recompute))
-    floatX *residual = AT(floatX, residual), *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv), *atty = AT(floatX, atty);
-    floatX *residual2 = AT(floatX, residual2), *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch), *gelu = AT(floatX, fch_gelu);
-    norm_forward(&a->ln1[l], &a->ln1_mean[l], &a->ln1_rstd[l], residual, p->ln1w[l], p->ln1b[l], model, b0, rows, recompute);
-    if (computed(&a->qkv[l], recompute)) { linear_forward(qkv, ln1, p->qkvw[l], p->qkvb[l], NULL, rows, C, 3*C); }
-    if (computed(&a->atty[l], recompute)) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
-    if (computed(&a->residual2[l], recompute)) {
-        branch_forward(residual2, atty, p->projw[l], p->projb[l], residual, scales, nb, T, C, C);
+#define NOW(name) computed(&a->name[l], recompute)
+    floatX *residual = AT(floatX, residual), *residual2 = AT(floatX, residual2), *ln1 = AT(floatX, ln1);
+    floatX *qkv = AT(floatX, qkv), *atty = AT(floatX, atty), *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch);
+    floatX* gelu = AT(floatX, fch_gelu);
+    const Activation* masked = recompute && a->fch_gelu[l].masked ? &a->fch_gelu[l] : NULL;
+    if (NOW(ln1)) {
+        norm_forward(&a->ln1[l], ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w[l], p->ln1b[l],
+                     b0, rows, C, recompute);
     }
-    norm_forward(&a->ln2[l], &a->ln2_mean[l], &a->ln2_rstd[l], residual2, p->ln2w[l], p->ln2b[l], model, b0, rows, recompute);
-    if (computed(&a->fch[l], recompute)) { linear_forward(fch, ln2, p->fc1w[l], p->fc1b[l], NULL, rows, C, 4*C); }
-    if (recompute && a->fch_gelu[l].masked) { gelu_forward(gelu, fch, rows * 4*C, keep_largest(&a->fch_gelu[l], b0)); }
-    else if (computed(&a->fch_gelu[l], recompute)) { gelu_forward(gelu, fch, rows * 4*C); }
+    if (NOW(qkv)) { linear_forward(qkv, ln1, p->qkvw[l], p->qkvb[l], NULL, rows, C, 3*C); }
+    if (NOW(atty)) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
+    if (NOW(residual2)) { branch_forward(residual2, atty, p->projw[l], p->projb[l], residual, scales, nb, T, C, C); }
+    if (NOW(ln2)) {
+        norm_forward(&a->ln2[l], ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w[l], p->ln2b[l],
+                     b0, rows, C, recompute);
+    }
+    if (NOW(fch)) { linear_forward(fch, ln2, p->fc1w[l], p->fc1b[l], NULL, rows, C, 4*C); }
+    if (masked != NULL) { gelu_forward(gelu, fch, rows * 4*C, keep_largest(masked, b0)); }
+    else if (NOW(fch_gelu)) { gelu_forward(gelu, fch, rows * 4*C); }
+#undef NOW
 #undef AT
-    if (!recompute) {
-        floatX* out = (floatX*)activation_at(&a->residual[l+1], b0, false);
-        branch_forward(out, gelu, p->fc2w[l], p->fc2b[l], residual2, scales2, nb, T, 4*C, C);
-    }
+    if (recompute) { return; }
+    floatX* out = (floatX*)activation_at(&a->residual[l+1], b0, false);
+    branch_forward(out, gelu, p->fc2w[l], p->fc2b[l], residual2, scales2, nb, T, 4*C, C);
 }
 
-// logits of the n <= B images whose patches are the first tensor. training: with drop-path, and DropIT chooses
+// logits of the n <= B images whose patches are the first tensor. training: with drop-path, and DropIT
+// chooses
 void model_forward(Model* model, size_t n, bool training) {
     const DeitConfig c = model->config;
-    const size_t C = c.channels, T = model->T, V = model->V, K = model->CH * c.patch_size * c.patch_size;
-    const size_t I = model->chunk_images;
+    const size_t C = c.channels, T = model->T, V = model->V, I = model->chunk_images;
+    const size_t K = model->CH * c.patch_size * c.patch_size;
     const auto* p = &model->params;
     auto* a = &model->acts;
     for (size_t b0 = 0; b0 < n; b0 += I) {
-        const size_t nb = n - b0 < I ? n - b0 : I;
+        const size_t nb = std::min(n - b0, I);
         const floatX* patches = (floatX*)activation_at(a->patches, b0, false);
         linear_forward(model->tokens, patches, p->patchw[0], p->patchb[0], NULL, nb * (T-1), K, C);
         embed((floatX*)activation_at(a->residual, b0, false), model->tokens, p->cls[0], p->pos[0], nb, T, C);
     }
     if (training) { drop_activations(model, {a->patches}); }
     if (training && model->own.drop_path > 0.0) {
-        drop_path_scales(model->drop_path_scales, c.depth, (int)model->B, model->own.drop_path, model->seed, model->pass,
-                         (unsigned)(rank * model->B));
+        drop_path_scales(model->drop_path_scales, c.depth, (int)model->B, model->own.drop_path, model->seed,
+                         model->pass, (unsigned)(rank * model->B));
     }
     for (int l = 0; l < c.depth; l++) {
-        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, n - b0 < I ? n - b0 : I, false, training); }
+        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, std::min(n - b0, I), false, training); }
         if (training) { drop_activations(model, {&a->ln1[l], &a->atty[l], &a->ln2[l], &a->fch_gelu[l]}); }
     }
     // the head reads the class token alone, so the last norm is taken of that row only: rows T*C apart
@@ -760,7 +767,8 @@ void model_forward(Model* model, size_t n, bool training) {
     if (training) { drop_activations(model, {a->lnf}); }
 }
 
-// gradients of block l for images b0 .. b0+nb-1; dresidual holds the gradient of the block's output, and then of its input
+// gradients of block l for images b0 .. b0+nb-1; dresidual holds the gradient of the block's output, and
+// then of its input
 void block_backward(Model* model, int l, size_t b0, size_t nb) {
     const size_t C = model->config.channels, T = model->T, rows = nb * T;
     const auto* p = &model->params;
@@ -770,7 +778,8 @@ void block_backward(Model* model, int l, size_t b0, size_t nb) {
     const float *scales = branch_scales(model, l, 0, b0), *scales2 = branch_scales(model, l, 1, b0);
     block_forward(model, l, b0, nb, true, true);
 #define AT(type, name) ((type*)activation_at(&a->name[l], b0, true))
-    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch, which has no use yet, takes what drop-path lets through
+    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch, which has no use yet, takes what
+    // drop-path lets through
     const floatX* dmlp = scales2 != NULL ? dbranch : dres;
     if (scales2 != NULL) { drop_path(dbranch, dres, NULL, scales2, nb, T*C); }
     weight_gradient(model, &a->fch_gelu[l], g->fc2w[l], g->fc2b[l], dmlp, b0, nb, T, 4*C, C);
@@ -796,14 +805,15 @@ void block_backward(Model* model, int l, size_t b0, size_t nb) {
 // grads += gradients of the loss of a whole batch, from that of the logits
 void model_backward(Model* model) {
     const DeitConfig c = model->config;
-    const size_t B = model->B, C = c.channels, T = model->T, V = model->V, K = model->CH * c.patch_size * c.patch_size;
-    const size_t I = model->chunk_images;
+    const size_t B = model->B, C = c.channels, T = model->T, V = model->V, I = model->chunk_images;
+    const size_t K = model->CH * c.patch_size * c.patch_size;
     const auto* p = &model->params;
     const auto* g = &model->grads;
     auto* a = &model->acts;
     const floatX* dlogits = (const floatX*)a->logits->data;
     for (size_t b0 = 0; b0 < B; b0 += I) {
-        weight_gradient(model, a->lnf, g->headw[0], g->headb[0], dlogits + b0 * V, b0, B - b0 < I ? B - b0 : I, 1, C, V);
+        const size_t nb = std::min(B - b0, I);
+        weight_gradient(model, a->lnf, g->headw[0], g->headb[0], dlogits + b0 * V, b0, nb, 1, C, V);
     }
     linear_backward_input(model->dlnf, dlogits, p->headw[0], B, C, V);
     // only the class tokens' rows of the last residual have a gradient yet
@@ -812,11 +822,11 @@ void model_backward(Model* model) {
                        (floatX*)activation_at(&a->residual[c.depth], 0, true), p->lnfw[0],
                        (float*)a->lnf_mean->data, (float*)a->lnf_rstd->data, B, C, T*C);
     for (int l = c.depth - 1; l >= 0; l--) {
-        for (size_t b0 = 0; b0 < B; b0 += I) { block_backward(model, l, b0, B - b0 < I ? B - b0 : I); }
+        for (size_t b0 = 0; b0 < B; b0 += I) { block_backward(model, l, b0, std::min(B - b0, I)); }
         gradients_done(model, l);
     }
     for (size_t b0 = 0; b0 < B; b0 += I) {
-        const size_t nb = B - b0 < I ? B - b0 : I;
+        const size_t nb = std::min(B - b0, I);
         const floatX* dres = model->dresidual + b0 * T*C;
         embed_backward_positions(g->pos[0], g->cls[0], dres, nb, T, C);
         embed_backward_tokens(model->tokens, dres, nb, T, C);
@@ -827,7 +837,8 @@ void model_backward(Model* model) {
 void model_input(Model* model, const Batch* batch) {
     patchify((floatX*)activation_at(model->acts.patches, 0, false), batch->images, batch->flips, batch->stats,
              &batch->augment, batch->n, (int)model->H, model->config.patch_size, (int)model->CH);
-    cudaCheck(cudaMemcpyAsync(model->labels, batch->labels, batch->n * sizeof(int), cudaMemcpyDeviceToDevice, main_stream));
+    const size_t bytes = batch->n * sizeof(int);
+    cudaCheck(cudaMemcpyAsync(model->labels, batch->labels, bytes, cudaMemcpyDeviceToDevice, main_stream));
     batch_used(batch);
 }
 
@@ -860,22 +871,22 @@ void model_evaluate(Model* model, const Batch* batch) {
 void model_plan(Model* model) {
     const DeitConfig c = model->config;
     Plan* plan = &model->plan;
-    const size_t B = model->B, C = c.channels, L = c.depth, NH = c.heads, V = model->V, CH = model->CH, P = c.patch_size;
-    const size_t T = model->T;
+    const size_t B = model->B, C = c.channels, L = c.depth, NH = c.heads, V = model->V, T = model->T;
+    const size_t CH = model->CH, P = c.patch_size;
     // chunks of nearly equal size, none above chunk_bytes where a single image is not
     const size_t chunks = CEIL_DIV(B * T * 4*C * sizeof(floatX), model->chunk_bytes);
     const size_t I = model->chunk_images = CEIL_DIV(B, chunks < B ? chunks : B);
 #define X(field, name, copies, shape, kind, init) \
     for (size_t l = 0; l < (copies); l++) { \
-        add_parameter(model, &model->params.field[l], &model->grads.field[l], NULL, name, (int)l, (int)(copies), kind, init, \
-                      IN_PARENTHESES shape); \
+        add_parameter(model, &model->params.field[l], &model->grads.field[l], NULL, name, (int)l, (int)(copies), \
+                      kind, init, IN_PARENTHESES shape); \
     }
     PARAMETERS(X)
 #undef X
 #define X(field, bits, copies, shape, level, cache) \
     for (size_t l = 0; l < (copies); l++) { \
-        plan_activation(model, &model->acts.field[l], #field, #copies " x " #shape, (int)l, (int)(copies), bits, numel shape, \
-                        level, cache); \
+        plan_activation(model, &model->acts.field[l], #field, #copies " x " #shape, (int)l, (int)(copies), bits, \
+                        numel shape, level, cache); \
     }
     ACTIVATIONS(X)
 #undef X
@@ -930,20 +941,21 @@ int model_options(Model* model, Option* options, int n) {
 
 // what the bundled data want; a published model is trained by a recipe
 const char* model_defaults(const char*) {
-    return "-i data/fashion_train.bin -j data/fashion_val.bin -b 64 -e 6 -opt adamw -l 2e-3 -wd 0.05 -warmup 50 -r 1";
+    return "-i data/fashion_train.bin -j data/fashion_val.bin -b 64 -e 6 -opt adamw -l 2e-3 -wd 0.05 -warmup 50"
+           " -r 1";
 }
 
-// -recipe: what the published commands of DropIT for DeiT amount to (benchmarks/deit of its code, which is DeiT's), as flags.
-// The batch is that of each of their two GPUs, -l is for 512 images where -unscale_lr is 0. timm's "sgd" is Nesterov's. That
-// code asks timm for ten epochs of cool-down and then ends without them, so -cooldown is 0. Gamma is the user's choice (-g),
-// as there. No command for ViT-B is published: its two recipes are DeiT's with that model
-#define RECIPE_DATA " -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8" \
-    " -cutmix 1 -smoothing 0.1"
-#define RECIPE_TRAINING " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5" \
-    " -cooldown 0"
-#define RECIPE_IMAGENET " -b 512 -e 300 -opt adamw -l 5e-4 -unscale_lr 0 -wd 0.05 -classes 1000" RECIPE_TRAINING RECIPE_DATA
-#define RECIPE_CIFAR100 " -b 384 -e 1000 -opt sgd -momentum 0.9 -nesterov 1 -l 0.01 -unscale_lr 1 -wd 1e-4 -classes 100" \
-    RECIPE_TRAINING RECIPE_DATA
+// -recipe: what the published commands of DropIT for DeiT amount to (benchmarks/deit of its code, which
+// is DeiT's), as flags. The batch is that of each of their two GPUs, -l is for 512 images where
+// -unscale_lr is 0. timm's "sgd" is Nesterov's. That code asks timm for ten epochs of cool-down and then
+// ends without them, so -cooldown is 0. Gamma is the user's choice (-g), as there. No command for ViT-B
+// is published: its two recipes are DeiT's with that model
+#define RECIPE " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5 -cooldown 0" \
+    " -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1" \
+    " -smoothing 0.1"
+#define RECIPE_IMAGENET " -b 512 -e 300 -opt adamw -l 5e-4 -unscale_lr 0 -wd 0.05 -classes 1000" RECIPE
+#define RECIPE_CIFAR100 " -b 384 -e 1000 -opt sgd -momentum 0.9 -nesterov 1 -l 0.01 -unscale_lr 1 -wd 1e-4" \
+    " -classes 100" RECIPE
 const char* const model_recipes[][2] = {
     {"deit_ti_imagenet", "-m deit_tiny" RECIPE_IMAGENET},
     {"deit_s_cifar100",  "-m deit_small" RECIPE_CIFAR100},
@@ -956,10 +968,10 @@ const char* const model_recipes[][2] = {
 // the tokens of an image, and what can be wrong with a configuration
 void deit_shape(Model* model) {
     const size_t P = model->config.patch_size;
-    require(P > 0 && model->H % P == 0 && model->W % P == 0, "an image of %zu x %zu pixels does not divide into patches of "
-            "%zu; change -size or -patch", model->H, model->W, P);
-    require(model->config.depth <= MAX_COPIES, "the model has %d blocks, this program was built for %d; raise MAX_COPIES",
-            model->config.depth, MAX_COPIES);
+    require(P > 0 && model->H % P == 0 && model->W % P == 0, "an image of %zu x %zu pixels does not divide into "
+            "patches of %zu; change -size or -patch", model->H, model->W, P);
+    require(model->config.depth <= MAX_COPIES, "the model has %d blocks, this program was built for %d; raise "
+            "MAX_COPIES", model->config.depth, MAX_COPIES);
     model->T = (model->H / P) * (model->W / P) + 1;
 }
 
@@ -975,89 +987,76 @@ void model_configure(Model* model) {
     parse_augment(&model->augment.options, model->own.augment);
 }
 
-void model_check_file(const Safetensors* st) {
-    require(!safetensors_has(st, "dist_token") && !safetensors_has(st, "head_dist.weight"), "these are the weights of a distilled "
-            "DeiT, which has a distillation token (dist_token, head_dist) that this program does not train; take the DeiT without "
-            "`distilled` in its name");
-}
-
-// Those of the forward pass three times. What -r computes again is not counted, nor is what DropIT or drop-path spare
-double model_flops(const Model* model, size_t n) {
-    const DeitConfig c = model->config;
-    const double C = c.channels, T = (double)model->T, K = (double)model->CH * c.patch_size * c.patch_size;
-    const double block = 2*T*12*C*C + 4*T*T*C; // four linears; scores and their product with v
-    return 3.0 * n * (c.depth * block + 2*(T-1)*K*C + 2*C*model->V);
-}
-
-void model_print(const Model* model) {
-    const DeitConfig c = model->config;
-    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, heads %d, ", model->name,
-           model->H, model->W, c.patch_size, model->CH, model->V, c.channels, c.depth, c.heads);
-    printf("%zu parameters\n", model->num_parameters);
-}
-
-void model_pixels(const Model* model, size_t b, float* pixels) {
-    const size_t P = model->config.patch_size, CH = model->CH, W = model->W, n = model->acts.patches->per_image;
-    floatX* patches = host_new<floatX>(n, "an image");
-    cudaCheck(cudaMemcpy(patches, activation_at(model->acts.patches, b, false), n * sizeof(floatX),
-                         cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) { // patches are (T-1, CH, P, P)
-        const size_t t = i / (CH*P*P), ch = i / (P*P) % CH, h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
-        pixels[(h * W + w) * CH + ch] = (float)patches[i];
-    }
-    free(patches);
-}
-
 // ---- shared: training ------------------------------------------------------
-// The flags of all trainers; those of one model follow them. A recipe stands for some of them; -h prints all
+// Behind main() for the functions below: checkpoints, files, flags
+int checkpoint_newest(const char* directory, int below); // step with a DONE file; -1: none
+int checkpoint_find(const char* directory);              // the newest whose files are whole; -1: there is none
+void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int n);
+void read_checkpoint(Model* model, int step, StMetadata* metadata, int n); // refuses a run with other flags
+void write_best(const Model* model, const StMetadata* metadata, int n, const StMetadata* best);
+void log_cut(FILE* log, int step); // cuts main.log behind the lines of this step
+#define set_value(entry, ...) snprintf((entry)->value, sizeof((entry)->value), __VA_ARGS__)
+Safetensors* safetensors_open(const char* path);
+void safetensors_close(Safetensors* st);
+void path_in(char path[PATH_MAX], const char* directory, const char* name);
+void parse_options(Model* model, int argc, char** argv);
+void settings_derive(Model* model); // checks what fits together
+int options_metadata(const Model* model, StMetadata* metadata, int n); // flags that are not neutral
+void report_plan(Model* model);
+double seconds(void);
+void write_sheet(Model* model, Loader* loader, size_t number);
+void predict(Model* model, Loader* loader);
+
+// The flags of all trainers; those of one model follow them. A recipe stands for some of them; -h prints
+// all
 #define SETTINGS(X) \
-    X(s, recipe,      "-recipe",   NULL,   0, 0,         ANY,  "published settings that become the defaults, listed below") \
-    X(s, model,       "-m",        DEFAULT_MODEL, 0, 0,  SAME, "model: " MODEL_NAMES) \
-    X(s, size,        "-size",     "0",    0, 0,         SAME, "image size, N or HxW; 0: the model's") \
-    X(i, chans,       "-chans",    0,      0, 4,         SAME, "image channels, 0: the model's") \
-    X(i, classes,     "-classes",  0,      0, 1 << 24,   SAME, "classes, 0: the model's") \
-    X(s, train_path,  "-i",        NULL,   0, 0,         ANY,  "training images: a shard, or the prefix of a set of shards") \
-    X(s, val_path,    "-j",        NULL,   0, 0,         ANY,  "validation images: a shard or a prefix") \
-    X(s, output,      "-o",        NULL,   0, 0,         ANY,  "output directory, for main.log and checkpoints") \
-    X(i, B,           "-b",        32,     1, 1 << 20,   SAME, "batch size, of each rank") \
-    X(i, accumulation, "-a",       1,      1, 1 << 20,   SAME, "gradient accumulation: batches a step") \
-    X(i, epochs,      "-e",        1,      1, 1 << 20,   SAME, "epochs") \
-    X(i, max_steps,   "-x",        0,      0, 2e9,       ANY,  "stop after this many steps, 0: after the epochs") \
-    X(f, lr,          "-l",        1e-3,   0, 1e6,       SAME, "learning rate") \
-    X(s, optimizer,   "-opt",      "sgd",  0, 0,         SAME, "optimizer: adamw, sgd") \
-    X(f, weight_decay, "-wd",      0.0,    0, 1e6,       SAME, "weight decay") \
-    X(i, decay_all,   "-wd_all",   0,      0, 1,         SAME, "1: weight decay also on norms and biases") \
-    X(f, beta1,       "-beta1",    0.9,    0, 0.999999,  SAME, "AdamW: decay of the first moment") \
-    X(f, beta2,       "-beta2",    0.999,  0, 0.9999999, SAME, "AdamW: decay of the second moment") \
-    X(f, momentum,    "-momentum", 0.9,    0, 0.999999,  SAME, "SGD: momentum") \
-    X(i, nesterov,    "-nesterov", 0,      0, 1,         SAME, "SGD: 1: Nesterov's momentum") \
-    X(i, unscale_lr,  "-unscale_lr", 1,    0, 1,         SAME, "0: -l is for 512 images and grows with the images of a step") \
-    X(s, schedule,    "-schedule", "step", 0, 0,         SAME, "learning rate by step, or by epoch as DeiT's code steps timm's") \
-    X(i, warmup,      "-warmup",   0,      0, 2e9,       SAME, "steps of linear warm-up before the cosine (-schedule step)") \
-    X(i, warmup_epochs, "-warmup_epochs", 0, 0, 1 << 20, SAME, "epochs of linear warm-up; above 0 they replace -warmup") \
-    X(f, warmup_lr,   "-warmup_lr", 0.0,   0, 1e6,       SAME, "learning rate at which the warm-up begins") \
-    X(f, min_lr,      "-min_lr",   0.0,    0, 1e6,       SAME, "learning rate at which the cosine ends") \
-    X(i, cooldown,    "-cooldown", 0,      0, 1 << 20,   SAME, "epochs at -min_lr after the -e epochs") \
-    X(f, ema,         "-ema",      0.0,    0, 0.9999999, SAME, "decay of a moving average of the weights, evaluated too") \
-    X(f, clip,        "-clip",     0.0,    0, 1e30,      SAME, "largest norm of the gradient, 0: no clipping") \
-    X(f, gamma,       "-g",        0.0,    0, 0.99999999, SAME, "DropIT: fraction of each cached input to drop, 0: off") \
-    X(s, strategy,    "-s",        "mink", 0, 0,         SAME, "DropIT: mink, fastmink, random") \
-    X(i, drop_all,    "-g_all",    0,      0, 1,         SAME, "DropIT: 1: also in " HELP_DROP_ALL) \
-    X(i, stats,       "-stats",    0,      0, 2e9,       ANY,  "DropIT: report what is kept every N steps, 0: never") \
-    X(i, recompute,   "-r",        0,      0, NEVER - 1, ANY,  "recompute in the backward pass: " HELP_RECOMPUTE) \
-    X(i, chunk,       "-chunk",    32,     1, 1 << 20,   SAME, "MiB of the widest tensor in a chunk of images") \
-    X(s, weights,     "-w",        NULL,   0, 0,         ANY,  "initial weights, .safetensors: " HELP_WEIGHTS " or a checkpoint's") \
-    X(s, predict,     "-predict",  NULL,   0, 0,         ANY,  "print predictions for each image of this shard and exit") \
-    X(s, sheet,       "-sheet",    NULL,   0, 0,         ANY,  "write the first batch (data/sheet.py draws it) and exit") \
-    X(i, threads,     "-threads",  2,      0, 64,        ANY,  "threads that read images ahead") \
-    X(i, sharded,     "-z",        0,      0, 1,         ANY,  "1: each rank holds its part of the optimizer's states (ZeRO-1)") \
-    X(i, save_every,  "-n",        0,      0, 2e9,       ANY,  "write a checkpoint every N steps, and at the end; 0: never") \
-    X(i, keep,        "-keep",     0,      0, 2e9,       ANY,  "keep the newest N checkpoints, 0: all") \
-    X(i, resume,      "-y",        0,      0, 1,         ANY,  "1: resume from the newest checkpoint in -o, if there is one") \
-    X(i, evaluate_every, "-v",     1,      0, 1 << 20,   ANY,  "evaluate every N epochs, and at the end; 0: only at the end") \
-    X(i, evaluate_only, "-eval",   0,      0, 1,         ANY,  "1: evaluate only") \
-    X(i, seed,        "-seed",     1,      0, 2e9,       SAME, "seed of all random choices") \
-    X(s, plan,        "-plan",     "0",    0, 0,         ANY,  "1: print the memory plan and exit; 24GiB: also the largest batch")
+    X(s, recipe,         "-recipe",    NULL, 0, 0, ANY, "published settings as defaults, listed below") \
+    X(s, model,          "-m",         DEFAULT_MODEL, 0, 0, SAME, "model: " MODEL_NAMES) \
+    X(s, size,           "-size",      "0", 0, 0, SAME, "image size, N or HxW; 0: the model's") \
+    X(i, chans,          "-chans",     0, 0, 4, SAME, "image channels, 0: the model's") \
+    X(i, classes,        "-classes",   0, 0, 1 << 24, SAME, "classes, 0: the model's") \
+    X(s, train_path,     "-i",         NULL, 0, 0, ANY, "training images: a shard, or the prefix of a set") \
+    X(s, val_path,       "-j",         NULL, 0, 0, ANY, "validation images: a shard or a prefix") \
+    X(s, output,         "-o",         NULL, 0, 0, ANY, "output directory, for main.log and checkpoints") \
+    X(i, B,              "-b",         32, 1, 1 << 20, SAME, "batch size, of each rank") \
+    X(i, accumulation,   "-a",         1, 1, 1 << 20, SAME, "gradient accumulation: batches a step") \
+    X(i, epochs,         "-e",         1, 1, 1 << 20, SAME, "epochs") \
+    X(i, max_steps,      "-x",         0, 0, 2e9, ANY, "stop after this many steps, 0: after the epochs") \
+    X(f, lr,             "-l",         1e-3, 0, 1e6, SAME, "learning rate") \
+    X(s, optimizer,      "-opt",       "sgd", 0, 0, SAME, "optimizer: adamw, sgd") \
+    X(f, weight_decay,   "-wd",        0.0, 0, 1e6, SAME, "weight decay") \
+    X(i, decay_all,      "-wd_all",    0, 0, 1, SAME, "1: weight decay also on norms and biases") \
+    X(f, beta1,          "-beta1",     0.9, 0, 0.999999, SAME, "AdamW: decay of the first moment") \
+    X(f, beta2,          "-beta2",     0.999, 0, 0.9999999, SAME, "AdamW: decay of the second moment") \
+    X(f, momentum,       "-momentum",  0.9, 0, 0.999999, SAME, "SGD: momentum") \
+    X(i, nesterov,       "-nesterov",  0, 0, 1, SAME, "SGD: 1: Nesterov's momentum") \
+    X(i, unscale_lr,     "-unscale_lr", 1, 0, 1, SAME, "0: -l is for 512 images a step, and scales with them") \
+    X(s, schedule,       "-schedule",  "step", 0, 0, SAME, "learning rate by step, or by epoch as timm's scripts") \
+    X(i, warmup,         "-warmup",    0, 0, 2e9, SAME, "steps of linear warm-up before the cosine") \
+    X(i, warmup_epochs,  "-warmup_epochs", 0, 0, 1 << 20, SAME, "the same in epochs; above 0 they replace -warmup") \
+    X(f, warmup_lr,      "-warmup_lr", 0.0, 0, 1e6, SAME, "learning rate at which the warm-up begins") \
+    X(f, min_lr,         "-min_lr",    0.0, 0, 1e6, SAME, "learning rate at which the cosine ends") \
+    X(i, cooldown,       "-cooldown",  0, 0, 1 << 20, SAME, "epochs at -min_lr after the -e epochs") \
+    X(f, ema,            "-ema",       0.0, 0, 0.9999999, SAME, "decay of a moving average of the weights; 0: none") \
+    X(f, clip,           "-clip",      0.0, 0, 1e30, SAME, "largest norm of the gradient, 0: no clipping") \
+    X(f, gamma,          "-g",         0.0, 0, 0.99999999, SAME, "DropIT: fraction of each cached input to drop") \
+    X(s, strategy,       "-s",         "mink", 0, 0, SAME, "DropIT: mink, fastmink, random") \
+    X(i, drop_all,       "-g_all",     0, 0, 1, SAME, "DropIT: 1: also in " HELP_DROP_ALL) \
+    X(i, stats,          "-stats",     0, 0, 2e9, ANY, "DropIT: report what is kept every N steps, 0: never") \
+    X(i, recompute,      "-r",         0, 0, NEVER - 1, ANY, "backward pass recomputes: " HELP_RECOMPUTE) \
+    X(i, chunk,          "-chunk",     32, 1, 1 << 20, SAME, "MiB of the widest tensor in a chunk of images") \
+    X(s, weights,        "-w",         NULL, 0, 0, ANY, "initial weights: " HELP_WEIGHTS " or a checkpoint's") \
+    X(s, predict,        "-predict",   NULL, 0, 0, ANY, "print predictions for this shard and exit") \
+    X(s, sheet,          "-sheet",     NULL, 0, 0, ANY, "write the first batch (for data/sheet.py) and exit") \
+    X(i, threads,        "-threads",   2, 0, 64, ANY, "threads that read images ahead") \
+    X(i, sharded,        "-z",         0, 0, 1, ANY, "1: split the optimizer's states over ranks (ZeRO-1)") \
+    X(i, save_every,     "-n",         0, 0, 2e9, ANY, "write a checkpoint every N steps; 0: never") \
+    X(i, keep,           "-keep",      0, 0, 2e9, ANY, "keep the newest N checkpoints, 0: all") \
+    X(i, resume,         "-y",         0, 0, 1, ANY, "1: resume from the newest checkpoint in -o") \
+    X(i, evaluate_every, "-v",         1, 0, 1 << 20, ANY, "evaluate every N epochs; 0: only at the end") \
+    X(i, evaluate_only,  "-eval",      0, 0, 1, ANY, "1: evaluate only") \
+    X(i, seed,           "-seed",      1, 0, 2e9, SAME, "seed of all random choices") \
+    X(s, plan,           "-plan",      "0", 0, 0, ANY, "1: print the memory plan; 24GiB: and the largest batch")
 struct Settings { SETTINGS(FIELD) };
 
 // A run of the program: what it reads, where it begins, what it writes
@@ -1070,8 +1069,9 @@ typedef struct {
     size_t step_images, epoch_steps; // images of a step over all ranks, steps of an epoch
     int first_step;                  // after the checkpoint; 0: there is none
     bool resumed;
-    // What a resumed run must share with the one that wrote the checkpoint. RUN is the checksum of the weights it began
-    // with: the same command twice writes the same files. BEST is the best score so far; -1: none
+    // What a resumed run must share with the one that wrote the checkpoint. RUN is the checksum of the
+    // weights it began with: the same command twice writes the same files. BEST is the best score so
+    // far; -1: none
     StMetadata metadata[FIRST_FLAG + MAX_OPTIONS];
     int num_metadata;
     OptimizerConfig optimizer;
@@ -1093,8 +1093,8 @@ void evaluate(Model* model, Loader* loader, double* scores) {
     model_scores(model, loader_images(loader), scores);
 }
 
-// A step of -a batches: forward pass, loss, backward pass, update. evaluates: an evaluation follows, which needs the place
-// of the next batch on the device
+// A step of -a batches: forward pass, loss, backward pass, update. evaluates: an evaluation follows,
+// which needs the place of the next batch on the device
 void training_step(Run* run, Model* model, int step, double rate, bool evaluates) {
     const int accumulation = model->s->accumulation;
     zero_gradients(model);
@@ -1111,7 +1111,8 @@ void training_step(Run* run, Model* model, int step, double rate, bool evaluates
     model_update(model, run->optimizer, rate, step + 1);
 }
 
-// A line of the step in main.log, and on stdout: of each step where one takes long, else of a few in a second
+// A line of the step in main.log, and on stdout: of each step where one takes long, else of a few in a
+// second
 void report_step(Run* run, const Model* model, const StepResult* r, int step, int steps, double rate) {
     const double now = seconds(), ms = 1e3 * (now - run->start), images = (double)run->step_images;
     const int done = step - run->first_step; // steps before this one: the first is not counted
@@ -1156,8 +1157,9 @@ void report_evaluation(const Run* run, const double* scores, bool averaged, int 
     }
 }
 
-// Keeps the weights of the best evaluation so far. planned: the schedule asks for this evaluation. One that only -x asks for
-// may write the file, but leaves no trace in later checkpoints: they have the same bits as without -x
+// Keeps the weights of the best evaluation so far. planned: the schedule asks for this evaluation. One
+// that only -x asks for may write the file, but leaves no trace in later checkpoints: they have the same
+// bits as without -x
 void save_best(Run* run, const Model* model, int step, bool planned) {
     StMetadata* m = run->metadata;
     const double score = run->scores[model_best_metric];
@@ -1201,8 +1203,9 @@ void train(Run* run, Model* model) {
         if (!isfinite(r.sums[0]) || r.not_finite > 0) {
             char name[128];
             first_not_finite(model, name);
-            fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. Lower "
-                 "the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images, r.not_finite, name);
+            fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
+                 "Lower the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images, r.not_finite,
+                 name);
         }
         const bool saves = s->save_every > 0 && ((step + 1) % s->save_every == 0 || last);
         if (planned || last || saves) { share_buffers(model); }
@@ -1232,13 +1235,13 @@ FILE* log_open(const char* output, int resumed_step, const Plan* plan) {
 // what the flags say of optimizer and schedule
 void run_schedule(Run* run, const Model* model) {
     const Settings* s = model->s;
-    run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay, s->momentum, s->clip,
-                                     s->nesterov == 1};
+    run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay, s->momentum,
+                                     s->clip, s->nesterov == 1};
     const bool by_epochs = strcmp(s->schedule, "epoch") == 0;
     const int unit = by_epochs ? 1 : (int)run->epoch_steps;
-    run->schedule = Schedule{by_epochs, s->unscale_lr ? s->lr : s->lr * run->step_images / 512.0, s->min_lr, s->warmup_lr,
-                             by_epochs || s->warmup_epochs > 0 ? s->warmup_epochs * unit : s->warmup, s->epochs * unit,
-                             (int)run->epoch_steps};
+    const int warmup = by_epochs || s->warmup_epochs > 0 ? s->warmup_epochs * unit : s->warmup;
+    const double lr = s->unscale_lr ? s->lr : s->lr * run->step_images / 512.0;
+    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit, (int)run->epoch_steps};
 }
 
 // reads and checks all that the user gave; nothing is written yet
@@ -1256,8 +1259,8 @@ void run_open(Run* run, Model* model) {
     const size_t images = training ? loader_epoch(run->train) : 0;
     run->step_images = numel(s->B, num_ranks, s->accumulation);
     run->epoch_steps = images / run->step_images;
-    require(!training || run->epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step (-b %d x %d "
-            "ranks x -a %d)", s->train_path, images, run->step_images, s->B, num_ranks, s->accumulation);
+    require(!training || run->epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step "
+            "(-b %d x %d ranks x -a %d)", s->train_path, images, run->step_images, s->B, num_ranks, s->accumulation);
     require(run->task != TRAIN || s->output == NULL || s->resume || checkpoint_newest(s->output, INT_MAX) < 0,
             "%s holds checkpoints of another run; resume it with -y 1 or choose another -o", s->output);
     const int found = training && s->resume ? checkpoint_find(s->output) : -1;
@@ -1291,9 +1294,12 @@ void run_begin(Run* run, Model* model) {
     }
     if (run->weights != NULL) { safetensors_close(run->weights); }
     model_print(model);
-    printf("DropIT: gamma %g, %s; recompute level %d\nmemory:", s->gamma, s->gamma > 0.0 ? s->strategy : "off", s->recompute);
-    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], model->plan.bytes[c] / 1048576.0); }
-    printf(" total %.1f MiB; chunks of %zu images\n", plan_total(&model->plan) / 1048576.0, model->chunk_images);
+    const double MiB = 1048576.0;
+    const Plan* plan = &model->plan;
+    printf("DropIT: gamma %g, %s; recompute level %d\n", s->gamma, s->gamma > 0.0 ? s->strategy : "off", s->recompute);
+    printf("memory:");
+    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB); }
+    printf(" total %.1f MiB; chunks of %zu images\n", plan_total(plan) / MiB, model->chunk_images);
     if (run->train != NULL) { loader_print(run->train, "training"); }
     loader_print(run->val, run->task == PREDICT ? "other" : "validation");
     if (run->train != NULL) { loader_start(run->train, model); }
@@ -1861,6 +1867,43 @@ void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* ls
     attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false, 1.0f);   // dv = probs^T @ dout
     attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false, scale); // dq = scale * dscores @ k
     attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false, scale);  // dk = scale * dscores^T @ q
+}
+
+// ----------------------------------------------------------------------------
+// what else the model tells the code around it
+
+void model_check_file(const Safetensors* st) {
+    require(!safetensors_has(st, "dist_token") && !safetensors_has(st, "head_dist.weight"), "these are the weights of a "
+            "distilled DeiT, which has a distillation token (dist_token, head_dist) that this program does not train; "
+            "take the DeiT without `distilled` in its name");
+}
+
+// Those of the forward pass three times. What -r computes again is not counted, nor is what DropIT or
+// drop-path spare
+double model_flops(const Model* model, size_t n) {
+    const DeitConfig c = model->config;
+    const double C = c.channels, T = (double)model->T, K = (double)model->CH * c.patch_size * c.patch_size;
+    const double block = 2*T*12*C*C + 4*T*T*C; // four linears; scores and their product with v
+    return 3.0 * n * (c.depth * block + 2*(T-1)*K*C + 2*C*model->V);
+}
+
+void model_print(const Model* model) {
+    const DeitConfig c = model->config;
+    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, heads %d, ", model->name,
+           model->H, model->W, c.patch_size, model->CH, model->V, c.channels, c.depth, c.heads);
+    printf("%zu parameters\n", model->num_parameters);
+}
+
+void model_pixels(const Model* model, size_t b, float* pixels) {
+    const size_t P = model->config.patch_size, CH = model->CH, W = model->W, n = model->acts.patches->per_image;
+    floatX* patches = host_new<floatX>(n, "an image");
+    cudaCheck(cudaMemcpy(patches, activation_at(model->acts.patches, b, false), n * sizeof(floatX),
+                         cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) { // patches are (T-1, CH, P, P)
+        const size_t t = i / (CH*P*P), ch = i / (P*P) % CH, h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
+        pixels[(h * W + w) * CH + ch] = (float)patches[i];
+    }
+    free(patches);
 }
 
 // ----------------------------------------------------------------------------
@@ -5316,7 +5359,7 @@ Loader* loader_new(const char* path, Model* model, bool training) {
     require(model->H == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", s->size);
     const LoaderOptions options = {
         model->B, model->H, model->CH, alone ? (size_t)1 : (size_t)num_ranks, alone ? (size_t)0 : (size_t)rank, model->seed,
-        training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, d->repeats, (size_t)s->accumulation,
+        training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, training ? d->repeats : 1, (size_t)s->accumulation,
         alone ? 0 : (int)model->V, training ? (float)d->smoothing : 0.0f,
         MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}};
     Loader* loader = loader_open(path, options);
