@@ -387,8 +387,8 @@ typedef struct {
     char* chunk;          // recomputed or dropped: what the passes work on; copies share it
     Dropped dropit;
 } Activation;
-void plan_activation(Model* model, Activation* a, const char* name, const char* shape, int copy, int copies, int bits,
-                     size_t n, int level, int cache);
+void plan_activation(Model* model, Activation* a, const char* name, const char* shape, int copy, int copies,
+                     int bits, size_t n, int level, int cache);
 // The kernel that recomputes `a` masks it, unless `reader`, which a layer computes from it, is
 // recomputed too: that layer needs all elements
 void mask_unless_read(const Model* model, Activation* a, const Activation* reader);
@@ -5446,7 +5446,8 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
 // ---- end shared: image classifiers -----------------------------------------
 
 // ---- shared: command line --------------------------------------------------
-// One table: parser, usage and the entries of a checkpoint are generated from it, so they cannot disagree
+// One table: parser, usage and the entries of a checkpoint are generated from it, so they cannot
+// disagree
 
 // the value of a flag as text
 void option_text(const Option* o, char text[160]) {
@@ -5455,8 +5456,8 @@ void option_text(const Option* o, char text[160]) {
     else { snprintf(text, 160, "%s", *(const char**)o->value != NULL ? *(const char**)o->value : ""); }
 }
 
-void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help, double least,
-                double most, int resume) {
+void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help,
+                double least, double most, int resume) {
     assert(n < MAX_OPTIONS);
     options[n] = Option{flag, type, value, help, least, most, resume, ""};
     option_text(&options[n], options[n].neutral);
@@ -5472,26 +5473,29 @@ static void usage(FILE* out, const char* program, const Model* model) {
         fprintf(out, "  %-10s %s (default %s)\n", o->flag, o->help, text[0] != 0 ? text : "none");
     }
     fprintf(out, "recipes (-recipe NAME; flags beside it override):\n");
-    for (int i = 0; model_recipes[i][0] != NULL; i++) { fprintf(out, "  %s: %s\n", model_recipes[i][0], model_recipes[i][1]); }
+    for (int i = 0; model_recipes[i][0] != NULL; i++) {
+        fprintf(out, "  %s: %s\n", model_recipes[i][0], model_recipes[i][1]);
+    }
 }
 
 static void set_option(Model* model, const char* program, const char* flag, const char* arg) {
-    const Option* o = NULL;
-    for (int j = 0; j < model->num_options; j++) { if (strcmp(flag, model->options[j].flag) == 0) { o = &model->options[j]; } }
-    require(o != NULL, "unknown flag %s; %s -h lists the flags", flag, program);
+    const Option *o = model->options, *end = o + model->num_options;
+    while (o < end && strcmp(flag, o->flag) != 0) { o++; }
+    require(o < end, "unknown flag %s; %s -h lists the flags", flag, program);
     require(arg != NULL, "flag %s lacks its value; %s -h lists the flags", flag, program);
     if (o->type == 's') {
-        require(o->resume == ANY || strlen(arg) < sizeof(o->neutral), "the value of %s has %zu characters, %zu are allowed", flag,
-                strlen(arg), sizeof(o->neutral) - 1);
+        require(o->resume == ANY || strlen(arg) < sizeof(o->neutral), "the value of %s has %zu characters, %zu are "
+                "allowed", flag, strlen(arg), sizeof(o->neutral) - 1);
         *(const char**)o->value = arg;
         return;
     }
-    char* end;
-    const double v = strtod(arg, &end);
-    require(end != arg && *end == 0, "%s wants a number, got '%s'", o->flag, arg);
-    require(v >= o->least && v <= o->most, "%s must be between %g and %g, got %s", o->flag, o->least, o->most, arg); // a NaN fails
+    char* rest;
+    const double v = strtod(arg, &rest);
+    require(rest != arg && *rest == 0, "%s wants a number, got '%s'", flag, arg);
+    const bool within = v >= o->least && v <= o->most; // a NaN is not
+    require(within, "%s must be between %g and %g, got %s", flag, o->least, o->most, arg);
     if (o->type == 'f') { *(double*)o->value = v; return; }
-    require(v == (int)v, "%s wants a whole number, got '%s'", o->flag, arg);
+    require(v == (int)v, "%s wants a whole number, got '%s'", flag, arg);
     *(int*)o->value = (int)v;
 }
 
@@ -5511,8 +5515,8 @@ static const char* given(int argc, char** argv, const char* flag) {
     return value;
 }
 
-// What a model begins with (model_defaults) and what a recipe stands for become the defaults, wherever -m and -recipe stand;
-// then come the user's flags
+// What a model begins with (model_defaults) and what a recipe stands for become the defaults, wherever
+// -m and -recipe stand; then come the user's flags
 void parse_options(Model* model, int argc, char** argv) {
     const char *recipe = given(argc, argv, "-recipe"), *name = given(argc, argv, "-m"), *flags = "";
     for (int i = 0; recipe != NULL && model_recipes[i][0] != NULL; i++) {
@@ -5536,17 +5540,19 @@ static void parse_size(const char* text, size_t* H, size_t* W) {
     char* end;
     *H = *W = strtoul(text, &end, 10);
     if (*end == 'x') { *W = strtoul(end + 1, &end, 10); }
-    require(text[0] >= '0' && text[0] <= '9' && *end == 0 && *H <= 16384 && *W <= 16384 && (*H == 0) == (*W == 0),
-            "-size wants N or HxW of at most 16384 pixels, such as 224 or 800x1067, got '%s'", text);
+    const bool number = text[0] >= '0' && text[0] <= '9' && *end == 0;
+    require(number && *H <= 16384 && *W <= 16384 && (*H == 0) == (*W == 0), "-size wants N or HxW of at most 16384 "
+            "pixels, such as 224 or 800x1067, got '%s'", text);
 }
 
 // "24GiB", "512MiB", "1000000"
 static size_t parse_bytes(const char* text) {
     char* end;
     const double v = strtod(text, &end);
-    const double unit = strcmp(end, "GiB") == 0 ? 1073741824.0 : strcmp(end, "MiB") == 0 ? 1048576.0 : *end == 0 ? 1.0 : 0.0;
-    require(end != text && unit > 0.0 && v >= 0.0 && v * unit < 1e18, "-plan wants 1 or a memory size such as 24GiB or "
-            "512MiB, got '%s'", text);
+    const bool GiB = strcmp(end, "GiB") == 0, MiB = strcmp(end, "MiB") == 0;
+    const double unit = GiB ? 1073741824.0 : MiB ? 1048576.0 : *end == 0 ? 1.0 : 0.0;
+    require(end != text && unit > 0.0 && v >= 0.0 && v * unit < 1e18,
+            "-plan wants 1 or a memory size such as 24GiB or 512MiB, got '%s'", text);
     return (size_t)(v * unit);
 }
 
@@ -5559,12 +5565,13 @@ void settings_derive(Model* model) {
     model->strategy = -1;
     for (int i = 0; i < 3; i++) { if (strcmp(s->strategy, strategies[i]) == 0) { model->strategy = i; } }
     require(model->strategy >= 0, "-s %s is not a strategy; choose mink, fastmink or random", s->strategy);
-    require(s->output != NULL || (s->save_every == 0 && s->resume == 0), "-n and -y need a directory for checkpoints; give -o");
-    require(s->evaluate_only + (s->predict != NULL) + (s->sheet != NULL) <= 1, "-eval, -predict and -sheet do one thing each and "
-            "exit; give one of them");
+    require(s->output != NULL || (s->save_every == 0 && s->resume == 0),
+            "-n and -y need a directory for checkpoints; give -o");
+    require(s->evaluate_only + (s->predict != NULL) + (s->sheet != NULL) <= 1,
+            "-eval, -predict and -sheet do one thing each and exit; give one of them");
     require(s->predict == NULL || s->weights != NULL, "-predict needs weights; give them with -w");
-    require(strcmp(s->schedule, "step") == 0 || strcmp(s->schedule, "epoch") == 0, "-schedule %s is not a schedule; choose "
-            "step or epoch", s->schedule);
+    require(strcmp(s->schedule, "step") == 0 || strcmp(s->schedule, "epoch") == 0,
+            "-schedule %s is not a schedule; choose step or epoch", s->schedule);
     require(s->stats == 0 || s->gamma > 0.0, "-stats reports on DropIT; give -g above 0 too");
     model->name = s->model;
     model->B = s->B;
@@ -5577,8 +5584,8 @@ void settings_derive(Model* model) {
     model_configure(model);
 }
 
-// appends an entry for each flag that a resumed run must share and that is not neutral: what a later version adds is then
-// not missing in the checkpoints of before
+// appends an entry for each flag that a resumed run must share and that is not neutral: what a later
+// version adds is then not missing in the checkpoints of before
 int options_metadata(const Model* model, StMetadata* metadata, int n) {
     for (int i = 0; i < model->num_options; i++) {
         const Option* o = &model->options[i];
@@ -5598,8 +5605,9 @@ double seconds(void) {
 }
 // ---- end shared: command line ----------------------------------------------
 // ---- shared: tensors -------------------------------------------------------
-// What the lines of a model's two tables become. Parameters lie in memory by kind: decayed, other trained ones, padding up
-// to whole shards; then, in memory of their own, frozen ones and buffers. Each begins at a multiple of 128 elements
+// What the lines of a model's two tables become. Parameters lie in memory by kind: decayed, other
+// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers. Each
+// begins at a multiple of 128 elements
 struct Scratch {
     double* norm_partial;
     DropScratch drop;
@@ -5609,13 +5617,21 @@ struct Scratch {
     size_t stats_bytes;           // of these
 };
 
+// n elements from the host to the device, and back; the host waits
+template <class T> void to_device(T* device, const T* host, size_t n) {
+    cudaCheck(cudaMemcpy(device, host, n * sizeof(T), cudaMemcpyHostToDevice));
+}
+template <class T> void to_host(T* host, const T* device, size_t n) {
+    cudaCheck(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
+}
+
 Init constant_init(double value) { return Init{Init::CONSTANT, value}; }
 Init normal_init(double deviation) { return Init{Init::NORMAL, deviation}; }
 Init uniform_init(size_t fan_in) { return Init{Init::UNIFORM, 1.0 / sqrt((double)fan_in)}; }
 bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAIN; }
 
-template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer, const char* name,
-                                            int copy, int copies, int kind, Init init, Dims... dims) {
+template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
+                                            const char* name, int copy, int copies, int kind, Init init, Dims... dims) {
     if (copy == 0) { model->num_parameter_lines++; }
     if (numel(dims...) == 0) { return; }
     Parameter p = {};
@@ -5656,26 +5672,27 @@ static void place_parameters(Model* model) {
     model->num_buffers = ends[BUFFER] - ends[FROZEN];
 }
 
-static void plan_parameters(Model* model) {
-    Plan* plan = &model->plan;
-    const size_t n = model->num_parameters, floats = n * sizeof(float), shard = model->shard_n * sizeof(float);
-    const size_t params = (n + model->num_frozen) * sizeof(floatX), buffers = model->num_buffers * sizeof(float);
-    const size_t fixed = model->num_frozen * sizeof(float) + buffers;
-    const bool ema = model->s->ema > 0.0, masters = sizeof(floatX) != sizeof(float);
-    plan_add(plan, PARAMETERS_MEMORY, "parameters", "", "with padding", &model->params_memory, params, params);
-    if (fixed > 0) { plan_add(plan, PARAMETERS_MEMORY, "frozen, buffers", "", "fp32", &model->fixed, fixed, fixed); }
-    plan_add(plan, GRADIENTS, "gradients", "", "fp32", &model->grads_memory, floats, floats);
-    plan_add(plan, OPTIMIZER, "momentum", "", "fp32", &model->m, shard, floats);
-    if (model->adamw) { plan_add(plan, OPTIMIZER, "second moment", "", "fp32", &model->v, shard, floats); }
-    if (masters) { plan_add(plan, OPTIMIZER, "master weights", "", "fp32", &model->master, shard, floats); }
-    if (ema) { plan_add(plan, OPTIMIZER, "moving average", "", "fp32", &model->ema, shard, floats); }
-    if (ema && buffers > 0) {
-        plan_add(plan, OPTIMIZER, "moving average", " of buffers", "fp32", &model->buffers_ema, buffers, buffers);
-    }
+static void plan_floats(Model* model, int category, const char* name, float** pointer, size_t n, size_t dense) {
+    if (n == 0) { return; }
+    plan_add(&model->plan, category, name, "", "fp32", pointer, n * sizeof(float), dense * sizeof(float));
 }
 
-void plan_activation(Model* model, Activation* a, const char* name, const char* shape, int copy, int copies, int bits,
-                     size_t n, int level, int cache) {
+static void plan_parameters(Model* model) {
+    const size_t n = model->num_parameters, shard = model->shard_n, buffers = model->num_buffers;
+    const size_t fixed = model->num_frozen + buffers, params = (n + model->num_frozen) * sizeof(floatX);
+    const bool ema = model->s->ema > 0.0, masters = sizeof(floatX) != sizeof(float);
+    plan_add(&model->plan, PARAMETERS_MEMORY, "parameters", "", "with padding", &model->params_memory, params, params);
+    plan_floats(model, PARAMETERS_MEMORY, "frozen, buffers", &model->fixed, fixed, fixed);
+    plan_floats(model, GRADIENTS, "gradients", &model->grads_memory, n, n);
+    plan_floats(model, OPTIMIZER, "momentum", &model->m, shard, n);
+    plan_floats(model, OPTIMIZER, "second moment", &model->v, model->adamw ? shard : 0, n);
+    plan_floats(model, OPTIMIZER, "master weights", &model->master, masters ? shard : 0, n);
+    plan_floats(model, OPTIMIZER, "moving average", &model->ema, ema ? shard : 0, n);
+    plan_floats(model, OPTIMIZER, "average of buffers", &model->buffers_ema, ema ? buffers : 0, buffers);
+}
+
+void plan_activation(Model* model, Activation* a, const char* name, const char* shape, int copy, int copies,
+                     int bits, size_t n, int level, int cache) {
     Plan* plan = &model->plan;
     const Settings* s = model->s;
     const Activation* before = model->activations.n > 0 ? model->activations.end()[-1] : NULL;
@@ -5694,9 +5711,10 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
     assert(a->per_image * bits % 8 == 0);
     model->activations.push(a);
-    const bool shares = before != NULL && before->line == a->line; // copies share the memory of their chunks and batches
+    // copies of a line share the memory of their chunks and batches
+    const bool shares = before != NULL && before->line == a->line;
     char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
-    const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = model->chunk_images * a->per_image * bits / 8;
+    const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = bytes / model->B * model->chunk_images;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }
         else { plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, dense, chunk_of); }
@@ -5709,11 +5727,12 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     if (a->cached) {
         plan_add(plan, CACHED, name, ".values", shape, &d->values, (d->k + 1) * sizeof(floatX), dense);
         plan_clear(plan);
-        plan_add(plan, CACHED, name, ".bitmap", "1 bit an element", &d->bitmap, dropit_words(n) * sizeof(unsigned));
-        plan_add(plan, CACHED, name, ".offsets", "1 bit in 8 elements", &d->offsets, dropit_segments(n) * sizeof(unsigned));
+        const size_t bitmap = dropit_words(n) * sizeof(unsigned), offsets = dropit_segments(n) * sizeof(unsigned);
+        plan_add(plan, CACHED, name, ".bitmap", "1 bit an element", &d->bitmap, bitmap);
+        plan_add(plan, CACHED, name, ".offsets", "1 bit in 8 elements", &d->offsets, offsets);
     }
-    const size_t thresholds = (model->strategy == MINK ? 1 : dropit_tiles(n)) * sizeof(Threshold);
-    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, thresholds, a->cached ? 0 : dense);
+    const size_t choices = (model->strategy == MINK ? 1 : dropit_tiles(n)) * sizeof(Threshold);
+    plan_add(plan, CACHED, name, ".threshold", "8 bytes a choice", &d->thresholds, choices, a->cached ? 0 : dense);
     plan_add(plan, SCRATCH, name, ".batch", shape, &a->batch, bytes, 0, s->stats > 0 ? NULL : batch_of);
     plan_add(plan, SCRATCH, name, ".chunk", shape, &a->chunk, chunk, 0, chunk_of);
 }
@@ -5732,7 +5751,8 @@ void plan_selection(Model* model, std::initializer_list<const Activation*> activ
     model->scratch->drop_list = std::max(model->scratch->drop_list, list);
 }
 
-// numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns how many there are
+// numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns
+// how many there are
 static int number_dropped(Model* model) {
     int lines = 0, copies = 0, extra = 0, last = -1, line_id[256];
     for (const Activation* a : model->activations) {
@@ -5742,7 +5762,8 @@ static int number_dropped(Model* model) {
         copies = std::max(copies, a->copies);
     }
     for (Activation* a : model->activations) {
-        if (a->dropped) { a->id = a->cache == DROP ? lines * a->copy + line_id[a->line] : lines * copies + extra++; }
+        if (!a->dropped) { continue; }
+        a->id = a->cache == DROP ? lines * a->copy + line_id[a->line] : lines * copies + extra++;
     }
     return lines * copies + extra;
 }
@@ -5752,10 +5773,9 @@ static void plan_selections(Model* model) {
     const int num_dropped = number_dropped(model);
     if (s->drop_tiles > 0) { dropit_plan(&model->plan, &s->drop, s->drop_tiles, s->drop_list); }
     if (model->s->stats > 0) {
-        const size_t bytes = model->num_parameters * sizeof(float);
         s->stats_bytes = num_dropped * 6 * sizeof(double);
-        plan_add(&model->plan, SCRATCH, "stats exact", "", "fp32", &s->stats_exact, bytes);
-        plan_add(&model->plan, SCRATCH, "stats sums", "", "(6) a tensor, fp64", &s->stats_sums, s->stats_bytes);
+        plan_floats(model, SCRATCH, "stats exact", &s->stats_exact, model->num_parameters, 0);
+        plan_add(&model->plan, SCRATCH, "stats sums", "", "(6) a tensor", &s->stats_sums, s->stats_bytes);
     }
 }
 
@@ -5766,7 +5786,7 @@ char* activation_at(const Activation* a, size_t b0, bool backward) {
 }
 
 bool computed(const Activation* a, bool backward) { return !backward || !a->cached; }
-KeepLargest keep_largest(const Activation* a, size_t b0) { return KeepLargest{a->dropit.thresholds, b0 * a->per_image}; }
+KeepLargest keep_largest(const Activation* a, size_t b0) { return {a->dropit.thresholds, b0 * a->per_image}; }
 
 static DropRule drop_rule(const Model* model, const Activation* a) {
     // tensors, and ranks, differ in what the random strategy draws
@@ -5785,7 +5805,8 @@ void drop_activations(const Model* model, std::initializer_list<const Activation
     if (n > 0) { dropit_select(choices, n, &model->scratch->drop, model->s->gamma, main_stream); }
 }
 
-// sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports, not for speed
+// sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports,
+// not for speed
 template <class T> __global__ void dot_kernel(double* sums, const T* a, const T* b, size_t n) {
     __shared__ double of[3][128];
     const int t = threadIdx.x;
@@ -5801,14 +5822,15 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
     for (int i = 0; t < 3 && i < 128; i++) { sums[t] += of[t][i]; }
 }
 
-// -stats: adds a chunk of a dropped tensor, x as DropIT has it and exact as it was (rows, C), and what the exact one gives
-// for the gradient that dweight (OC, C) is of
+// -stats: adds a chunk of a dropped tensor, x as DropIT has it and exact as it was (rows, C), and what
+// the exact one gives for the gradient that dweight (OC, C) is of
 static void stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, const float* dweight,
                       const floatX* dout, size_t rows, size_t C, size_t OC) {
     a->gradient = dweight - model->grads_memory;
     a->gradient_n = C * OC;
     linear_backward_weight(model->scratch->stats_exact + a->gradient, dout, exact, rows, C, OC);
-    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(model->scratch->stats_sums + 6 * a->id, x, exact, rows * C);
+    double* sums = model->scratch->stats_sums + 6 * a->id;
+    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(sums, x, exact, rows * C);
     kernelCheck();
 }
 
@@ -5819,10 +5841,12 @@ static void stats_report(Model* model, Activation* a) {
     dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, kept, exact, a->gradient_n);
     kernelCheck();
     a->gradient_n = 0; // reported
-    cudaCheck(cudaMemcpyAsync(sums, device, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
-    printf("stats %-8s copy %2d | kept %6.2f %% of the elements, %6.2f %% of the sum of squares | cosine of dW with the exact "
-           "%.4f\n", a->name, a->copy, 100.0 * a->dropit.k / a->n, 100.0 * sums[1] / sums[2], sums[3] / sqrt(sums[4] * sums[5]));
+    to_host(sums, device, 6);
+    const double elements = 100.0 * a->dropit.k / a->n, squares = 100.0 * sums[1] / sums[2];
+    printf("stats %-8s copy %2d | kept %6.2f %% of the elements, %6.2f %% of the sum of squares | "
+           "cosine of dW with the exact %.4f\n", a->name, a->copy, elements, squares,
+           sums[3] / sqrt(sums[4] * sums[5]));
 }
 
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
@@ -5888,7 +5912,8 @@ void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
     memset(plan->bytes, 0, sizeof(plan->bytes));
-    plan->lines.n = model->parameters.n = model->activations.n = model->num_parameter_lines = model->num_lines = 0;
+    plan->lines.n = model->parameters.n = model->activations.n = 0;
+    model->num_parameter_lines = model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5900,12 +5925,13 @@ void plan_model(Model* model) {
     plan_add(plan, SCRATCH, "cuBLAS workspace", "", "bytes", &cublas_workspace, CUBLAS_WORKSPACE);
 }
 
-// the largest batch whose plan fits into `bytes`; 0: none. The plan is that of model->B again when it returns
+// the largest batch whose plan fits into `bytes`; 0: none. The plan is that of model->B again when it
+// returns
 size_t largest_batch(Model* model, size_t bytes) {
     const size_t own = model->B;
     size_t fits = 0, limit = 64;
-    // a larger batch may need less scratch, where it divides into smaller chunks: so no bisection, but a look at all batches
-    // up to twice what fits
+    // a larger batch may need less scratch, where it divides into smaller chunks: so no bisection, but a
+    // look at all batches up to twice what fits
     for (model->B = 1; model->B <= limit; model->B++) {
         plan_model(model);
         if (plan_total(&model->plan) > bytes || model->too_large != NULL) { continue; }
@@ -5919,8 +5945,8 @@ size_t largest_batch(Model* model, size_t bytes) {
 
 static void plan_checked(Model* model) {
     plan_model(model);
-    require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a smaller batch "
-            "(-b)", model->too_large);
+    require(model->too_large == NULL, "%s has 2^32 elements or more, too many for DropIT's 32-bit indices; use a "
+            "smaller batch (-b)", model->too_large);
 }
 
 // the table of all memory, and a line of it for programs; -plan 24GiB: also the largest batch that fits
@@ -5941,11 +5967,12 @@ void model_allocate(Model* model) {
     size_t free_bytes, total_bytes;
     const size_t need = plan_total(&model->plan);
     cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
-    require(need <= free_bytes, "%zu bytes of device memory are needed, %zu are free; the largest batch that fits is -b %zu, "
-            "and a higher -r or -g lowers the need", need, free_bytes, largest_batch(model, free_bytes));
+    require(need <= free_bytes, "%zu bytes of device memory are needed, %zu are free; the largest batch that fits is "
+            "-b %zu, and a higher -r or -g lowers the need", need, free_bytes, largest_batch(model, free_bytes));
     plan_allocate(&model->plan);
-    cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else cuBLAS allocates its own
-    if (sizeof(floatX) == sizeof(float)) { model->master = (float*)model->params_memory + model->shard_begin; }
+    cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else it allocates its own
+    const bool fp32 = sizeof(floatX) == sizeof(float);
+    if (fp32) { model->master = (float*)model->params_memory + model->shard_begin; }
     for (Parameter& p : model->parameters) {
         if (p.param != NULL) { *p.param = model->params_memory + p.offset; }
         if (p.grad != NULL) { *p.grad = model->grads_memory + p.offset; }
@@ -5957,36 +5984,36 @@ void model_allocate(Model* model) {
 
 void model_free(Model* model) {
     for (char* block : model->plan.blocks) { cudaCheck(cudaFree(block)); }
-    void* const all[] = {model->plan.lines.of, model->parameters.of, model->activations.of, model->scratch, model->s, model};
-    for (void* p : all) { free(p); }
+    for (void* p : {(void*)model->plan.lines.of, (void*)model->parameters.of, (void*)model->activations.of,
+                    (void*)model->scratch, (void*)model->s, (void*)model}) { free(p); }
 }
 
 // elements of all parameters on the host: trained ones, padding, frozen ones, buffers
-static size_t all_values(const Model* model) { return model->num_parameters + model->num_frozen + model->num_buffers; }
+static size_t all_values(const Model* model) {
+    return model->num_parameters + model->num_frozen + model->num_buffers;
+}
 
 // copies host values (all_values) to the device, as masters, rounded, and as their moving average
 static void set_parameters(Model* model, const float* values) {
-    const size_t n = model->num_parameters, rounded_n = n + model->num_frozen;
-    const size_t shard = model->shard_n * sizeof(float), buffers = model->num_buffers * sizeof(float);
+    const size_t n = model->num_parameters, rounded_n = n + model->num_frozen, buffers = model->num_buffers;
+    const float* shard = values + model->shard_begin;
     floatX* rounded = host_new<floatX>(rounded_n, "parameters");
     for (size_t i = 0; i < rounded_n; i++) { rounded[i] = (floatX)values[i]; }
-    cudaCheck(cudaMemcpy(model->params_memory, rounded, rounded_n * sizeof(floatX), cudaMemcpyHostToDevice));
+    to_device(model->params_memory, rounded, rounded_n);
     free(rounded);
-    const struct { float* to; size_t from, bytes; } copies[] = {
-        {sizeof(floatX) != sizeof(float) ? model->master : NULL, model->shard_begin, shard},
-        {model->ema, model->shard_begin, shard},
-        {model->fixed, n, model->num_frozen * sizeof(float) + buffers},
-        {model->buffers_ema, rounded_n, buffers}};
-    for (const auto& c : copies) {
-        if (c.to != NULL) { cudaCheck(cudaMemcpy(c.to, values + c.from, c.bytes, cudaMemcpyHostToDevice)); }
-    }
+    if (sizeof(floatX) != sizeof(float)) { to_device(model->master, shard, model->shard_n); }
+    if (model->ema != NULL) { to_device(model->ema, shard, model->shard_n); }
+    if (model->fixed != NULL) { to_device(model->fixed, values + n, model->num_frozen + buffers); }
+    if (model->buffers_ema != NULL) { to_device(model->buffers_ema, values + rounded_n, buffers); }
 }
 
 // out (p->n) = initial values of a tensor
 void initial_values(const Model* model, const Parameter* p, float* out) {
     for (size_t i = 0; i < p->n; i++) {
         const uint4 u = philox(model->seed, RNG_INIT, p->line, p->copy * p->n + i);
-        const double x = p->init.kind == Init::NORMAL ? normal(u) : p->init.kind == Init::UNIFORM ? 2.0 * uniform(u.x) - 1.0 : 1.0;
+        double x = 1.0;
+        if (p->init.kind == Init::NORMAL) { x = normal(u); }
+        if (p->init.kind == Init::UNIFORM) { x = 2.0 * uniform(u.x) - 1.0; }
         out[i] = (float)(p->init.scale * x);
     }
 }
@@ -5998,8 +6025,8 @@ void init_parameters(Model* model) {
     free(values);
 }
 
-// fp32 tensors of the device that a file has under one prefix: trained ones (shard_n), frozen ones (num_frozen) and buffers
-// (num_buffers). NULL: not in the file
+// fp32 tensors of the device that a file has under one prefix: trained ones (shard_n), frozen ones
+// (num_frozen) and buffers (num_buffers). NULL: not in the file
 typedef struct {
     const char* prefix; // "" for weights, "param." in a dump, "exp_avg." for a moment
     float *trained, *frozen, *buffers;
@@ -6013,8 +6040,8 @@ static TensorSet weights_set(const Model* model, const char* prefix) {
     return TensorSet{prefix, model->master, model->fixed, model->fixed + model->num_frozen};
 }
 
-// The states of a checkpoint: those of the optimizer under the names that torch.optim has for them (AdamW has two), the
-// moving average of the weights; returns how many there are
+// The states of a checkpoint: those of the optimizer under the names that torch.optim has for them
+// (AdamW has two), the moving average of the weights; returns how many there are
 static int state_sets(const Model* model, TensorSet sets[3]) {
     int n = 0;
     sets[n++] = TensorSet{model->adamw ? "exp_avg." : "momentum_buffer.", model->m, NULL, NULL};
@@ -6028,9 +6055,10 @@ static void print_tensor(const char* path, const char* name, const char* found, 
     if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
 }
 
-// Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit; all that do not are
-// listed. values NULL: only checks. set NULL: all tensors of the model
-static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set, float* values) {
+// Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
+// all that do not are listed. values NULL: only checks. set NULL: all tensors of the model
+static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set,
+                         float* values) {
     bool* known = host_new<bool>(st->num_tensors, "the tensor list");
     int wrong = 0;
     for (const Parameter& p : model->parameters) {
@@ -6051,16 +6079,16 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
     }
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
-        const char* counter = strstr(t->name, "num_batches_tracked"); // PyTorch's batch norms count, nothing reads it
-        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0 || counter != NULL) { continue; }
+        const bool counts = strstr(t->name, "num_batches_tracked") != NULL; // PyTorch's batch norms; unused
+        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0 || counts) { continue; }
         print_tensor(st->file.path, t->name, "found ", t);
         fprintf(stderr, ", expected no such tensor\n");
         wrong++;
     }
     free(known);
-    require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, -chans and "
-            "-classes. data/convert.py makes weights for another image size, number of classes or precision", st->file.path,
-            wrong);
+    require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, "
+            "-chans and -classes. data/convert.py makes weights for another image size, number of classes or precision",
+            st->file.path, wrong);
 }
 
 void check_parameters(const Model* model, const Safetensors* st) {
@@ -6080,7 +6108,7 @@ uint32_t fingerprint(const Model* model) {
     const size_t n = model->num_parameters + model->num_frozen;
     floatX* values = host_new<floatX>(n, "parameters");
     uint32_t crc = 0;
-    cudaCheck(cudaMemcpy(values, model->params_memory, n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    to_host(values, model->params_memory, n);
     for (const Parameter& p : model->parameters) {
         if (p.kind != BUFFER) { crc = crc_32(crc, values + p.offset, p.n * sizeof(floatX)); }
     }
@@ -6111,16 +6139,14 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
     for (const TensorSet* set = sets; set < sets + num_sets; set++) {
         const float* full = set->trained;
         float* to = values + (set - sets) * all;
-        if (model->s->sharded && num_ranks > 1) { // the gradients have been used: their memory takes the parts of all ranks
+        if (model->s->sharded && num_ranks > 1) { // used gradients leave their memory to the parts of all ranks
             ranks_gather(model->grads_memory, full, model->shard_n * sizeof(float));
             full = model->grads_memory;
             cudaCheck(cudaStreamSynchronize(main_stream));
         }
-        const struct { float* to; const float* from; size_t n; } copies[] = {
-            {to, full, n}, {to + n, set->frozen, frozen}, {to + n + frozen, set->buffers, model->num_buffers}};
-        for (const auto& c : copies) {
-            if (c.from != NULL) { cudaCheck(cudaMemcpy(c.to, c.from, c.n * sizeof(float), cudaMemcpyDeviceToHost)); }
-        }
+        to_host(to, full, n);
+        if (set->frozen != NULL) { to_host(to + n, set->frozen, frozen); }
+        if (set->buffers != NULL) { to_host(to + n + frozen, set->buffers, model->num_buffers); }
         for (const Parameter& p : model->parameters) {
             if (!in_set(set, &p)) { continue; }
             StTensor* t = &tensors[count];
@@ -6136,7 +6162,8 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
     free(data);
 }
 
-// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0 writes
+// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0
+// writes
 void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int num_metadata) {
     char path[PATH_MAX];
     TensorSet weights = weights_set(model, ""), sets[3];
@@ -6148,8 +6175,8 @@ void write_checkpoint(const Model* model, int step, const StMetadata* metadata, 
     if (rank == 0) { checkpoint_done(model->s->output, step, model->s->keep); }
 }
 
-// Writes the weights of this step as best.safetensors, if they are better than those there: by `best`, an entry of the
-// metadata. All ranks call, rank 0 writes
+// Writes the weights of this step as best.safetensors, if they are better than those there: by `best`,
+// an entry of the metadata. All ranks call, rank 0 writes
 void write_best(const Model* model, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     char path[PATH_MAX];
     const TensorSet weights = weights_set(model, "");
@@ -6161,12 +6188,12 @@ void write_best(const Model* model, const StMetadata* metadata, int num_metadata
 
 // an entry that a resumed run must share: as the file has it, and as it is
 static void require_same(const char* path, const char* key, const char* was, const char* is) {
-    require(was != NULL && strcmp(was, is) == 0, "%s was written with %s %s, not %s; resume with the flags of the run, or start "
-            "anew with another -o", path, key, was != NULL ? was : "unknown", is);
+    require(was != NULL && strcmp(was, is) == 0, "%s was written with %s %s, not %s; resume with the flags of the run, "
+            "or start anew with another -o", path, key, was != NULL ? was : "unknown", is);
 }
 
-// Metadata and the flags that a resumed run must share are as in the file. An empty value becomes the file's; a flag that the
-// file does not name was neutral
+// Metadata and the flags that a resumed run must share are as in the file. An empty value becomes the
+// file's; a flag that the file does not name was neutral
 static void check_metadata(const Model* model, const Safetensors* st, StMetadata* metadata, int num_metadata) {
     const char* path = st->file.path;
     for (StMetadata* m = metadata; m < metadata + num_metadata; m++) {
@@ -6187,7 +6214,7 @@ void read_checkpoint(Model* model, int step, StMetadata* metadata, int num_metad
     char path[PATH_MAX];
     TensorSet sets[3];
     const int num_sets = state_sets(model, sets);
-    const size_t buffers = model->num_buffers * sizeof(float), buffers_at = model->num_parameters + model->num_frozen;
+    const size_t buffers_at = model->num_parameters + model->num_frozen;
     checkpoint_path(path, sizeof(path), model->s->output, "model", step);
     Safetensors* st = safetensors_open(path);
     check_metadata(model, st, metadata, num_metadata);
@@ -6199,9 +6226,8 @@ void read_checkpoint(Model* model, int step, StMetadata* metadata, int num_metad
     float* values = host_new<float>(all_values(model), "parameters");
     for (const TensorSet* set = sets; set < sets + num_sets; set++) {
         read_tensors(model, st, set->prefix, set, values);
-        const float* shard = values + model->shard_begin;
-        cudaCheck(cudaMemcpy(set->trained, shard, model->shard_n * sizeof(float), cudaMemcpyHostToDevice));
-        if (set->buffers != NULL) { cudaCheck(cudaMemcpy(set->buffers, values + buffers_at, buffers, cudaMemcpyHostToDevice)); }
+        to_device(set->trained, values + model->shard_begin, model->shard_n);
+        if (set->buffers != NULL) { to_device(set->buffers, values + buffers_at, model->num_buffers); }
     }
     free(values);
     safetensors_close(st);
@@ -6214,14 +6240,13 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step) {
     ranks_wait();
     gradient_norm(model->result, model->scratch->norm_partial, model->grads_memory, model->num_parameters);
     for (int part = 0; part < 2; part++) { // with weight decay, without
-        const size_t begin = part == 0 ? first : std::max(first, decayed), end = part == 0 ? std::min(last, decayed) : last;
+        const size_t begin = part == 0 ? first : std::max(first, decayed), at = begin - first;
+        const size_t end = part == 0 ? std::min(last, decayed) : last;
         if (begin >= end) { continue; }
-        OptimizerConfig config = o;
-        if (part == 1) { config.weight_decay = 0.0; }
-        const size_t at = begin - first;
+        if (part == 1) { o.weight_decay = 0.0; }
         optimizer_update(model->params_memory + begin, model->master + at, model->m + at,
-                         model->v == NULL ? NULL : model->v + at, model->grads_memory + begin, end - begin, model->result,
-                         config, lr, step);
+                         model->v == NULL ? NULL : model->v + at, model->grads_memory + begin, end - begin,
+                         model->result, o, lr, step);
     }
     if (model->ema != NULL) { ema_update(model->ema, model->master, model->shard_n, model->s->ema); }
     if (model->buffers_ema != NULL) {
@@ -6264,7 +6289,8 @@ void ema_enter(Model* model) {
 
 void ema_leave(Model* model) {
     const size_t bytes = model->num_parameters * sizeof(floatX);
-    cudaCheck(cudaMemcpyAsync(model->params_memory, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
+    floatX* params = model->params_memory;
+    cudaCheck(cudaMemcpyAsync(params, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
     swap_buffers(model);
 }
 
@@ -6283,7 +6309,7 @@ StepResult model_result(const Model* model) {
 
 template <class T> static bool all_finite(const void* device, size_t n) {
     T* host = host_new<T>(n, "a tensor");
-    cudaCheck(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
+    to_host(host, (const T*)device, n);
     bool finite = true;
     for (size_t i = 0; i < n; i++) { finite = finite && isfinite((float)host[i]); }
     free(host);
@@ -6296,7 +6322,8 @@ static bool activation_finite(const Activation* a) {
     return a->bits == FP32 ? all_finite<float>(a->data, a->n) : all_finite<floatX>(a->data, a->n);
 }
 
-// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
+// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are
+// stored
 void first_not_finite(const Model* model, char name[128]) {
     for (const Parameter& p : model->parameters) {
         const bool finite = p.kind == BUFFER ? all_finite<float>(*p.buffer, p.n) : all_finite<floatX>(*p.param, p.n);
@@ -6304,7 +6331,8 @@ void first_not_finite(const Model* model, char name[128]) {
         snprintf(name, 128, "parameter %s", p.name);
         return;
     }
-    // lines of one copy before the first of several, then the copies of all lines, then the other lines of one copy
+    // lines of one copy before the first of several, then the copies of all lines, then the other lines
+    // of one copy
     for (int copy = -1; copy <= MAX_COPIES + 1; copy++) {
         bool several = false;
         for (const Activation* a : model->activations) {
