@@ -1,6 +1,6 @@
 #!/bin/bash
-# The shared sections of the trainers serve another model: dev/test/second_model.cu, from inside and as a program that trains,
-# writes checkpoints, resumes and runs on several ranks.
+# The shared sections of the trainers serve another model, dev/test/second_model.cu: from inside, and as a program that
+# trains, writes checkpoints, resumes and runs on several ranks.
 #   dev/test/second_model.sh build/cpu-fp32/dev/test/second_model
 set -u
 program=$1
@@ -22,15 +22,17 @@ passed=$((passed + $(tail -n 1 "$work/checks" | grep -o '^[0-9]*' || echo 0)))
 # it learns; what it takes is what -plan 1 says, and main.log
 run -x 30 -v 0 -n 10 -ema 0.9 -o "$work/alone"
 verdict $? "30 steps: $(cat "$work/stderr")"
-awk -F '[: ]' '$3 == "trl" { if (first == "") first = $4; last = $4 } END { exit !(last < 0.85 * first) }' "$work/alone/main.log"
-verdict $? "the loss falls: $(grep trl "$work/alone/main.log" | sed -n '1p;$p')"
-grep -q ' trerror:' "$work/alone/main.log" && grep -qE '^s:30 tel:[^ ]* error:[^ ]* right:' "$work/alone/main.log" && grep -q '^s:30 etel:.* eright:' "$work/alone/main.log"
-verdict $? "the names of the metrics in main.log: $(tail -n 2 "$work/alone/main.log")"
+log=$work/alone/main.log
+awk -F '[: ]' '$3 == "trl" { if (first == "") first = $4; last = $4 } END { exit !(last < 0.85 * first) }' "$log"
+verdict $? "the loss falls: $(grep trl "$log" | sed -n '1p;$p')"
+grep -q ' trerror:' "$log" && grep -qE '^s:30 tel:[^ ]* error:[^ ]* right:' "$log" && grep -q '^s:30 etel:.* eright:' "$log"
+verdict $? "the names of the metrics in main.log: $(tail -n 2 "$log")"
 grep -aq '"best_right":"' "$work/alone/model_00000030.safetensors"
 verdict $? "the best score has the name of its metric"
 run -ema 0.9 -plan 1
-[ "$(tail -n 1 "$work/stdout" | sed 's/plan \(cached=[0-9]*\).* total=/\1 total:/; s/=/:/')" = "$(head -n 1 "$work/alone/main.log" | cut -c 5-)" ]
-verdict $? "-plan 1 and main.log: $(tail -n 1 "$work/stdout"), $(head -n 1 "$work/alone/main.log")"
+planned=$(tail -n 1 "$work/stdout" | sed 's/plan \(cached=[0-9]*\).* total=/s:0 \1 total:/; s/=/:/')
+[ "$planned" = "$(head -n 1 "$log")" ]
+verdict $? "-plan 1 and main.log: $(tail -n 1 "$work/stdout"), $(head -n 1 "$log")"
 run -plan 40MiB && grep -qE ' max_batch=[1-9][0-9]* ' "$work/stdout"
 verdict $? "the largest batch: $(tail -n 1 "$work/stdout")"
 
@@ -56,35 +58,46 @@ run -x 30 -v 0 -n 10 -ema 0.9 -y 1 -rate 0.5 -o "$work/alone"
 verdict $? "a flag of its own is compared: $(cat "$work/stderr")"
 
 # what the files hold
+model10=$work/alone/model_00000010.safetensors
+model30=$work/alone/model_00000030.safetensors
+state30=$work/alone/state_00000030_00000.safetensors
 fixed='stem\.(weight|bias)|stages\.[0-9.]*mean'
-[ "$(tensors "$work/alone/model_00000030.safetensors" "($fixed) " | wc -l)" = 5 ] && [ "$(tensors "$work/alone/model_00000030.safetensors" . | wc -l)" = 19 ]
-verdict $? "the model file: $(tensors "$work/alone/model_00000030.safetensors" .)"
-[ "$(tensors "$work/alone/state_00000030_00000.safetensors" "ema\.($fixed) " | wc -l)" = 5 ] &&
-    [ "$(tensors "$work/alone/state_00000030_00000.safetensors" "exp_avg(_sq)?\." | wc -l)" = 28 ]
-verdict $? "the state file: $(tensors "$work/alone/state_00000030_00000.safetensors" .)"
-stem=$(tensors "$work/alone/model_00000010.safetensors" stem)
-[ "$(tensors "$work/alone/model_00000030.safetensors" stem)" = "$stem" ]
+[ "$(tensors "$model30" "($fixed) " | wc -l)" = 5 ] && [ "$(tensors "$model30" . | wc -l)" = 19 ]
+verdict $? "the model file: $(tensors "$model30" .)"
+[ "$(tensors "$state30" "ema\.($fixed) " | wc -l)" = 5 ] && [ "$(tensors "$state30" "exp_avg(_sq)?\." | wc -l)" = 28 ]
+verdict $? "the state file: $(tensors "$state30" .)"
+stem=$(tensors "$model10" stem)
+[ "$(tensors "$model30" stem)" = "$stem" ]
 verdict $? "frozen tensors move"
-[ "$(tensors "$work/alone/state_00000030_00000.safetensors" ema.stem | sed s/ema.//)" = "$stem" ]
+[ "$(tensors "$state30" ema.stem | sed s/ema.//)" = "$stem" ]
 verdict $? "the moving average of frozen tensors moves"
-[ "$(tensors "$work/alone/model_00000010.safetensors" 'stages.*mean')" != "$(tensors "$work/alone/model_00000030.safetensors" 'stages.*mean')" ]
+[ "$(tensors "$model10" 'stages.*mean')" != "$(tensors "$model30" 'stages.*mean')" ]
 verdict $? "buffers do not move"
-run -w "$work/alone/model_00000030.safetensors" -eval 1
-[ "$(tail -n 1 "$work/stdout" | cut -d ' ' -f 3)" = "error=$(sed -n 's/^s:30 tel:[^ ]* error:\([^ ]*\) .*/\1/p' "$work/alone/main.log" | xargs printf %.2f)" ]
-verdict $? "-w reads buffers too: $(tail -n 1 "$work/stdout"), $(tail -n 2 "$work/alone/main.log" | head -n 1)"
+run -w "$model30" -eval 1
+error=$(sed -n 's/^s:30 tel:[^ ]* error:\([^ ]*\) .*/\1/p' "$log" | xargs printf %.2f)
+[ "$(tail -n 1 "$work/stdout" | cut -d ' ' -f 3)" = "error=$error" ]
+verdict $? "-w reads buffers too: $(tail -n 1 "$work/stdout"), in main.log: $error"
 
 # a frozen weight of a block, and decay
 run -x 3 -v 0 -n 3 -freeze 2 -wd_all 1 -wd 1 -o "$work/frozen"
 run -x 1 -v 0 -n 1 -freeze 2 -o "$work/frozen_1"
-[ "$(tensors "$work/frozen/model_00000003.safetensors" 'stem|stages.0.*fc1.weight')" = "$(tensors "$work/frozen_1/model_00000001.safetensors" 'stem|stages.0.*fc1.weight')" ]
+first=$(tensors "$work/frozen_1/model_00000001.safetensors" 'stem|stages.0.*fc1.weight')
+[ -n "$first" ] && [ "$(tensors "$work/frozen/model_00000003.safetensors" 'stem|stages.0.*fc1.weight')" = "$first" ]
 verdict $? "-freeze 2: frozen weights move"
-decay() { run -x 1 -v 0 -n 1 -opt sgd -wd "$2" -wd_all "$3" -o "$work/$1" && tensors "$work/$1/model_00000001.safetensors" . >"$work/$1.list"; }
-decay none 0 0 && decay some 1 0 && decay all 1 1
-verdict $? "weight decay: $(cat "$work/stderr")"
-[ "$(diff "$work/none.list" "$work/some.list" | grep '^>' | grep -c weight)" = 7 ] && [ "$(diff "$work/none.list" "$work/some.list" | grep -c '^>')" = 7 ]
-verdict $? "-wd decays the weights alone: $(diff "$work/none.list" "$work/some.list")"
-[ "$(diff "$work/some.list" "$work/all.list" | grep '^>' | grep -c bias)" = 7 ] && [ "$(diff "$work/some.list" "$work/all.list" | grep -c '^>')" = 7 ]
-verdict $? "-wd_all 1 decays the biases too: $(diff "$work/some.list" "$work/all.list")"
+decay() { # decay NAME -wd -wd_all
+    run -x 1 -v 0 -n 1 -opt sgd -wd "$2" -wd_all "$3" -o "$work/$1"
+    verdict $? "-wd $2 -wd_all $3: $(cat "$work/stderr")"
+    tensors "$work/$1/model_00000001.safetensors" . >"$work/$1.list"
+}
+# changed ONE OTHER: how many weights, biases and other tensors are not the same
+changed() { diff "$work/$1.list" "$work/$2.list" | awk '/^>/ { n[/weight/ ? 1 : /bias/ ? 2 : 3]++ } END { print n[1]+0, n[2]+0, n[3]+0 }'; }
+decay none 0 0
+decay some 1 0
+decay all 1 1
+[ "$(changed none some)" = "7 0 0" ]
+verdict $? "-wd decays the weights alone: $(changed none some)"
+[ "$(changed some all)" = "0 7 0" ]
+verdict $? "-wd_all 1 decays the biases too: $(changed some all)"
 
 # what is recomputed has the same bits, with chunks that do not divide the batch
 for gamma in 0 0.5; do
@@ -103,40 +116,45 @@ done
 same random_0/model_00000010 random_1/model_00000010
 verdict $? "-s random -r 1 has other bits"
 run -x 1 -v 0 -g 0.5 -g_all 1 -stats 1
-[ "$(grep -o '^stats [^|]*' "$work/stdout" | sort | tr -s ' ' | tr '\n' ';')" = 'stats last copy 0 ;stats relu copy 0 ;stats relu copy 1 ;stats relu copy 3 ;' ]
+reported=$(grep -o '^stats [^|]*' "$work/stdout" | awk '{ print $2 $4 }' | sort | xargs)
+[ "$reported" = 'last0 relu0 relu1 relu3' ]
 verdict $? "-stats of each dropped tensor: $(grep ^stats "$work/stdout")"
 
 # defaults by model, a recipe, its flags in -h, predictions, a batch to look at, a loss that is not finite
 run -recipe fast
 verdict $? "-recipe: $(cat "$work/stderr")"
-grep -q '^model: single' "$work/stdout" && grep -q '^training data: 2000 images' "$work/stdout" && grep -q '^step  *3/3 ' "$work/stdout"
+[ "$(grep -cE '^model: single|^training data: 2000 images|^step +3/3 ' "$work/stdout")" = 3 ]
 verdict $? "the recipe: $(head -n 6 "$work/stdout")"
 run -h && grep -q '^  -rate .*(default 0.25)$' "$work/stdout" && grep -q -- '-l .*(default 0.002)$' "$work/stdout"
 verdict $? "-h: $(grep -E -- '-(rate|l) ' "$work/stdout")"
-run -w "$work/alone/model_00000030.safetensors" -predict data/fashion_val.bin && [ "$(grep -cE '^image [0-9]+: ([0-9] 0\.[0-9]{6}(, |$)){5}' "$work/stdout")" = 2000 ]
+run -w "$model30" -predict data/fashion_val.bin
+[ "$(grep -cE '^image [0-9]+: ([0-9] 0\.[0-9]{6}(, |$)){5}' "$work/stdout")" = 2000 ]
 verdict $? "-predict: $(head -n 3 "$work/stdout")"
 run -sheet "$work/sheet.safetensors" && [ "$(tensors "$work/sheet.safetensors" . | wc -l)" = 4 ]
 verdict $? "-sheet: $(cat "$work/stderr")"
 run -x 9 -v 0 -opt sgd -l 1e6
-[ $? = 1 ] && grep -q '^error: step [0-9]*: loss .* the first tensor that is not is: \(parameter\|activation\|gradient\)' "$work/stderr"
+[ $? = 1 ] && grep -qE '^error: step [0-9]+: loss .*the first .* is: (parameter|activation|gradient)' "$work/stderr"
 verdict $? "not finite: $(cat "$work/stderr")"
 
 # ranks: the trainer compares their weights itself; each has seen other images, and an evaluation has rank 0's buffers on all
 if command -v mpirun >/dev/null && grep -q DMULTI_GPU "$(dirname "$program")/../../command"; then
     for n in 2 3; do
         for sharded in 0 1; do
-            ranks $n -x 6 -v 0 -n 6 -b 10 -a 2 -g 0.5 -freeze 1 -ema 0.9 -watch 1 -z $sharded -o "$work/ranks_${n}_$sharded"
+            out=ranks_${n}_$sharded
+            ranks $n -x 6 -v 0 -n 6 -b 10 -a 2 -g 0.5 -freeze 1 -ema 0.9 -watch 1 -z $sharded -o "$work/$out"
             verdict $? "$n ranks, -z $sharded: $(head -c 500 "$work/stderr")"
-            [ "$(grep ^buffers: "$work/stdout" | tr '\n' ';')" = "buffers: differ in training, equal now, those of rank 0;buffers: differ in training, equal now, others;" ]
-            verdict $? "$n ranks, -z $sharded: $(grep ^buffers: "$work/stdout")" # the second evaluation has the moving average
+            grep ^buffers: "$work/stdout" >"$work/buffers" # of two evaluations: the second has the moving average
+            printf 'buffers: differ in training, equal now, %s\n' 'those of rank 0' others | diff - "$work/buffers" >/dev/null
+            verdict $? "$n ranks, -z $sharded: $(cat "$work/buffers")"
+            for kind in model_00000006 state_00000006_00000; do
+                same "ranks_${n}_0/$kind" "$out/$kind"
+                verdict $? "$n ranks: $kind with -z $sharded has other bits"
+            done
+            [ "$(tensors "$work/$out/model_00000006.safetensors" stem)" = "$stem" ]
+            verdict $? "$n ranks: frozen tensors move"
+            [ "$(tensors "$work/$out/state_00000006_00000.safetensors" ema.stem | sed s/ema.//)" = "$stem" ]
+            verdict $? "$n ranks: the moving average of frozen tensors moves"
         done
-        for kind in model_00000006 state_00000006_00000; do
-            same "ranks_${n}_0/$kind" "ranks_${n}_1/$kind"
-            verdict $? "$n ranks: $kind with -z 1 has other bits"
-        done
-        [ "$(tensors "$work/ranks_${n}_1/model_00000006.safetensors" stem)" = "$stem" ] &&
-            [ "$(tensors "$work/ranks_${n}_1/state_00000006_00000.safetensors" ema.stem | sed s/ema.//)" = "$stem" ]
-        verdict $? "$n ranks: frozen tensors move"
     done
     # resumed, from sharded states to whole ones
     flags="-v 0 -n 3 -b 10 -g 0.5 -ema 0.9"
