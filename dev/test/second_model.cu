@@ -1,13 +1,13 @@
 /*
-A model of its own on the shared sections of the trainers. It uses what they promise to any model and DeiT does not use: a
-FROZEN stem, blocks of different widths, of which one does not exist, running means (BUFFER), masks of bits and bytes, a
-tensor that is never cached, metrics, flags and defaults of its own. The sections lie in build/shared: the Makefile cuts
-them out of train_deit.cu.
+A model of its own on the shared sections of the trainers. It uses what they promise to any model and DeiT
+does not use: a FROZEN stem, blocks of different widths, of which one does not exist, running means (BUFFER),
+masks of bits and bytes, a tensor that is never cached, metrics, flags and defaults of its own. The sections
+lie in build/shared: the Makefile cuts them out of train_deit.cu.
 
-The program trains as a trainer does. `second_model -check` tests it from inside, `second_model -tensors FILE` lists the
-tensors of a file with their checksums; dev/test/second_model.sh runs all of it.
+The program trains as a trainer does. `second_model -check` tests it from inside, `second_model -tensors
+FILE` lists the tensors of a file with their checksums; dev/test/second_model.sh runs all of it.
 
-x = stem(pixels); of each block, x = clip(fc2(relu(fc1(x) - running mean of fc1(x)))); logits = head(x); a squared loss
+x = stem(pixels); of each block, x = clip(fc2(relu(fc1(x) - running mean of fc1(x)))); logits = head(x)
 */
 #include "../../build/shared/head.cuh"
 
@@ -165,7 +165,7 @@ Activation* output_of(Model* model, int l) {
     return model->acts.last;
 }
 
-#define AT(type, a) ((type*)activation_at(model, a, b0, recompute))
+#define AT(type, a) ((type*)activation_at(a, b0, recompute))
 void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
     const Block b = model->config.blocks[l];
     const auto* p = &model->params;
@@ -193,8 +193,8 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
 void model_forward(Model* model, size_t n, bool training) {
     const size_t I = model->chunk_images, D = numel(model->H, model->W, model->CH);
     const auto* p = &model->params;
-    floatX* stem = (floatX*)activation_at(model, output_of(model, -1), 0, false);
-    floatX* last = (floatX*)activation_at(model, model->acts.last, 0, false);
+    floatX* stem = (floatX*)activation_at(output_of(model, -1), 0, false);
+    floatX* last = (floatX*)activation_at(model->acts.last, 0, false);
     floatX* logits = (floatX*)model->acts.logits->data;
     linear_forward(stem, model->pixels, p->stemw[0], p->stemb[0], NULL, n, D, model->config.stem);
     for (int l = 0; l < MAX_BLOCKS; l++) {
@@ -535,38 +535,37 @@ static void test_gradients(void) { // the running means stand still
     trial_free(&t);
 }
 
-// The moving average of buffers: what it holds after two steps; an evaluation sees it and gives it back. Frozen tensors
-// stay as they are
+// The moving average of buffers: what it holds after two steps; an evaluation sees it and gives it back.
+// Frozen tensors stay as they are
 static void test_average(void) {
     Trial t = trial_new({"-b", "20", "-ema", "0.9"});
     Model* model = t.model;
-    const size_t n = model->num_frozen + model->num_buffers, bytes = n * sizeof(float);
+    const size_t frozen = model->num_frozen, n = model->num_buffers, bytes = n * sizeof(float);
     float *fixed[3], *average[3];
     for (int step = 0; step < 3; step++) {
         if (step > 0) { train_step(&t, step); }
-        fixed[step] = host_copy(model->fixed, n);
-        average[step] = host_copy(model->fixed_ema, n);
+        fixed[step] = host_copy(model->fixed, frozen + n);
+        average[step] = host_copy(model->buffers_ema, n);
     }
     bool right = true, moves = false;
-    for (size_t i = 0; i < n; i++) {
-        const bool frozen = i < model->num_frozen;
-        moves = moves || (!frozen && fixed[2][i] != fixed[1][i]);
-        for (int step = 1; step < 3; step++) {
-            const float moved = average[step-1][i] * 0.9f + (float)(1.0 - 0.9) * fixed[step][i];
-            right = right && average[step][i] == (frozen ? fixed[0][i] : moved);
-            right = right && (!frozen || fixed[step][i] == fixed[0][i]);
+    for (int step = 1; step < 3; step++) {
+        for (size_t i = 0; i < n; i++) {
+            const float now = fixed[step][frozen + i];
+            right = right && average[step][i] == average[step-1][i] * 0.9f + (float)(1.0 - 0.9) * now;
+            moves = moves || now != fixed[step-1][frozen + i];
         }
+        check(memcmp(fixed[step], fixed[0], frozen * sizeof(float)) == 0, "frozen tensors move in step %d", step);
     }
-    check(right && moves, "the moving average of buffers and frozen tensors");
+    check(right && moves, "the moving average of buffers");
     const double own = loss_of(&t);
     ema_enter(model);
     const double averaged = loss_of(&t);
-    float* inside = host_copy(model->fixed, n);
+    float* inside = host_copy(model->fixed + frozen, n);
     ema_leave(model);
     const double again = loss_of(&t);
-    float* after = host_copy(model->fixed, n);
+    float* after = host_copy(model->fixed + frozen, n);
     check(memcmp(inside, average[2], bytes) == 0 && averaged != own, "ema_enter: losses %.9g, %.9g", own, averaged);
-    check(memcmp(after, fixed[2], bytes) == 0 && again == own, "ema_leave: losses %.9g, %.9g", own, again);
+    check(memcmp(after, fixed[2] + frozen, bytes) == 0 && again == own, "ema_leave: losses %.9g, %.9g", own, again);
     for (float* p : {fixed[0], fixed[1], fixed[2], average[0], average[1], average[2], inside, after}) { free(p); }
     trial_free(&t);
 }
@@ -588,7 +587,7 @@ static void test_not_finite(void) {
     train_step(&t, 0);
     find_nan(model, model->params.stemw[0], "parameter stem.weight");
     find_nan(model, model->params.fc2b[3], "parameter stages.1.1.fc2.bias");
-    find_nan(model, model->buffers.mean[1], "buffer stages.0.1.mean");
+    find_nan(model, model->buffers.mean[1], "parameter stages.0.1.mean");
     find_nan(model, model->acts.x[1].data, "activation x, copy 1");
     find_nan(model, model->acts.relu[3].dropit.values, "activation relu, copy 3");
     find_nan(model, model->grads.fc1w[1], "gradient of stages.0.1.fc1.weight");
