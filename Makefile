@@ -127,6 +127,13 @@ $(foreach t,$(filter test_%,$(PROGRAMS)),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp:
 $(BUILD)/dev/bench $(BUILD)/dev/bench.cpp: $(wildcard train_*.cu)
 $(foreach t,$(DEVICE_TESTS),$(eval $(BUILD)/$(t) $(BUILD)/$(t).cpp: $(wildcard train_*.cu dev/cuda/*.cuh dev/test/*.cuh)))
 
+# the shared sections of a trainer, for a model of the tests: up to the interface; the training; what stands behind
+build/shared/%.cuh: train_deit.cu Makefile
+	@mkdir -p $(@D)
+	awk -v part=$* '/^\/\/ -+ shared: /{ n++; open = 1 } (n < 3 ? "head" : n == 3 ? "training" : "machinery") == part && (open || n == 0) { print } \
+	    /^\/\/ -+ end shared: /{ open = 0 }' $< > $@
+$(BUILD)/dev/test/second_model $(BUILD)/dev/test/second_model.cpp: $(addprefix build/shared/,head.cuh training.cuh machinery.cuh)
+
 # ---- tests
 asan tsan:
 	@$(MAKE) --no-print-directory DEVICE=cpu PRECISION=FP32 VARIANT=$@ $(addprefix build/cpu-fp32-$@/,$(PROGRAMS) $(DEVICE_TESTS))
