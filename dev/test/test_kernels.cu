@@ -5,26 +5,15 @@ take the vector paths. What the dumps cannot show is here: flips, ties and NaN i
 build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
 */
 
-#include <stdarg.h>
 #define TESTING
 #include "../../train_deit.cu"
+#include "check.cuh"
 
-static int passed, failed;
 #ifdef ENABLE_FP32
 #define TOLERANCE 2e-5
 #else
 #define TOLERANCE 1e-2 // of the largest expected value; a bf16 has 8 bits
 #endif
-
-static void check(bool ok, const char* format, ...) {
-    char what[160];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(what, sizeof(what), format, args);
-    va_end(args);
-    printf("%s %s\n", ok ? "ok    " : "NOT OK", what);
-    if (ok) { passed++; } else { failed++; }
-}
 
 // n values on the host and their copy on the device, both as T holds them
 template <class T> struct Array {

@@ -174,14 +174,13 @@ static void test_decay(int decay_all) {
     model_update(model, OptimizerConfig{true, 0.1, 0.9, 0.999, 1e-8, 0.5, 0.0, 0.0, false}, 0.1, 1);
     float *after = to_host(model->master, n), *ema = to_host(model->ema, n);
     int in_fixture = 0;
-    for (int i = 0; i < model->num_parameter_tensors; i++) {
-        const Parameter* p = &model->parameters[i];
+    for (const Parameter& p : model->parameters) {
         char name[128];
         size_t one;
-        snprintf(name, sizeof(name), "decay.%s", p->name);
+        snprintf(name, sizeof(name), "decay.%s", p.name);
         const bool decays = *values<uint8_t>(name, "U8", &one) || decay_all;
         double worst = 0.0, worst_ema = 0.0;
-        for (size_t j = p->offset; j < p->offset + p->n; j++) {
+        for (size_t j = p.offset; j < p.offset + p.n; j++) {
             worst = fmax(worst, fabs(after[j] - (decays ? 0.95 : 1.0) * before[j]));
             worst_ema = fmax(worst_ema, fabs(ema[j] - (0.75 * before[j] + 0.25 * after[j])));
         }
@@ -189,7 +188,7 @@ static void test_decay(int decay_all) {
               worst_ema);
     }
     for (int i = 0; i < fixture->num_tensors; i++) { in_fixture += strncmp(fixture->tensors[i].name, "decay.", 6) == 0; }
-    check(model->num_parameter_tensors == in_fixture, "%d tensors, timm's model has %d", model->num_parameter_tensors, in_fixture);
+    check(model->parameters.n == in_fixture, "%d tensors, timm's model has %d", model->parameters.n, in_fixture);
     free(before);
     free(after);
     free(ema);
@@ -223,9 +222,7 @@ static void test_initial_values(void) {
     check(memcmp(all, ema, model->num_parameters * sizeof(float)) == 0, "the moving average begins elsewhere than the weights");
     for (const auto& t : tensors) {
         const Parameter* p = NULL;
-        for (int i = 0; i < model->num_parameter_tensors; i++) {
-            if (strcmp(model->parameters[i].name, t.name) == 0) { p = &model->parameters[i]; }
-        }
+        for (const Parameter& q : model->parameters) { if (strcmp(q.name, t.name) == 0) { p = &q; } }
         check(p != NULL, "there is no %s", t.name);
         double worst = 0.0, sum = 0.0, squares = 0.0;
         for (size_t i = 0; p != NULL && i < p->n; i++) {
