@@ -3,7 +3,7 @@ Tests train_deit.cu against PyTorch, and against itself.
 
 build and run: make test_deit && ./test_deit                 every dump in dev/reference/dumps
                ./test_deit a.safetensors b.safetensors ...   these dumps, which dev/reference/deit.py writes
-               ./test_deit -losses a.safetensors             five losses as bits, to compare schedules
+               ./test_deit -losses a.safetensors             three losses as bits, to compare schedules
                ./test_deit -steps a.safetensors              a step and an evaluation a level, for sanitizers
 
 For each dump: logits, loss, the elements that DropIT keeps, every gradient and ten losses as PyTorch computed them
@@ -39,7 +39,7 @@ of summation: a moved number errs by 2^-8 of its size or more, each rounding of 
 #define LEAST 0.00390625 // bf16: of a tensor's norm, where a move changes nothing
 #define MOST 0.0225      // bf16: the same, so that a tensor that is 3 % too large or too small fails in every dump
 #define WHOLE ((size_t)32 << 20) // bytes of a chunk: the whole batch of a dump
-#define STEPS 5
+#define STEPS 3
 
 typedef struct {
     const Safetensors* st;
@@ -374,7 +374,7 @@ static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     model_free(model);
 }
 
-// losses of five steps with our own kept sets, and the gradients of the last
+// losses of three steps with our own kept sets, and the gradients of the last
 static float* run_steps(Model* model, const Dump* dump, double losses[STEPS]) {
     for (int step = 0; step < STEPS; step++) {
         forward(model, dump, dump->patches, true);
