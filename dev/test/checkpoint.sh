@@ -152,5 +152,29 @@ refused 'was written with -ema 0.9.*, not 0.8' $few -ema 0.8 -y 1 -o "$work/best
 refused 'was written with -drop_path 0.2.*, not 0' $few -drop_path 0 -y 1 -o "$work/best"
 refused 'was written with -schedule epoch, not step' $few -schedule step -y 1 -o "$work/best"
 
+# An older version wrote old_checkpoint, with every flag that it had in the metadata; its main.log goes on to step 8. Most of
+# its weights are zero, so that it is small (it began with -w). Resumed, it has the same losses. A flag that is at its default
+# writes no entry, so that a later version that has another flag resumes this one's checkpoints
+old="-size 4 -patch 2 -b 8 -a 2 -n 4 -v 0 -flip 1 -g 0.5 -l 0.02 -warmup 3 -clip 1 -x 8"
+cp -r "$(dirname "$0")/../reference/fixtures/old_checkpoint" "$work/old"
+gunzip "$work/old"/*.gz
+touch "$work/old/DONE_00000004"
+mv "$work/old/main.log" "$work/old_losses"
+refused 'was written with -wd_all 0, not 1' $old -wd_all 1 -y 1 -o "$work/old"
+refused 'was written with -ema 0, not 0.5' $old -ema 0.5 -y 1 -o "$work/old"
+run $old -y 1 -o "$work/old"
+verdict $? "an older version's checkpoint: $(cat "$work/stderr")"
+sed -n 's/^s:\([5-8]\) trl:\([^ ]*\) .*norm:\([^ ]*\).*/\1 \2 \3/p' "$work/old_losses" >"$work/expected"
+sed -n 's/^s:\([5-8]\) trl:\([^ ]*\) .*norm:\([^ ]*\).*/\1 \2 \3/p' "$work/old/main.log" | paste -d ' ' "$work/expected" - | awk '
+    { for (i = 1; i <= 3; i++) { e = $(i+3) / $i - 1; if (NF != 6 || !(e * e <= 1e-12)) bad = 1 } } END { exit bad || NR != 4 }'
+verdict $? "losses after an older version's checkpoint: $(tail -n 2 "$work/old/main.log")"
+[ "$(value "$work/old/model_00000008.safetensors" -l)" = 0.02 ] && [ -z "$(value "$work/old/model_00000008.safetensors" -wd_all)" ] &&
+    [ -z "$(value "$work/old/model_00000008.safetensors" -ema)" ]
+verdict $? "flags in the metadata: $(head -c 600 "$work/old/model_00000008.safetensors" | tail -c 592)"
+run $old -wd_all 1 -o "$work/decayed"
+[ "$(value "$work/decayed/model_00000008.safetensors" -wd_all)" = 1 ]
+verdict $? "-wd_all 1 stands in the metadata: $(cat "$work/stderr")"
+refused 'was written with -wd_all 1, not 0' $old -x 9 -y 1 -o "$work/decayed"
+
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

@@ -42,22 +42,27 @@ refused 'is not a schedule' -schedule batch
 refused '-drop_path must be between' -drop_path 1
 refused '-ema must be between' -ema 1
 refused 'does not divide into patches' -size 30
+refused 'does not divide into patches' -size 28x30 -plan 1
+for size in 28x x28 28x0 -28 28x28x28 99999 large ''; do refused '-size wants N or HxW' -size "$size"; done
+refused 'images are loaded as squares' -size 28x32
+refused '-chunk must be between' -chunk 0
+refused '-wd_all must be between' -wd_all 2
+for gone in -tb -bench -bench_data; do refused "unknown flag $gone" $gone 1; done
 refused 'cannot open .*nowhere' -i nowhere.bin
 refused 'is not a regular file' -i data
 refused 'has images of 1 channels' -chans 3
 refused 'has 10 classes' -classes 7
 refused '-predict needs weights' -predict data/fashion_val.bin
-refused 'give one of them' -eval 1 -sheet sheet.png
+refused 'give one of them' -eval 1 -sheet "$work/sheet"
 refused '-crop must be between' -crop 2
 refused '-scale must be between' -crop 1 -scale 0
 refused '-crop_pct must be between' -crop_pct 1.1
-refused 'give one of them' -bench_data 3 -eval 1
 refused '-repeats must be between' -repeats 0
 refused '-threads must be between' -threads 1000
 refused 'has 9984 images in an epoch, fewer than the 9999' -b 9999 -repeats 3
 refused 'the shards of .*fashion_train.* are not all made yet' -i "$(mkdir -p "$work/fashion_train.part"; cp $train "$work/fashion_train_00000.bin"; echo "$work/fashion_train")"
 refused 'fewer than the' -b 20000
-refused 'cannot open .*nowhere' -w nowhere.safetensors
+refused 'cannot open .*nowhere.safetensors' -w nowhere.safetensors -i nowhere.bin -j nowhere.bin # weights come first
 refused '-stats reports on DropIT' -stats 1
 refused '-plan wants' -plan lots
 for aa in rand rand-m9 rand-m9-inc0 rand-m11-inc1 rand-inc1 rand-m9-inc1- rand-m9-n0-inc1 rand-m9-p0.5-inc1 rand-mx-inc1 augmix-m3 autoaugment ''; do
@@ -91,7 +96,7 @@ if grep -q '^device: CPU' "$work/stdout"; then
     [ ! -e "$work/out" ] && grep -q '^error: [0-9]* bytes of device memory are needed, 60000000 are free; the largest batch that fits is -b [1-9]' "$work/stderr"
     verdict $? "too little memory: $(cat "$work/stderr")"
     fits=$(sed 's/.*-b \([0-9]*\),.*/\1/' "$work/stderr")
-    timeout 60 env CPU_MEMORY=60000000 "$program" -b "$fits" -bench 1 >"$work/stdout" 2>"$work/stderr"
+    timeout 60 env CPU_MEMORY=60000000 "$program" -b "$fits" -x 1 -v 0 >"$work/stdout" 2>"$work/stderr"
     verdict $? "-b $fits, said to fit: $(cat "$work/stderr")"
 fi
 
@@ -136,12 +141,32 @@ for threads in 0 1 5; do
         -threads $threads -o "$work/threads$threads" >"$work/stdout" 2>&1
     sed 's/ ms:.*//' "$work/threads$threads/main.log" >"$work/log.$threads"
 done
-[ "$(grep -c tr "$work/log.0")" = 4 ] && cmp -s "$work/log.0" "$work/log.1" && cmp -s "$work/log.0" "$work/log.5"
+[ "$(grep -c trl: "$work/log.0")" = 4 ] && cmp -s "$work/log.0" "$work/log.1" && cmp -s "$work/log.0" "$work/log.5"
 verdict $? "random crops of 32 pixels, with 0, 1 and 5 reader threads: $(tail -n 1 "$work/stdout")"
-for flags in "" "-crop 1" "-size 40 -crop 1 -threads 0"; do
-    timeout 120 "$program" $flags -bench_data 3 >"$work/stdout" 2>&1 && tail -n 1 "$work/stdout" | grep -q '^data images_per_s=[0-9.]* batches=3 '
-    verdict $? "-bench_data 3 $flags: $(tail -n 1 "$work/stdout")"
-done
+
+# a step line stands on stdout a few times a second, in main.log always; the log begins with the bytes of the plan
+timeout 120 "$program" -i data/fashion_train -b 1 -patch 28 -x 300 -v 0 -o "$work/steps" >"$work/stdout" 2>&1 # finds fashion_train.bin
+[ "$(grep -c '^s:[0-9]* trl:' "$work/steps/main.log")" = 300 ] && [ "$(grep -c '^step ' "$work/stdout")" -lt 150 ] &&
+    grep -q '^step *1/300 ' "$work/stdout" && grep -q '^step *300/300 ' "$work/stdout" &&
+    head -n 1 "$work/steps/main.log" | grep -q '^s:0 cached:[1-9][0-9]* total:[1-9][0-9]*$' &&
+    tail -n 1 "$work/steps/main.log" | grep -q '^s:300 tel:[0-9.]* top1:[0-9.]* top5:[0-9.]*$' &&
+    ! grep ' trl:' "$work/steps/main.log" | grep -qv ' trtop1:[0-9.]* trtop5:[0-9.]* lr:[^ ]* norm:[^ ]* ms:[0-9.]* img:[0-9.]*$'
+verdict $? "300 short steps: $(grep -c '^step ' "$work/stdout") lines; $(head -n 2 "$work/steps/main.log")"
+
+# what changes how the passes are cut into chunks, and which tensors decay
+timeout 60 "$program" -chunk 1 -b 32 -x 2 -v 0 >"$work/stdout" 2>&1 && grep -q 'chunks of 16 images$' "$work/stdout"
+verdict $? "-chunk 1: $(grep chunks "$work/stdout")"
+"$program" -size 56x28 -b 2 -plan 1 | grep '^| patches ' >"$work/high"
+"$program" -size 28 -b 4 -plan 1 | grep '^| patches ' >"$work/square"
+[ -s "$work/high" ] && cmp -s "$work/high" "$work/square"
+verdict $? "two images of 56 x 28 have as many patches as four of 28: $(cat "$work/high")"
+
+# DropIT's report: a line for each copy of its four tensors, every second step
+timeout 60 "$program" -g 0.7 -stats 2 -b 16 -x 3 -v 0 >"$work/stdout" 2>&1
+[ "$(grep -c '^stats [a-z0-9_]* *copy *[0-3] | kept  30.0[0-9] % of the elements,' "$work/stdout")" = 32 ]
+verdict $? "-stats 2: $(grep '^stats' "$work/stdout" | head -n 2)"
+timeout 60 "$program" -b 5 -sheet "$work/sheet" >"$work/stdout" 2>&1 && head -c 400 "$work/sheet" | grep -q '"image":{"dtype":"F32","shape":\[5,1,28,28\]'
+verdict $? "-sheet writes safetensors: $(tail -n 1 "$work/stdout")"
 
 # bytes of what the forward pass caches for DeiT-Ti at 224 pixels, batch 64, in fp32: at most what was promised, in MiB
 plan() { # plan LEVEL GAMMA CACHED
@@ -151,7 +176,7 @@ plan() { # plan LEVEL GAMMA CACHED
     }
     verdict $? "-plan of -r $1 -g $2: at most $3 MiB cached, 300 MiB scratch"
 }
-if "$program" -bench 1 -b 1 | grep -q '^device: .*fp32'; then
+if grep -q '^device: .*fp32' "$work/stdout"; then
     plan 0 0 1850; plan 0 0.7 1320; plan 0 0.9 1165
     plan 1 0 1180; plan 1 0.7 1105; plan 1 0.9 1080
     plan 2 0 390;  plan 2 0.7 320;  plan 2 0.9 295

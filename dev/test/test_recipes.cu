@@ -1,7 +1,7 @@
 /*
 The recipes of train_deit.cu against what timm and torch make of the published commands: dev/reference/fixtures/recipes.safetensors, which
 dev/reference/recipes.py writes. Learning rates of every epoch, optimizers, the moving average, weight-decay groups, drop-path. And what belongs to
-no reference: learning rates by steps, peaks of GPUs, operations of a step.
+no reference: learning rates by steps, operations of a step, initial values, what is masked when it is recomputed.
 
 build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
 */
@@ -137,32 +137,133 @@ static void test_average(const char* name, double decay) {
     free(host);
 }
 
-static void test_decay(void) {
-    DeitModel* model = (DeitModel*)calloc(1, sizeof(DeitModel));
-    model->options.config = DeitConfig{32, 16, 3, 10, 192, 2, 3};
-    model->options.B = 2;
-    model->options.chunk_bytes = DEFAULT_CHUNK_BYTES;
-    deit_plan(model);
-    int tensors = 0, in_fixture = 0;
-    for (int i = 0; i < NUM_PARAMETER_TENSORS; i++) {
-        const ParameterSpec* s = &model->specs[i];
-        for (int l = 0; l < s->copies; l++, tensors++) {
-            char name[96];
-            size_t n;
-            snprintf(name, sizeof(name), "decay.%s", parameter_name(s, l));
-            check(*values<uint8_t>(name, "U8", &n) == s->decay && (s->offset < model->num_decayed) == s->decay, "%s: weight decay is %d", name, s->decay);
+// a model of two blocks as -m would give it
+static Model* small_model(const char* flags) {
+    Model* model = model_new();
+    set_options(model, "", flags);
+    model->config = DeitConfig{32, 16, 3, 10, 192, 2, 3};
+    model->strategy = strcmp(model->s->strategy, "random") == 0 ? RANDOM : MINK;
+    model->adamw = strcmp(model->s->optimizer, "adamw") == 0;
+    model->B = 2;
+    model->H = model->W = 32;
+    model->CH = 3;
+    model->V = 10;
+    model->seed = 5;
+    model->chunk_bytes = 1;
+    deit_shape(model);
+    return model;
+}
+
+static float* to_host(const float* device, size_t n) {
+    float* host = host_new<float>(n, "a tensor");
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    cudaCheck(cudaMemcpy(host, device, n * sizeof(float), cudaMemcpyDeviceToHost));
+    return host;
+}
+
+// An update with gradients of zero moves nothing but what decays, under AdamW: those tensors that timm decays, or all. The
+// moving average follows the weights
+static void test_decay(int decay_all) {
+    Model* model = small_model("-opt adamw -ema 0.75");
+    model->s->decay_all = decay_all;
+    model_allocate(model);
+    init_parameters(model);
+    const size_t n = model->num_parameters;
+    float* before = to_host(model->master, n);
+    zero_gradients(model);
+    model_update(model, OptimizerConfig{true, 0.1, 0.9, 0.999, 1e-8, 0.5, 0.0, 0.0, false}, 0.1, 1);
+    float *after = to_host(model->master, n), *ema = to_host(model->ema, n);
+    int in_fixture = 0;
+    for (const Parameter& p : model->parameters) {
+        char name[128];
+        size_t one;
+        snprintf(name, sizeof(name), "decay.%s", p.name);
+        const bool decays = *values<uint8_t>(name, "U8", &one) || decay_all;
+        double worst = 0.0, worst_ema = 0.0;
+        for (size_t j = p.offset; j < p.offset + p.n; j++) {
+            worst = fmax(worst, fabs(after[j] - (decays ? 0.95 : 1.0) * before[j]));
+            worst_ema = fmax(worst_ema, fabs(ema[j] - (0.75 * before[j] + 0.25 * after[j])));
         }
+        check(worst <= 1e-7 && worst_ema <= 1e-7, "%s, -wd_all %d: weights are %g, their average %g away", name, decay_all, worst,
+              worst_ema);
     }
     for (int i = 0; i < fixture->num_tensors; i++) { in_fixture += strncmp(fixture->tensors[i].name, "decay.", 6) == 0; }
-    check(tensors == in_fixture, "%d tensors have a weight decay, timm's model has %d", tensors, in_fixture);
-    // the products of a step: counted layer by layer, forward once and backward twice
-    double products = 0.0;
-    for (int l = 0; l < 2; l++) {
-        for (int t = 0; t < 5; t++) { products += 192.0 * (3 * 192 + 192 + 4 * 192 + 4 * 192) + 2.0 * 5 * 192; }
+    check(model->parameters.n == in_fixture, "%d tensors, timm's model has %d", model->parameters.n, in_fixture);
+    free(before);
+    free(after);
+    free(ema);
+    model_free(model);
+}
+
+// the products of a step: counted layer by layer, forward once and backward twice
+static void test_flops(void) {
+    Model* model = small_model("");
+    double products = 4.0 * (3 * 16 * 16) * 192 + 192.0 * 10;
+    for (int token = 0; token < 2 * 5; token++) { products += 192.0 * (3 * 192 + 192 + 4 * 192 + 4 * 192) + 2.0 * 5 * 192; }
+    check(close_to(model_flops(model, 7), 42.0 * products, 1e-12), "operations of a step: %g, expected %g", model_flops(model, 7),
+          42.0 * products);
+}
+
+// Initial values are timm's, and element i of a tensor is drawn from (seed, name of the tensor, i): a tensor that is added to
+// the table changes no other
+static void test_initial_values(void) {
+    const double patch = 1.0 / sqrt(3.0 * 16 * 16);
+    const struct { const char* name; char kind; double scale; } tensors[] = {
+        {"patch_embed.proj.weight", 'u', patch}, {"patch_embed.proj.bias", 'u', patch}, {"cls_token", 'n', 1e-6},
+        {"pos_embed", 'n', 0.02}, {"blocks.0.norm1.weight", 'c', 1.0}, {"blocks.1.norm1.bias", 'c', 0.0},
+        {"blocks.0.attn.qkv.weight", 'n', 0.02}, {"blocks.1.attn.qkv.weight", 'n', 0.02}, {"blocks.1.attn.qkv.bias", 'c', 0.0},
+        {"blocks.0.attn.proj.weight", 'n', 0.02}, {"blocks.1.norm2.weight", 'c', 1.0}, {"blocks.1.mlp.fc1.weight", 'n', 0.02},
+        {"blocks.0.mlp.fc1.bias", 'c', 0.0}, {"blocks.0.mlp.fc2.weight", 'n', 0.02}, {"norm.weight", 'c', 1.0},
+        {"norm.bias", 'c', 0.0}, {"head.weight", 'n', 0.02}, {"head.bias", 'c', 0.0}};
+    Model* model = small_model("-ema 0.9");
+    model_allocate(model);
+    init_parameters(model);
+    float *all = to_host(model->master, model->num_parameters), *ema = to_host(model->ema, model->num_parameters);
+    check(memcmp(all, ema, model->num_parameters * sizeof(float)) == 0, "the moving average begins elsewhere than the weights");
+    for (const auto& t : tensors) {
+        const Parameter* p = NULL;
+        for (const Parameter& q : model->parameters) { if (strcmp(q.name, t.name) == 0) { p = &q; } }
+        check(p != NULL, "there is no %s", t.name);
+        double worst = 0.0, sum = 0.0, squares = 0.0;
+        for (size_t i = 0; p != NULL && i < p->n; i++) {
+#ifdef INIT_BY_NAME
+            const uint4 u = philox(5, RNG_INIT, crc_32(0, t.name, strlen(t.name)), i);
+#else
+            const uint4 u = philox(5, RNG_INIT, p->line, p->copy * p->n + i);
+#endif
+            const double drawn = t.kind == 'n' ? normal(u) : t.kind == 'u' ? 2.0 * uniform(u.x) - 1.0 : 1.0, v = all[p->offset + i];
+            worst = fmax(worst, fabs(v - (float)(t.scale * drawn)));
+            sum += v;
+            squares += v * v;
+        }
+        check(worst == 0.0, "%s begins %g away from the values that its name draws", t.name, worst);
+        if (p == NULL || t.kind == 'c') { continue; }
+        const double n = (double)p->n, deviation = t.kind == 'u' ? t.scale / sqrt(3.0) : t.scale;
+        check(fabs(sum / n) <= 4.0 * deviation / sqrt(n) && fabs(sqrt(squares / n) / deviation - 1.0) <= 4.0 / sqrt(n),
+              "%s has mean %g and deviation %g, timm's has 0 and %g", t.name, sum / n, sqrt(squares / n), deviation);
     }
-    products += 4.0 * (3 * 16 * 16) * 192 + 192.0 * 10;
-    check(close_to(deit_flops(model, 7), 3.0 * 2.0 * 7 * products, 1e-12), "operations of a step: %g, expected %g", deit_flops(model, 7), 42.0 * products);
-    free(model);
+    free(all);
+    free(ema);
+    model_free(model);
+}
+
+// The kernel that recomputes a norm or GELU masks it only where no linear layer reads it again: at -r 1 all three, from -r 2
+// on fc2's input alone; and only min-k's choice is one comparison
+static void test_masked(void) {
+    for (int recompute = 0; recompute <= 3; recompute++) {
+        for (const char* flags : {"-g 0.7 -s mink", "-g 0.7 -s random", "-g 0 -s mink"}) {
+            Model* model = small_model(flags);
+            model->s->recompute = recompute;
+            plan_model(model);
+            const bool chosen = strcmp(flags, "-g 0.7 -s mink") == 0, norms = chosen && recompute == 1, gelu = chosen && recompute >= 1;
+            for (int l = 0; l < 2; l++) {
+                const auto* a = &model->acts;
+                check(a->ln1[l].masked == norms && a->ln2[l].masked == norms && a->fch_gelu[l].masked == gelu && !a->atty[l].masked
+                      && !a->qkv[l].masked, "-r %d %s: masked are ln1 %d, ln2 %d, fch_gelu %d, atty %d, qkv %d", recompute, flags,
+                      a->ln1[l].masked, a->ln2[l].masked, a->fch_gelu[l].masked, a->atty[l].masked, a->qkv[l].masked);
+            }
+        }
+    }
 }
 
 static void test_drop_path(int number) {
@@ -209,31 +310,21 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
-static void test_peaks(void) {
-    const struct { const char* name; double bf16, fp32; } devices[] = {
-        {"NVIDIA H200", 989e12, 67e12}, {"NVIDIA H200 NVL", 835e12, 60e12}, {"NVIDIA H100 80GB HBM3", 989e12, 67e12}, {"NVIDIA H100 PCIe", 756e12, 51e12},
-        {"NVIDIA A100-SXM4-80GB", 312e12, 19.5e12}, {"NVIDIA A10", 125e12, 31.2e12}, {"NVIDIA L4", 121e12, 30.3e12}, {"NVIDIA L40S", 362e12, 91.6e12},
-        {"NVIDIA GeForce RTX 4090", 165e12, 82.6e12}, {"NVIDIA GeForce RTX 4090 Laptop GPU", 0, 0}, {"NVIDIA A10G", 0, 0},
-        {"NVIDIA H200 MIG 1g.18gb", 0, 0}, {"CPU, 2 threads", 0, 0}, {"", 0, 0},
-    };
-    for (size_t i = 0; i < sizeof(devices) / sizeof(devices[0]); i++) {
-        const double bf16 = gpu_peak_flops(devices[i].name, true), fp32 = gpu_peak_flops(devices[i].name, false);
-        check(close_to(bf16, devices[i].bf16, 1e-12) && close_to(fp32, devices[i].fp32, 1e-12), "peaks of '%s': %g, %g", devices[i].name, bf16, fp32);
-    }
-}
-
 int main(void) {
     device_open();
     fixture = safetensors_open("dev/reference/fixtures/recipes.safetensors");
-    const size_t n = sizeof(deit_recipes) / sizeof(deit_recipes[0]);
-    check(n == 5, "%zu recipes", n);
-    for (size_t i = 0; i < n; i++) { test_recipe(deit_recipes[i][0], deit_recipes[i][1]); }
+    int n = 0;
+    for (; model_recipes[n][0] != NULL; n++) { test_recipe(model_recipes[n][0], model_recipes[n][1]); }
+    check(n == 5, "%d recipes", n);
     test_average("ema.0.99996", 0.99996);
     test_average("ema.0.9", 0.9);
-    test_decay();
+    test_decay(0);
+    test_decay(1);
+    test_flops();
+    test_initial_values();
+    test_masked();
     for (int i = 0; i < 4; i++) { test_drop_path(i); }
     test_schedule_by_steps();
-    test_peaks();
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
