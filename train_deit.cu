@@ -5709,7 +5709,7 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     a->per_image = n / model->B;
     a->cached = s->recompute < level;
     a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
-    assert(a->per_image * bits % 8 == 0);
+    assert(n % model->B == 0 && a->per_image * bits % 8 == 0);
     model->activations.push(a);
     // copies of a line share the memory of their chunks and batches
     const bool shares = before != NULL && before->line == a->line;
@@ -5822,16 +5822,15 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
     for (int i = 0; t < 3 && i < 128; i++) { sums[t] += of[t][i]; }
 }
 
-// -stats: adds a chunk of a dropped tensor, x as DropIT has it and exact as it was (rows, C), and what
-// the exact one gives for the gradient that dweight (OC, C) is of
-static void stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, const float* dweight,
-                      const floatX* dout, size_t rows, size_t C, size_t OC) {
+// -stats: adds a chunk of n elements of a dropped tensor, x as DropIT has it and exact as it was. Returns where
+// its layer adds what the exact one gives for the gradient dweight (dweight_n)
+static float* stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, size_t n,
+                        const float* dweight, size_t dweight_n) {
     a->gradient = dweight - model->grads_memory;
-    a->gradient_n = C * OC;
-    linear_backward_weight(model->scratch->stats_exact + a->gradient, dout, exact, rows, C, OC);
-    double* sums = model->scratch->stats_sums + 6 * a->id;
-    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(sums, x, exact, rows * C);
+    a->gradient_n = dweight_n;
+    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(model->scratch->stats_sums + 6 * a->id, x, exact, n);
     kernelCheck();
+    return model->scratch->stats_exact + a->gradient;
 }
 
 // prints what DropIT kept of a tensor, and what that does to its weight gradient, which is complete
@@ -5849,15 +5848,21 @@ static void stats_report(Model* model, Activation* a) {
            sums[3] / sqrt(sums[4] * sums[5]));
 }
 
+// X as the weight gradient of images b0 .. b0+nb-1 sees it: dense, unpacked, or recomputed and masked
+static const floatX* weight_input(const Model* model, const Activation* a, size_t b0, size_t nb) {
+    floatX* x = (floatX*)activation_at(a, b0, true);
+    const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
+    if (a->dropped && a->cached) { dropit_unpack(x, &a->dropit, begin, end, main_stream); }
+    else if (a->dropped && !a->masked) { dropit_mask(x, &a->dropit, begin, end, drop_rule(model, a), main_stream); }
+    return x;
+}
+
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC) {
-    floatX* x = (floatX*)activation_at(a, b0, true);
-    if (a->dropped) {
-        const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
-        const floatX* exact = (const floatX*)activation_at(a, b0, false);
-        if (a->cached) { dropit_unpack(x, &a->dropit, begin, end, main_stream); }
-        else if (!a->masked) { dropit_mask(x, &a->dropit, begin, end, drop_rule(model, a), main_stream); }
-        if (model->stats_now) { stats_add(model, a, x, exact, dweight, dout, nb * rows, C, OC); }
+    const floatX *x = weight_input(model, a, b0, nb), *exact = (const floatX*)activation_at(a, b0, false);
+    if (a->dropped && model->stats_now) {
+        float* of_exact = stats_add(model, a, x, exact, nb * a->per_image, dweight, C * OC);
+        linear_backward_weight(of_exact, dout, exact, nb * rows, C, OC);
     }
     linear_backward_weight(dweight, dout, x, nb * rows, C, OC);
     column_sum(dbias, dout, model->partial, nb * rows, OC);
