@@ -1,39 +1,18 @@
 #!/bin/bash
-# Every test, as `make test` runs it: one line a test with its counts and seconds, the end of the log of what fails, and the
-# counts of all of them. What a machine lacks (MPI, nvcc) is named and not counted. Logs stay in build/test.
+# Every test, as `make test` runs it. A line says how a test ended, its counts and its seconds; of one that fails the end of
+# its log follows. At the end come the counts of all tests, and what this machine lacks so that it was not run.
+#   dev/test/run.sh              all tests, as many at a time as there are cores
+#   dev/test/run.sh NAME ...     those whose names match a NAME, such as deit_fp32 or 'ranks*'; builds what they need
+# Logs stay in build/test.
 set -u
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 1
 make=${MAKE:-make}
-mkdir -p build/test
-passed=0
-failed=0
-
-# t NAME SECONDS COMMAND...: the last line of a test is "N passed, N failed"; a command without one counts as one
-t() {
-    local name=$1 limit=$2 log="build/test/$1.log" start=$SECONDS code counts p f
-    shift 2
-    timeout "$limit" "$@" >"$log" 2>&1 </dev/null
-    code=$?
-    counts=$(tail -n 1 "$log" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
-    if [ -n "$counts" ]; then
-        p=$(echo "$counts" | cut -d ' ' -f 1)
-        f=$(echo "$counts" | cut -d ' ' -f 3)
-        [ $code -eq 0 ] || [ "$f" -gt 0 ] || f=1
-    else
-        p=$((code == 0))
-        f=$((code != 0))
-    fi
-    passed=$((passed + p))
-    failed=$((failed + f))
-    printf '%-6s %-34s %5d passed %3d failed  %4d s\n' "$([ "$f" -eq 0 ] && echo ok || echo 'NOT OK')" "$name" "$p" "$f" $((SECONDS - start))
-    if [ "$f" -gt 0 ]; then
-        echo "       exit code $code of: $*"
-        { grep -E 'NOT OK|^FAIL|error|WARNING|ERROR' "$log" | head -n 15; tail -n 5 "$log"; } | sed 's/^/       /'
-    fi
-}
-
-build="$make --no-print-directory -s -j 2 DEVICE=cpu"
-
+names=("$@")
+logs=build/test
+mkdir -p $logs
+rm -f $logs/*.result $logs/not_run
+cores=$(nproc)
+cpu="$make --no-print-directory -s DEVICE=cpu"
 fp32=build/cpu-fp32
 bf16=build/cpu-bf16
 asan=build/cpu-fp32-asan
@@ -41,56 +20,164 @@ tsan=build/cpu-fp32-tsan
 dumps=dev/reference/dumps
 workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
-t shared_sections 60 dev/test/check_shared.sh
-t build_fp32 900 $build PRECISION=FP32 train_deit test_deit $fp32/dev/test/test_{kernels,dropit,augment,files,resize,recipes,cpu_device,cpu_libs} ${workbench//dev/$fp32/dev}
-t build_bf16 900 $build PRECISION=BF16 $bf16/test_deit $bf16/dev/test/test_{kernels,dropit,augment,cpu_libs} ${workbench//dev/$bf16/dev}
-t build_workbench_asan 900 $build PRECISION=BF16 VARIANT=asan ${workbench//dev/$bf16-asan/dev}
-t build_workbench_tsan 900 $build PRECISION=BF16 VARIANT=tsan ${workbench//dev/$bf16-tsan/dev}
-t build_asan 900 $build PRECISION=FP32 VARIANT=asan $asan/test_deit $asan/dev/test/test_{kernels,dropit,augment,files,resize,cpu_device}
-t build_tsan 900 $build PRECISION=FP32 VARIANT=tsan $tsan/test_deit $tsan/dev/test/test_{kernels,dropit,augment,resize,cpu_device}
+not_run() { echo "not run: $1" | tee -a $logs/not_run; }
 
-t cu2cpp 120 dev/test/cu2cpp.sh
-t cpu_device_schedules 600 dev/test/schedules.sh 'all results' $fp32/dev/test/test_cpu_device
-t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
-t cpu_libs_bf16 300 $bf16/dev/test/test_cpu_libs
-t kernels_fp32 300 $fp32/dev/test/test_kernels
-t kernels_bf16 300 $bf16/dev/test/test_kernels
-t dropit_fp32 300 $fp32/dev/test/test_dropit
-t dropit_bf16 300 $bf16/dev/test/test_dropit
-t augment_fp32 300 $fp32/dev/test/test_augment
-t augment_bf16 300 $bf16/dev/test/test_augment
-t recipes 300 $fp32/dev/test/test_recipes
-t workbench_fp32 300 dev/test/workbench.sh $fp32
-t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
-t workbench_asan 600 dev/test/workbench.sh $bf16-asan
-t workbench_tsan 600 dev/test/workbench.sh $bf16-tsan
-t deit_fp32 600 ./test_deit
-t deit_bf16 600 $bf16/test_deit
-t files 300 $fp32/dev/test/test_files
-t resize 300 $fp32/dev/test/test_resize
-t command_line 600 dev/test/cli.sh ./train_deit
-t checkpoints 600 dev/test/checkpoint.sh ./train_deit
-t finetune 300 dev/test/finetune.sh ./train_deit
-if command -v python3 >/dev/null; then
-    t tensorboard 300 python3 dev/test/test_events.py ./train_deit
-    t predicted_cost 60 python3 dev/cuda/predict.py --check
-    t predicted_launches 900 python3 dev/test/test_launches.py $fp32
-else
-    echo "not run: TensorBoard's event files, DropIT's cost and launches as predicted (no python3 here)"
-fi
+wanted() { # wanted NAME: is it one of the names that were asked for?
+    local pattern
+    [ ${#names[@]} -gt 0 ] || return 0
+    for pattern in "${names[@]}"; do
+        # shellcheck disable=SC2053 # a pattern
+        [[ $1 != $pattern ]] || return 0
+    done
+    return 1
+}
+
+# what a command needs that is built: its words that name a program of ours
+needs() {
+    local word
+    for word in "$@"; do
+        case $word in
+            ./train_* | ./test_*) echo "$fp32/${word#./}" "${word#./}" ;;
+            build/cpu-*-*san) for p in $workbench; do echo "$word/$p"; done ;;
+            $fp32 | $bf16) for p in $workbench; do echo "$word/$p"; done ;;
+            build/*) echo "$word" ;;
+        esac
+    done
+}
+
+# build TARGET...: of one directory after the other, whose name says with which flags
+build() {
+    local directory targets variant precision
+    for directory in $fp32 $bf16 $asan $tsan $bf16-asan $bf16-tsan; do
+        targets=$(printf '%s\n' "$@" | grep -E "^$directory/|^(train|test)_[a-z]+\$" | sort -u | tr '\n' ' ')
+        [ "$directory" = $fp32 ] || targets=$(printf '%s\n' "$@" | grep "^$directory/" | sort -u | tr '\n' ' ')
+        [ -n "${targets// /}" ] || continue
+        variant=$(echo "$directory" | grep -o '[at]san$')
+        precision=$(echo "$directory" | grep -o 'bf16\|fp32' | tr a-z A-Z)
+        # shellcheck disable=SC2086
+        $cpu -j "$cores" PRECISION="$precision" ${variant:+VARIANT=$variant} $targets || return 1
+    done
+}
+
+# run NAME SECONDS COMMAND...: the last line of a test is "N passed, N failed"; a command without one counts as one
+run() {
+    local name=$1 limit=$2 log="$logs/$1.log" start=$SECONDS code counts p f
+    shift 2
+    timeout "$limit" "$@" >"$log" 2>&1 </dev/null
+    code=$?
+    counts=$(tail -n 1 "$log" | grep -E '^[0-9]+ passed, [0-9]+ failed$')
+    p=${counts%% *}
+    f=$(echo "$counts" | cut -d ' ' -f 3)
+    [ -n "$counts" ] || { p=$((code == 0)) f=$((code != 0)); }
+    [ $code -eq 0 ] || [ "$f" -gt 0 ] || f=1
+    {
+        printf '%-6s %-34s %5d passed %3d failed  %4d s\n' "$([ "$f" -eq 0 ] && echo ok || echo 'NOT OK')" "$name" "$p" "$f" \
+            $((SECONDS - start))
+        if [ "$f" -gt 0 ]; then
+            echo "       exit code $code of: $*"
+            { grep -E 'NOT OK|^FAIL|error|WARNING|ERROR' "$log" | head -n 15; tail -n 5 "$log"; } | sed 's/^/       /'
+        fi
+    } >"$logs/$name.line"
+    cat "$logs/$name.line"
+    echo "$p $f" >"$logs/$name.result"
+    grep '^not run: ' "$log" >>$logs/not_run
+}
+
+# t NAME SECONDS COMMAND...: a test beside others, each of which has one core
+t() {
+    wanted "$1" || return
+    if [ ${#names[@]} -gt 0 ]; then # shellcheck disable=SC2046
+        build $(needs "${@:3}") || { echo "NOT OK $1: its programs cannot be built"; echo "0 1" >"$logs/$1.result"; return; }
+    fi
+    while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do wait -n; done
+    OMP_NUM_THREADS=${THREADS:-1} run "$@" &
+}
 
 python=
 for candidate in python3 /usr/bin/python3; do
     if [ -z "$python" ] && "$candidate" -c 'import numpy, PIL' 2>/dev/null; then python=$candidate; fi
 done
+several_ranks=$(command -v mpirun >/dev/null && mpicxx -show 2>/dev/null)
+
+# ---- builds, each with all cores; with names, each test builds what it needs
+if [ ${#names[@]} -eq 0 ]; then
+    tests="dev/test/test_kernels dev/test/test_dropit dev/test/test_augment dev/test/test_resize"
+    programs() { printf "$1/%s " "${@:2}"; }
+    # shellcheck disable=SC2046,SC2086
+    {
+        run build_fp32 900 $cpu -j "$cores" PRECISION=FP32 train_deit test_deit \
+            $(programs $fp32 $tests dev/test/test_{files,recipes,cpu_device,cpu_libs} dev/test/second_model dev/bench $workbench)
+        run build_bf16 900 $cpu -j "$cores" PRECISION=BF16 $(programs $bf16 test_deit $tests dev/test/test_cpu_libs $workbench)
+        run build_asan 900 $cpu -j "$cores" PRECISION=FP32 VARIANT=asan \
+            $(programs $asan test_deit $tests dev/test/test_{files,cpu_device})
+        run build_tsan 900 $cpu -j "$cores" PRECISION=FP32 VARIANT=tsan $(programs $tsan test_deit $tests dev/test/test_cpu_device)
+        run build_workbench_asan 900 $cpu -j "$cores" PRECISION=BF16 VARIANT=asan $(programs $bf16-asan $workbench)
+        run build_workbench_tsan 900 $cpu -j "$cores" PRECISION=BF16 VARIANT=tsan $(programs $bf16-tsan $workbench)
+    }
+fi
+
+# ---- for a GPU, without a warning, where nvcc is: the longest, so first
+if command -v "${NVCC:-nvcc}" >/dev/null; then
+    for build in sm_80_FP32 sm_90_BF16; do
+        programs=train_deit
+        [ $build = sm_80_FP32 ] || programs="train_deit dev/test/test_cpu_libs $workbench"
+        # shellcheck disable=SC2046
+        t nvcc_$build 900 $make --no-print-directory -s DEVICE=cuda ARCH=${build%_*} PRECISION=${build##*_} WERROR=1 NO_MPI=1 \
+            BUILD=build/nvcc-$build $(for p in $programs; do echo build/nvcc-$build/"$p"; done)
+    done
+    if command -v python3 >/dev/null && command -v "${NVDISASM:-nvdisasm}" >/dev/null; then
+        t gpu_resources 300 python3 dev/cuda/resources.py --check
+    else
+        not_run "spills and access widths of the GPU's kernels (no python3 or no nvdisasm here; NVDISASM names one)"
+    fi
+else
+    not_run "the build for a GPU (no nvcc here)"
+fi
+
+# ---- the trainer against PyTorch, timm and Pillow, and its programs
+t deit_fp32 600 ./test_deit
+t deit_bf16 600 $bf16/test_deit
+t checkpoints 600 dev/test/checkpoint.sh ./train_deit
+t command_line 600 dev/test/cli.sh ./train_deit
+t finetune 300 dev/test/finetune.sh ./train_deit
+t recipes 300 $fp32/dev/test/test_recipes
+t second_model 300 dev/test/second_model.sh $fp32/dev/test/second_model
+if [ -n "$several_ranks" ]; then
+    for ranks in 2 3; do
+        t nccl_$ranks 300 env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+            mpirun --oversubscribe -np $ranks $fp32/dev/test/test_cpu_libs
+    done
+    t several_ranks 600 dev/test/ranks.sh ./train_deit
+else
+    not_run "several processes (no MPI here)"
+fi
+t shared_sections 60 dev/test/check_shared.sh
+t shared_sections_planted 60 dev/test/check_shared.sh --self-test
 if [ -n "$python" ]; then
     t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
     t weights_predict_sheet 300 "$python" dev/test/test_weights.py ./train_deit
+    t tensorboard 300 "$python" dev/test/test_events.py
 else
-    echo "not run: the scripts of data/, -w, -predict and -sheet (no python3 with numpy and Pillow here)"
+    not_run "the scripts of data/, -w, -predict and -sheet (no python3 with numpy and Pillow here)"
 fi
 
-# the same bits under every schedule of blocks and threads
+# ---- kernels and files; once with device memory that the host may not touch
+for test in kernels dropit augment; do
+    t ${test}_fp32 300 $fp32/dev/test/test_$test
+    t ${test}_bf16 300 $bf16/dev/test/test_$test
+done
+t files 300 $fp32/dev/test/test_files
+t resize 300 $fp32/dev/test/test_resize
+t workbench_fp32 300 dev/test/workbench.sh $fp32
+for test in kernels augment resize files recipes cpu_device cpu_libs; do
+    t protected_$test 300 env CPU_PROTECT=1 $fp32/dev/test/test_$test
+done
+t protected_dropit 300 env CPU_PROTECT=1 $fp32/dev/test/test_dropit -quick
+t protected_deit 600 env CPU_PROTECT=1 ./test_deit -steps $dumps/deit_{odd_g70,path_g70}.safetensors
+t protected_training 300 env CPU_PROTECT=1 ./train_deit -x 5 -e 1 -g 0.7 -crop 1 -size 32 -aa rand-m9-inc1 -reprob 0.5 -mixup 1
+t protected_workbench 300 env CPU_PROTECT=1 dev/test/workbench.sh $fp32
+
+# ---- the same bits under every schedule of blocks and threads
 t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
 t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
 t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
@@ -99,8 +186,9 @@ t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_drop
 t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
 t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
 t augment_schedules 600 dev/test/schedules.sh '^op|^mix| failed$' $fp32/dev/test/test_augment
+t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
 
-# no report from the sanitizers, and every planted bug found
+# ---- no report from the sanitizers, and every planted bug found
 for s in asan tsan; do
     t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_{odd_g70,aligned_g90,path_g00,path_g70}.safetensors
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
@@ -108,38 +196,19 @@ for s in asan tsan; do
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
     t augment_$s 600 build/cpu-fp32-$s/dev/test/test_augment
     t cpu_device_$s 600 build/cpu-fp32-$s/dev/test/test_cpu_device
+    t workbench_$s 600 dev/test/workbench.sh $bf16-$s
 done
 t files_asan 600 $asan/dev/test/test_files
 t planted_bugs 900 dev/test/planted.sh
 
-# several processes, where MPI is
-if command -v mpirun >/dev/null && grep -q DMULTI_GPU $fp32/command; then
-    for ranks in 2 3; do
-        t nccl_$ranks 300 env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 \
-            mpirun --oversubscribe -np $ranks $fp32/dev/test/test_cpu_libs
-    done
-    t several_ranks 600 dev/test/ranks.sh ./train_deit
-else
-    echo "not run: several processes (no MPI here)"
-fi
+# ---- the CPU device itself, with several workers
+t cu2cpp 120 dev/test/cu2cpp.sh
+THREADS=2 t cpu_device_schedules 600 dev/test/schedules.sh 'all results' $fp32/dev/test/test_cpu_device
+THREADS=2 t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
+THREADS=2 t cpu_libs_bf16 300 $bf16/dev/test/test_cpu_libs
+t launches 120 dev/test/launches.sh
+wait
 
-# for a GPU, without a warning, where nvcc is
-if command -v "${NVCC:-nvcc}" >/dev/null; then
-    for arch in sm_80 sm_90; do
-        for precision in FP32 BF16; do
-            t nvcc_${arch}_$precision 900 $make --no-print-directory -s DEVICE=cuda ARCH=$arch PRECISION=$precision WERROR=1 NO_MPI=1 \
-                BUILD=build/nvcc-$arch-$precision build/nvcc-$arch-$precision/train_deit
-        done
-    done
-    t nvcc_workbench 900 $make --no-print-directory -s -j 2 DEVICE=cuda ARCH=sm_90 PRECISION=BF16 WERROR=1 NO_MPI=1 BUILD=build/nvcc-sm_90-BF16 \
-        ${workbench//dev/build/nvcc-sm_90-BF16/dev}
-    if command -v python3 >/dev/null && command -v "${NVDISASM:-nvdisasm}" >/dev/null; then
-        t gpu_resources 300 python3 dev/cuda/resources.py --check
-    else
-        echo "not run: spills and access widths of the GPU's kernels (no python3 or no nvdisasm here; NVDISASM names one)"
-    fi
-else
-    echo "not run: the build for a GPU (no nvcc here)"
-fi
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ] && [ $passed -gt 0 ]
+echo
+sort -u $logs/not_run 2>/dev/null
+cat $logs/*.result 2>/dev/null | awk '{ p += $1; f += $2 } END { printf "%d passed, %d failed\n", p, f; exit !(p > 0 && f == 0) }'
