@@ -6,15 +6,16 @@ build and run: make test_deit && ./test_deit                 every dump in dev/r
                ./test_deit -losses a.safetensors             three losses as bits, to compare schedules
                ./test_deit -steps a.safetensors              a step and an evaluation a level, for sanitizers
 
-For each dump: logits, loss, the elements that DropIT keeps, every gradient and ten losses as PyTorch computed them
-in fp32; then, at every recomputation level and in two chunk sizes, losses and gradients that must not differ by a
-bit. The exit code is the verdict.
+For each dump: logits, loss, the elements that DropIT keeps, every gradient and ten losses as PyTorch
+computed them in fp32; then, at every recomputation level and in two chunk sizes, losses and gradients that
+must not differ by a bit. The exit code is the verdict.
 
-How far may a gradient in bf16 be from PyTorch's? Each dump measures it. An error in the last place of the parameters
-and pixels cannot be told from the rounding of what is computed from them. So the first step is also taken MOVES times
-with each of them moved by one unit in its last place, up or down at random; the distance by which this moves a
-gradient, on average, is the distance from PyTorch's that it is allowed (but MOST of its norm). It holds in any order
-of summation: a moved number errs by 2^-8 of its size or more, each rounding of a result by at most 2^-9.
+How far may a gradient in bf16 be from PyTorch's? Each dump measures it. An error in the last place of the
+parameters and pixels cannot be told from the rounding of what is computed from them. So the first step is
+also taken MOVES times with each of them moved by one unit in its last place, up or down at random; the
+distance by which this moves a gradient, on average, is the distance from PyTorch's that it is allowed, but
+MOST of its norm. It holds in any order of summation: a moved number errs by 2^-8 of its size or more, each
+rounding of a result by at most 2^-9.
 */
 
 #define TESTING
@@ -78,8 +79,7 @@ static void* tensor(const Safetensors* st, const char* name, const char* dtype, 
 static Dump open_dump(const char* path) {
     Safetensors* st = safetensors_open(path);
     const char *model = safetensors_metadata(st, "model"), *optimizer = safetensors_metadata(st, "optimizer");
-    require(model != NULL && strcmp(model, "deit") == 0, "%s is a dump of model '%s', this program tests deit", path,
-            model ? model : "none");
+    require(model != NULL && strcmp(model, "deit") == 0, "%s is a dump of another model than deit", path);
     require(number(st, "mlp_ratio", 4.0) == 4.0, "%s has another mlp_ratio than the trainer's 4", path);
     const auto whole = [&](const char* key) { return (int)number(st, key, NAN); };
     Dump dump = {};
@@ -181,8 +181,8 @@ template <class T> static float* to_host_floats(const T* device, size_t n) {
     return host;
 }
 
-// Puts the set of elements that the dump keeps in the place of ours, so that the gradients can be compared. judged:
-// ours must have k elements, obey our own rule, and differ from the dump's only within rounding of the threshold
+// Puts the set of elements that the dump keeps in the place of ours, so that the gradients can be compared.
+// judged: ours must have k elements, obey our own rule, and differ from the dump's within rounding only
 static void take_mask(const Activation* a, const Safetensors* st, const char* layer, bool judged) {
     char name[96];
     snprintf(name, sizeof(name), "mask.blocks.%d.%s", a->copy, layer);
@@ -233,7 +233,7 @@ static void take_mask(const Activation* a, const Safetensors* st, const char* la
     for (void* p : {(void*)mask, (void*)x, (void*)bitmap, (void*)offsets, (void*)values}) { free(p); }
 }
 
-// moves values by one unit in their last place, up or down: that of value i is drawn from (move, which, i)
+// moves values by one unit in their last place, up or down: as (move, which, i) draws for value i
 static void move_last_place(floatX* values, size_t n, unsigned move, unsigned which) {
     for (size_t i = 0; i < n; i++) {
         bitsX bits;
@@ -249,8 +249,8 @@ typedef struct {
     size_t logits, gradients, losses; // how many
 } Outcome;
 
-// As many steps as the dump has losses. The first has the kept sets of the dump, the others their own. move 0: as
-// dumped, and the kept sets are judged; else parameters and pixels are moved, and only the first step is taken
+// As many steps as the dump has losses. The first has the kept sets of the dump, the others their own.
+// move 0: as dumped, and the kept sets are judged; else parameters and pixels are moved, for one step
 static Outcome train_dump(const Dump* dump, size_t chunk_bytes, unsigned move) {
     Model* model = load_model(dump, 0, chunk_bytes, true);
     const size_t n = model->num_parameters, pixels = model->acts.patches->n;
@@ -316,7 +316,7 @@ static struct { // of a dump
     double planted; // smallest one of a tensor 3 % too large or too small
 } worst;
 
-// compares n values at `at` with PyTorch's: element by element in fp32, by their distance in bf16. NaN fails
+// compares n values at `at` with PyTorch's: element by element in fp32, by distance in bf16. NaN fails
 static void compare(const char* name, const Outcome* runs, size_t at, const float* expected, size_t n) {
     const float* a = runs[0].values + at;
     double error = 0.0, largest = 0.0, planted = 0.0;
@@ -384,7 +384,7 @@ static float* run_steps(Model* model, const Dump* dump, double losses[STEPS]) {
     return to_host_floats(model->grads_memory, model->num_parameters);
 }
 
-// every level of recomputation gives the same bits, at three gammas, with every strategy; and so does a second run
+// every level of recomputation gives the same bits, at any gamma and strategy; and so does a second run
 static void test_recomputation(Dump dump, size_t chunk_bytes) {
     const struct { double gamma; int strategy, drop_all; } cases[] = {
         {0.0, MINK, 0}, {0.7, MINK, 0}, {0.7, MINK, 1}, {0.7, FASTMINK, 0}, {0.7, FASTMINK, 1},
@@ -415,8 +415,8 @@ static void test_recomputation(Dump dump, size_t chunk_bytes) {
     }
 }
 
-// The plan is what is allocated: each line has its own bytes of its block, and the lines fill the blocks. Other programs
-// may use a GPU's memory at the same time, so only the CPU device is asked how much is free
+// The plan is what is allocated: each line has its own bytes of its block, and the lines fill the blocks.
+// Other programs may use a GPU at the same time, so only the CPU device is asked how much memory is free
 static void test_plan(const Dump* dump) {
     size_t before, after, total, filled[NUM_CATEGORIES] = {0};
     Model* model = make_model(dump, 1, WHOLE, false);
@@ -430,15 +430,16 @@ static void test_plan(const Dump* dump) {
 #endif
     for (const Allocation& a : plan->lines) {
         const bool shares = a.shares >= 0;
-        const void* place = shares ? *plan->lines.of[a.shares].pointer : plan->blocks[a.category] + filled[a.category];
-        check((a.bytes == 0 && !shares) || *a.pointer == place, "%s%s is not where it is planned", a.name, a.part);
+        const void* own = plan->blocks[a.category] + filled[a.category];
+        const bool right = *a.pointer == (shares ? *plan->lines.of[a.shares].pointer : own);
+        check((a.bytes == 0 && !shares) || right, "%s%s is not where it is planned", a.name, a.part);
         filled[a.category] += a.bytes;
     }
     check(memcmp(filled, plan->bytes, sizeof(filled)) == 0, "the lines of the plan do not fill its blocks");
     model_free(model);
     model = make_model(dump, 1, WHOLE, false);
     const size_t largest = largest_batch(model, planned);
-    check(largest == model->B, "the largest batch that fits into the plan of %zu images is %zu", model->B, largest);
+    check(largest == model->B, "into the plan of %zu images fit %zu", model->B, largest);
     model_free(model);
 }
 
@@ -469,7 +470,7 @@ static void print_losses(const Dump* dump) {
 int main(int argc, char** argv) {
     const char* mode = argc > 1 && argv[1][0] == '-' ? argv[1] : "";
     const bool only_losses = strcmp(mode, "-losses") == 0, only_steps = strcmp(mode, "-steps") == 0;
-    require(mode[0] == 0 || only_losses || only_steps, "unknown mode %s; the modes are -losses and -steps", mode);
+    require(mode[0] == 0 || only_losses || only_steps, "unknown mode %s; use -losses or -steps", mode);
     const int first = mode[0] == 0 ? 1 : 2;
     glob_t files = {};
     if (argc <= first) { glob("dev/reference/dumps/*.safetensors", 0, NULL, &files); }

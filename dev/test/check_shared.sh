@@ -1,15 +1,15 @@
 #!/bin/sh
 # Trainers are self-contained: no #include "...", and what two of them need stands in both, as the same bytes, between
 #     // ---- shared: NAME ---     and     // ---- end shared: NAME ---
-#   dev/test/check_shared.sh                 fails when two copies differ, a marker is wrong, a section stands in one file
-#                                            only (from the second trainer on) or in another order than in another file, a
-#                                            trainer is not laid out as below, or a shared section names a model
+#   dev/test/check_shared.sh                 fails when two copies differ, a marker is wrong, a section stands in one
+#                                            file only (from the second trainer on) or in another order than in another
+#                                            file, a trainer is not laid out as below, or a section names a model
 #   dev/test/check_shared.sh --self-test     plants a mistake of each kind into copies: each must be found
 #   dev/test/check_shared.sh train_deit.cu   copies that file's sections into the other trainers (make sync FROM=...)
 #
-# A trainer is: a header comment, the sections base and interface, the model with its two tables, the section training with
-# main(), the model's kernels, and then nothing but other shared sections. The code of a shared section names no model; a
-# comment there may cite one ("DeiT's RASampler"), in that form alone.
+# A trainer is: a header comment, the sections base and interface, the model with its two tables, the section training
+# with main(), the model's kernels, and then nothing but other shared sections. The code of a shared section names no
+# model; a comment there may cite one ("DeiT's RASampler"), in that form alone.
 set -u
 script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 from=${1:-}
@@ -20,8 +20,8 @@ trap 'rm -rf "$work"' EXIT
 passed=0
 failed=0
 
-# found NAME PATTERN FILE SED-COMMAND...: the mistake that the commands make in a copy of the file (one and two are the same
-# trainer) is found, and said in a line with PATTERN
+# found NAME PATTERN FILE SED-COMMAND...: the mistake that the commands make in a copy of the file (one and two are the
+# same trainer) is found, and said in a line with PATTERN
 found() {
     name=$1 pattern=$2 file=$3
     shift 3
@@ -55,24 +55,26 @@ self_test() {
     found "a marker with a slip" 'looks like a marker' $two 's/^\/\/ \(-* shared: random\)/  \/\/ \1/'
     found "base after interface" 'the first section is' $two "s/$base/shared: x -/" "s/$interface/$base/" \
         "s/shared: x -/$interface/"
-    found "training behind the machinery" 'the third section is' $two "s/$training/shared: x -/" "s/$random/$training/" \
-        "s/shared: x -/$random/"
+    found "training behind the machinery" 'the third section is' $two "s/$training/shared: x -/" \
+        "s/$random/$training/" "s/shared: x -/$random/"
     found "a table behind training" 'PARAMETERS stands behind' $two '/^#define PARAMETERS(X)/d' \
         "/^\/\/ -* end $training/a#define PARAMETERS(X)"
     found "a model without activations" 'ACTIVATIONS is missing' $two 's/^#define ACTIVATIONS(X)/#define TENSORS(X)/'
     found "main() behind training" 'main() stands outside' $two "/^\/\/ -* end $training/aint main(void) {}"
     found "no main()" 'main() is missing' $two 's/^int main(/int start(/'
-    found "a kernel in the model" 'kernels of the model stand behind' $two "/^\/\/ -* end $interface/a__global__ void k() {}"
+    found "a kernel in the model" 'kernels of the model stand behind' $two \
+        "/^\/\/ -* end $interface/a__global__ void k() {}"
     found "a kernel among the machinery" 'code of its own' $two "/^\/\/ -* end $random/a__global__ void k() {}"
     found "code behind the last section" 'code of its own' $two '$aint last;'
     found "another order" 'another order' $two 's/shared: linear -/shared: x -/' 's/shared: loss -/shared: linear -/' \
         's/shared: x -/shared: loss -/'
-    for line in 'int deit_tokens;' 'struct RcnnHeads {};' 'int last_vit;' 'struct MyViT {};' 'f("for ResNet");' '// (ResNet: none)' \
-        'f(a); // of R-CNN'; do
+    for line in 'int deit_tokens;' 'struct RcnnHeads {};' 'int last_vit;' 'struct MyViT {};' 'f("for ResNet");' \
+        '// (ResNet: none)' 'f(a); // of R-CNN'; do
         found "a name in: $line" 'names a model' $two "/^\/\/ -* $random/a$line"
     done
     # what is allowed: a citation in a comment, and words that only hold the letters
-    sed -i "/^\/\/ -* $random/aint gravity, activity; // as DeiT's code has it, and ViT's paper" "$work"/clean/train_*.cu
+    allowed="int gravity, activity; // as DeiT's code has it, and ViT's paper"
+    sed -i "/^\/\/ -* $random/a$allowed" "$work"/clean/train_*.cu
     if (cd "$work/clean" && sh "$script") >"$work/said" 2>&1; then passed=$((passed + 1))
     else failed=$((failed + 1)); echo "NOT OK a citation is refused: $(head -n 3 "$work/said")"; fi
     echo "$passed passed, $failed failed"
@@ -82,14 +84,16 @@ self_test() {
 if [ "$from" = --self-test ]; then self_test; exit; fi
 [ -z "$from" ] || [ -f "$from" ] || { echo "error: there is no $from; give one of: $files" >&2; exit 1; }
 
-# writes the section NAME of FILE to $work/FILE/NAME and their order to $work/FILE.order; complains about markers and layout
+# writes the section NAME of FILE to $work/FILE/NAME and their order to $work/FILE.order; complains about markers,
+# layout and names
 for file in $files; do
     mkdir "$work/$file"
     awk -v dir="$work/$file" '
         function bad(why) { printf "NOT OK %s:%d: %s\n", FILENAME, FNR, why; failed = 1 }
         # vit is a word, or one of CamelCase: activity has the letters too
         function names_model(text) {
-            return tolower(text) ~ /deit|resnet|r-?cnn/ || text ~ /(^|[^A-Za-z])[Vv][Ii][Tt]([^a-z]|$)/ || text ~ /[a-z]Vi[Tt]([^a-z]|$)/
+            if (tolower(text) ~ /deit|resnet|r-?cnn/) return 1
+            return text ~ /(^|[^A-Za-z])[Vv][Ii][Tt]([^a-z]|$)/ || text ~ /[a-z]Vi[Tt]([^a-z]|$)/
         }
         FNR == 1 && !/^\/\*/ { bad("a trainer begins with the header comment") }
         /^\/\/ -+ (end )?shared: [^-]+ -+$/ {
@@ -111,7 +115,8 @@ for file in $files; do
         }
         /^[ \t]*\/\/.*----.*shared:/ { bad("looks like a marker but is not one: " $0) }
         /^[ \t]*#[ \t]*include[ \t]*"/ { bad("a trainer includes no file of the repository: " $0) }
-        /^int main\(/ { if (open == "training") main_found = 1; else bad("main() stands outside of the section training") }
+        /^int main\(/ && open == "training" { main_found = 1 }
+        /^int main\(/ && open != "training" { bad("main() stands outside of the section training") }
         open == "" && /^#define (PARAMETERS|ACTIVATIONS)\(X\)/ {
             table = $2; sub(/\(X\)/, "", table); tables[table] = 1
             if (count != 2) bad("the table " table " stands behind the section training, or before interface")
@@ -147,7 +152,11 @@ if [ -n "$from" ]; then
             /^\/\/ -+ shared: / {
                 name = $0; sub(/^\/\/ -+ shared: /, "", name); sub(/ -+$/, "", name)
                 path = dir "/" name
-                if ((getline line < path) > 0) { do print line; while ((getline line < path) > 0); close(path); skip = 1 }
+                if ((getline line < path) > 0) {
+                    do print line; while ((getline line < path) > 0)
+                    close(path)
+                    skip = 1
+                }
             }' "$file" >"$work/new" && cat "$work/new" >"$file" && echo "synced $file from $from"
     done
     exit 0
@@ -168,7 +177,10 @@ for name in $names; do
             echo "NOT OK $name: $first and $file differ: $(cmp "$work/$first/$name" "$work/$file/$name")"
         fi
     done
-    if [ "$count" -gt 1 ] && [ $copies = 1 ]; then same=no; echo "NOT OK $name stands in $first alone: drop the markers or share it"; fi
+    if [ "$count" -gt 1 ] && [ $copies = 1 ]; then
+        same=no
+        echo "NOT OK $name stands in $first alone: drop the markers or share it"
+    fi
     if [ $same = yes ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 done
 # of two files, the sections that both have
@@ -179,7 +191,7 @@ for one in $files; do
         grep -Fxf "$work/$one.order" "$work/$other.order" >"$work/other"
         if cmp -s "$work/one" "$work/other"; then passed=$((passed + 1)); else
             failed=$((failed + 1))
-            echo "NOT OK $one and $other have their sections in another order: $(diff "$work/one" "$work/other" | sed -n 2p)"
+            echo "NOT OK $one and $other have another order of sections: $(diff "$work/one" "$work/other" | sed -n 2p)"
         fi
     done
 done

@@ -21,7 +21,7 @@ damage() { printf "\\$(printf %o $(($(od -An -tu1 -j "$2" -N 1 "$1") ^ 4)))" | d
 
 # everything that depends on the step: the order of the data, flips, augmentation and mixing, the random strategy, accumulation, the moments,
 # drop-path, the moving average, the learning rate
-flags="-b 8 -a 2 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3
+flags="-patch 7 -b 8 -a 2 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1 -g 0.6 -s random -x 150 -e 1 -v 0 -n 1 -keep 3
     -drop_path 0.3 -ema 0.99 -min_lr 1e-4 -warmup_lr 1e-5"
 run $flags -o "$work/alone"
 verdict $? "a run left alone: $(cat "$work/stderr")"
@@ -88,7 +88,7 @@ refused 'need a directory' -n 5
 refused 'need a directory' -y 1
 run $flags -y 1 -r 3 -o "$work/alone"
 verdict $? "another -r changes no bit: $(cat "$work/stderr")"
-run -w "$work/alone/model_00000150.safetensors" -eval 1
+run -patch 7 -w "$work/alone/model_00000150.safetensors" -eval 1
 verdict $? "a checkpoint's weights are read: $(cat "$work/stderr")"
 
 # a disk that is full: files may not grow beyond 1 MiB, the state needs more

@@ -15,7 +15,7 @@ ranks() { # ranks N ARGUMENTS...
 tensors() { "$program" -tensors "$1" | grep -E "^$2" | sort; } # tensors FILE PATTERN: names and checksums
 same() { cmp -s "$work/$1.safetensors" "$work/$2.safetensors"; }
 
-"$program" -check >"$work/checks" 2>&1
+CPU_PROTECT=1 "$program" -check >"$work/checks" 2>&1
 verdict $? "-check: $(cat "$work/checks")"
 passed=$((passed + $(tail -n 1 "$work/checks" | grep -o '^[0-9]*' || echo 0)))
 

@@ -1,7 +1,8 @@
 /*
-The recipes of train_deit.cu against what timm and torch make of the published commands: dev/reference/fixtures/recipes.safetensors, which
-dev/reference/recipes.py writes. Learning rates of every epoch, optimizers, the moving average, weight-decay groups, drop-path. And what belongs to
-no reference: learning rates by steps, operations of a step, initial values, what is masked when it is recomputed.
+The recipes of train_deit.cu against what timm and torch make of the published commands, which
+dev/reference/recipes.py wrote to dev/reference/fixtures/recipes.safetensors: learning rates of every epoch,
+optimizers, the moving average, weight-decay groups, drop-path. And what belongs to no reference: learning
+rates by steps, operations of a step, initial values, what is masked when it is recomputed.
 
 build and run: make test   (or dev/cpu's recipe on this file); the exit code is the verdict
 */
@@ -184,8 +185,8 @@ static void test_decay(int decay_all) {
             worst = fmax(worst, fabs(after[j] - (decays ? 0.95 : 1.0) * before[j]));
             worst_ema = fmax(worst_ema, fabs(ema[j] - (0.75 * before[j] + 0.25 * after[j])));
         }
-        check(worst <= 1e-7 && worst_ema <= 1e-7, "%s, -wd_all %d: weights are %g, their average %g away", name, decay_all, worst,
-              worst_ema);
+        check(worst <= 1e-7 && worst_ema <= 1e-7, "%s, -wd_all %d: weights are %g, their average %g away", name,
+              decay_all, worst, worst_ema);
     }
     for (int i = 0; i < fixture->num_tensors; i++) { in_fixture += strncmp(fixture->tensors[i].name, "decay.", 6) == 0; }
     check(model->parameters.n == in_fixture, "%d tensors, timm's model has %d", model->parameters.n, in_fixture);
@@ -199,9 +200,10 @@ static void test_decay(int decay_all) {
 static void test_flops(void) {
     Model* model = small_model("");
     double products = 4.0 * (3 * 16 * 16) * 192 + 192.0 * 10;
-    for (int token = 0; token < 2 * 5; token++) { products += 192.0 * (3 * 192 + 192 + 4 * 192 + 4 * 192) + 2.0 * 5 * 192; }
-    check(close_to(model_flops(model, 7), 42.0 * products, 1e-12), "operations of a step: %g, expected %g", model_flops(model, 7),
-          42.0 * products);
+    products += 2 * 5 * (192.0 * (3 * 192 + 192 + 4 * 192 + 4 * 192) + 2.0 * 5 * 192); // of a token: linears, attention
+    const double flops = model_flops(model, 7);
+    check(close_to(flops, 42.0 * products, 1e-12), "operations of a step: %g, expected %g", flops, 42.0 * products);
+    model_free(model);
 }
 
 // Initial values are timm's, and element i of a tensor is drawn from (seed, name of the tensor, i): a tensor that is added to
@@ -209,17 +211,19 @@ static void test_flops(void) {
 static void test_initial_values(void) {
     const double patch = 1.0 / sqrt(3.0 * 16 * 16);
     const struct { const char* name; char kind; double scale; } tensors[] = {
-        {"patch_embed.proj.weight", 'u', patch}, {"patch_embed.proj.bias", 'u', patch}, {"cls_token", 'n', 1e-6},
-        {"pos_embed", 'n', 0.02}, {"blocks.0.norm1.weight", 'c', 1.0}, {"blocks.1.norm1.bias", 'c', 0.0},
-        {"blocks.0.attn.qkv.weight", 'n', 0.02}, {"blocks.1.attn.qkv.weight", 'n', 0.02}, {"blocks.1.attn.qkv.bias", 'c', 0.0},
-        {"blocks.0.attn.proj.weight", 'n', 0.02}, {"blocks.1.norm2.weight", 'c', 1.0}, {"blocks.1.mlp.fc1.weight", 'n', 0.02},
+        {"patch_embed.proj.weight", 'u', patch}, {"patch_embed.proj.bias", 'u', patch}, {"pos_embed", 'n', 0.02},
+        {"cls_token", 'n', 1e-6}, {"blocks.0.norm1.weight", 'c', 1.0}, {"blocks.1.norm1.bias", 'c', 0.0},
+        {"blocks.0.attn.qkv.weight", 'n', 0.02}, {"blocks.1.attn.qkv.weight", 'n', 0.02},
+        {"blocks.1.attn.qkv.bias", 'c', 0.0}, {"blocks.0.attn.proj.weight", 'n', 0.02},
+        {"blocks.1.norm2.weight", 'c', 1.0}, {"blocks.1.mlp.fc1.weight", 'n', 0.02},
         {"blocks.0.mlp.fc1.bias", 'c', 0.0}, {"blocks.0.mlp.fc2.weight", 'n', 0.02}, {"norm.weight", 'c', 1.0},
         {"norm.bias", 'c', 0.0}, {"head.weight", 'n', 0.02}, {"head.bias", 'c', 0.0}};
     Model* model = small_model("-ema 0.9");
     model_allocate(model);
     init_parameters(model);
-    float *all = to_host(model->master, model->num_parameters), *ema = to_host(model->ema, model->num_parameters);
-    check(memcmp(all, ema, model->num_parameters * sizeof(float)) == 0, "the moving average begins elsewhere than the weights");
+    const size_t elements = model->num_parameters;
+    float *all = to_host(model->master, elements), *ema = to_host(model->ema, elements);
+    check(memcmp(all, ema, elements * sizeof(float)) == 0, "the moving average begins elsewhere than the weights");
     for (const auto& t : tensors) {
         const Parameter* p = NULL;
         for (const Parameter& q : model->parameters) { if (strcmp(q.name, t.name) == 0) { p = &q; } }
@@ -231,7 +235,8 @@ static void test_initial_values(void) {
 #else
             const uint4 u = philox(5, RNG_INIT, p->line, p->copy * p->n + i);
 #endif
-            const double drawn = t.kind == 'n' ? normal(u) : t.kind == 'u' ? 2.0 * uniform(u.x) - 1.0 : 1.0, v = all[p->offset + i];
+            const double drawn = t.kind == 'n' ? normal(u) : t.kind == 'u' ? 2.0 * uniform(u.x) - 1.0 : 1.0;
+            const double v = all[p->offset + i];
             worst = fmax(worst, fabs(v - (float)(t.scale * drawn)));
             sum += v;
             squares += v * v;
@@ -239,8 +244,9 @@ static void test_initial_values(void) {
         check(worst == 0.0, "%s begins %g away from the values that its name draws", t.name, worst);
         if (p == NULL || t.kind == 'c') { continue; }
         const double n = (double)p->n, deviation = t.kind == 'u' ? t.scale / sqrt(3.0) : t.scale;
-        check(fabs(sum / n) <= 4.0 * deviation / sqrt(n) && fabs(sqrt(squares / n) / deviation - 1.0) <= 4.0 / sqrt(n),
-              "%s has mean %g and deviation %g, timm's has 0 and %g", t.name, sum / n, sqrt(squares / n), deviation);
+        const double mean = sum / n, spread = sqrt(squares / n), limit = 4.0 / sqrt(n);
+        check(fabs(mean) <= limit * deviation && fabs(spread / deviation - 1.0) <= limit,
+              "%s has mean %g and deviation %g, timm's has 0 and %g", t.name, mean, spread, deviation);
     }
     free(all);
     free(ema);
@@ -255,13 +261,16 @@ static void test_masked(void) {
             Model* model = small_model(flags);
             model->s->recompute = recompute;
             plan_model(model);
-            const bool chosen = strcmp(flags, "-g 0.7 -s mink") == 0, norms = chosen && recompute == 1, gelu = chosen && recompute >= 1;
+            const bool chosen = strcmp(flags, "-g 0.7 -s mink") == 0;
+            const bool norms = chosen && recompute == 1, gelu = chosen && recompute >= 1;
             for (int l = 0; l < 2; l++) {
                 const auto* a = &model->acts;
-                check(a->ln1[l].masked == norms && a->ln2[l].masked == norms && a->fch_gelu[l].masked == gelu && !a->atty[l].masked
-                      && !a->qkv[l].masked, "-r %d %s: masked are ln1 %d, ln2 %d, fch_gelu %d, atty %d, qkv %d", recompute, flags,
-                      a->ln1[l].masked, a->ln2[l].masked, a->fch_gelu[l].masked, a->atty[l].masked, a->qkv[l].masked);
+                const bool masked[] = {a->ln1[l].masked, a->ln2[l].masked, a->fch_gelu[l].masked, a->atty[l].masked};
+                check(masked[0] == norms && masked[1] == norms && masked[2] == gelu && !masked[3],
+                      "-r %d %s: masked are ln1 %d, ln2 %d, fch_gelu %d, atty %d", recompute, flags, masked[0],
+                      masked[1], masked[2], masked[3]);
             }
+            model_free(model);
         }
     }
 }
