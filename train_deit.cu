@@ -1111,29 +1111,34 @@ void training_step(Run* run, Model* model, int step, double rate, bool evaluates
     model_update(model, run->optimizer, rate, step + 1);
 }
 
-// A line of the step in main.log, and on stdout: of each step where one takes long, else of a few in a
-// second
+// a name and a value for each metric: for people or, with the prefix of its key (tr, e or none), for main.log
+void print_metrics(FILE* out, const Metric* metric, const double* values, const char* prefix) {
+    for (const Metric* m = metric; m->name != NULL; m++) {
+        const char* key = strcmp(m->name, "loss") != 0 ? m->name : metric == model_train_metrics ? "l" : "tel";
+        if (prefix == NULL) { fprintf(out, " | %s %.*f", m->name, m->digits, values[m - metric]); }
+        else { fprintf(out, " %s%s:%.9g", prefix, key, values[m - metric]); }
+    }
+}
+
+// A line of the step in main.log, and on stdout: of each step where one takes long, else of a few in a second
 void report_step(Run* run, const Model* model, const StepResult* r, int step, int steps, double rate) {
     const double now = seconds(), ms = 1e3 * (now - run->start), images = (double)run->step_images;
     const int done = step - run->first_step; // steps before this one: the first is not counted
+    const Metric* m = model_train_metrics;
+    double values[MAX_METRICS];
+    for (int i = 0; m[i].name != NULL; i++) { values[i] = m[i].unit * (r->sums[i] / images); }
     run->start = now;
     run->timed += done > 0 ? ms : 0.0;
     if (run->log != NULL) {
         fprintf(run->log, "s:%d", step + 1);
-        for (int i = 0; model_train_metrics[i].name != NULL; i++) {
-            const Metric m = model_train_metrics[i];
-            fprintf(run->log, " tr%s:%.9g", i == 0 ? "l" : m.name, m.unit * (r->sums[i] / images));
-        }
+        print_metrics(run->log, m, values, "tr");
         fprintf(run->log, " lr:%.9g norm:%.9g ms:%.3f img:%.1f\n", rate, r->norm, ms, 1e3 * images / ms);
         fflush(run->log);
     }
     if (done > 0 && step + 1 < steps && now - run->printed < 0.25) { return; }
     run->printed = now;
     printf("step %5d/%d", step + 1, steps);
-    for (int i = 0; model_train_metrics[i].name != NULL; i++) {
-        const Metric m = model_train_metrics[i];
-        printf(" | %s %.*f", m.name, m.digits, m.unit * (r->sums[i] / images));
-    }
+    print_metrics(stdout, m, values, NULL);
     const int left = (int)(1e-3 * (done > 0 ? run->timed / done : ms) * (steps - 1 - step));
     const double flops = model_flops(model, run->step_images / num_ranks);
     printf(" | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | %.3g TFLOP/s | left %d:%02d\n", r->norm, rate, ms,
@@ -1143,18 +1148,13 @@ void report_step(Run* run, const Model* model, const StepResult* r, int step, in
 // of the weights, or of their moving average
 void report_evaluation(const Run* run, const double* scores, bool averaged, int step) {
     printf("eval %s epoch %d", averaged ? "EMA" : "", (int)((step - 1) / run->epoch_steps) + 1);
-    if (run->log != NULL) { fprintf(run->log, "s:%d", step); }
-    for (int i = 0; model_eval_metrics[i].name != NULL; i++) {
-        const Metric m = model_eval_metrics[i];
-        printf(" | %s %.*f", m.name, m.digits, scores[i]);
-        if (run->log == NULL) { continue; }
-        fprintf(run->log, " %s%s:%.9g", averaged ? "e" : "", strcmp(m.name, "loss") == 0 ? "tel" : m.name, scores[i]);
-    }
+    print_metrics(stdout, model_eval_metrics, scores, NULL);
     printf("\n");
-    if (run->log != NULL) {
-        fprintf(run->log, "\n");
-        fflush(run->log);
-    }
+    if (run->log == NULL) { return; }
+    fprintf(run->log, "s:%d", step);
+    print_metrics(run->log, model_eval_metrics, scores, averaged ? "e" : "");
+    fprintf(run->log, "\n");
+    fflush(run->log);
 }
 
 // Keeps the weights of the best evaluation so far. planned: the schedule asks for this evaluation. One
@@ -1318,8 +1318,8 @@ void run_close(Run* run, Model* model) {
     ranks_close();
     if (run->task != TRAIN && run->task != EVALUATE) { return; }
     printf("final");
-    for (int i = 0; model_eval_metrics[i].name != NULL; i++) {
-        printf(" %s=%.*f", model_eval_metrics[i].name, model_eval_metrics[i].digits, run->scores[i]);
+    for (const Metric* m = model_eval_metrics; m->name != NULL; m++) {
+        printf(" %s=%.*f", m->name, m->digits, run->scores[m - model_eval_metrics]);
     }
     printf("\n");
 }
