@@ -100,13 +100,8 @@ static int rank = 0, num_ranks = 1; // of the processes that train together, one
 #define ncclCheck(call) checkCall(call, ncclSuccess, ncclGetErrorString)
 #define mpiCheck(call) require((call) == MPI_SUCCESS, "%s:%d: %s failed", __FILE__, __LINE__, #call)
 
-// goes after every <<<>>>; with -DDEBUG it also waits, so that a bad access is reported by its own
-// kernel
-#ifdef DEBUG
-#define kernelCheck() do { cudaCheck(cudaGetLastError()); cudaCheck(cudaDeviceSynchronize()); } while (0)
-#else
+// goes after every <<<>>>. With CUDA_LAUNCH_BLOCKING=1 in the environment a bad access is reported by its own kernel
 #define kernelCheck() cudaCheck(cudaGetLastError())
-#endif
 
 // floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
 #ifdef ENABLE_FP32
