@@ -1349,73 +1349,57 @@ int main(int argc, char** argv) {
 // kernels of the vision transformer, each followed by its launcher
 
 // x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise that random erasing puts in its
-// place. flips[b] != 0: the image is mirrored left to right, that is, its row is read backwards
+// place. Of an image with flips[b] != 0, which is mirrored left to right, the row is read backwards
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
-        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a,
-        size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
+        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a, size_t b,
+        int S, int CH, unsigned h, unsigned w, unsigned c) {
     const uint8_t* row = images + (b * S + h) * S * CH + c;
     const float mean = stats.mean[c], std = stats.std[c];
     const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
     for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
     if (!AUGMENT || a.erased == NULL) { return; }
     const EraseBox box = a.erased[b]; // a pixel above it gives a difference that is huge as an unsigned number
-    if (h - box.top >= (unsigned)box.height) { return; }
     for (int q = 0; q < V; q++) {
-        if (w + q - box.left < (unsigned)box.width) {
-            x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
-        }
+        if (h - box.top >= (unsigned)box.height || w + q - box.left >= (unsigned)box.width) { continue; }
+        x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
     }
 }
 
-// Cuts images into patches and normalises them: with (h, w) pixel (kh, kw) of patch t,
-//     patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c]
+// patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t.
 // With AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
 //     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
-// patches (B, (S/P)^2, CH*P*P) has n elements, images (B, S, S, CH) of less than 2^32 bytes each. A
-// thread makes V neighbours in a row of one patch: V must divide P. AUGMENT is a template argument
-// because noise and the second image need registers that evaluation can do without
+// patches (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V in a
+// row; V divides P. AUGMENT is a template argument because noise and a second image need registers
 template <int V, bool AUGMENT> __global__ void patchify_kernel(
         floatX* patches, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
-        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH) {
+        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH, std::bool_constant<AUGMENT> augments) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const unsigned per_image = (unsigned)S * S * CH;
-        const size_t b = i / per_image;
-        unsigned j = (unsigned)(i - b * per_image);
-        const unsigned kw = j % P; j /= P;
-        const unsigned kh = j % P; j /= P;
-        const unsigned c = j % CH; j /= CH;
-        const unsigned pw = j % (S / P), ph = j / (S / P);
-        const unsigned w = pw * P + kw, h = ph * P + kh;
-        float x[V];
-        normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
-        if (AUGMENT && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
-            float other[V];
-            normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
-            for (int q = 0; q < V; q++) {
-                if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
-                else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
-            }
+    if (i >= n) { return; }
+    const unsigned per_image = (unsigned)S * S * CH;
+    const size_t b = i / per_image;
+    const unsigned j = (unsigned)(i - b * per_image), patch = j / (CH * P * P), c = j / (P * P) % CH;
+    const unsigned w = patch % (S / P) * P + j % P, h = patch / (S / P) * P + j / P % P;
+    float x[V], other[V];
+    normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
+    if (augments && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
+        normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
+        for (int q = 0; q < V; q++) {
+            if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
+            else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
         }
-        store<V>(patches + i, x);
     }
+    store<V>(patches + i, x);
 }
 
-// n images; augment NULL: they are neither erased nor mixed
-void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats,
-              const BatchAugment* augment, size_t n, int S, int P, int CH) {
-    const size_t elements = n * S * S * CH;
-    const BatchAugment a = augment != NULL ? *augment : BatchAugment{};
-    const bool augments = augment != NULL && (a.erased != NULL || a.lam < 1.0f);
-    const size_t blocks = CEIL_DIV(elements, (size_t)256 * (P % VEC == 0 ? VEC : 1));
-#define PATCHIFY(V, AUGMENT) patchify_kernel<V, AUGMENT><<<blocks, 256, 0, main_stream>>>( \
-        patches, images, flips, stats, a, elements, S, P, CH)
-    if (P % VEC == 0 && augments) { PATCHIFY(VEC, true); }
-    else if (P % VEC == 0) { PATCHIFY(VEC, false); }
-    else if (augments) { PATCHIFY(1, true); }
-    else { PATCHIFY(1, false); }
-#undef PATCHIFY
-    kernelCheck();
+void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment,
+              size_t n, int S, int P, int CH) {
+    n *= S * S * CH; // elements
+    const BatchAugment a = augment != NULL ? *augment : BatchAugment{}; // NULL: neither erased nor mixed
+    if (augment != NULL && (a.erased != NULL || a.lam < 1.0f)) {
+        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::true_type());
+    } else {
+        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::false_type());
+    }
 }
 
 // out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
@@ -1423,63 +1407,54 @@ void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelSta
 template <int V> __global__ void embed_kernel(
         floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const size_t row = i / C, b = row / T;
-        const unsigned c = (unsigned)(i - row * C), t = (unsigned)(row - b * T);
-        float token[V], position[V];
-        load<V>(token, t == 0 ? cls + c : tokens + (b * (T - 1) + t - 1) * C + c);
-        load<V>(position, pos + (size_t)t * C + c);
-        for (int j = 0; j < V; j++) { token[j] += position[j]; }
-        store<V>(out + i, token);
-    }
+    if (i >= n) { return; }
+    const size_t row = i / C, b = row / T;
+    const unsigned c = (unsigned)(i - row * C), t = (unsigned)(row - b * T);
+    float token[V], position[V];
+    load<V>(token, t == 0 ? cls + c : tokens + (b * (T - 1) + t - 1) * C + c);
+    load<V>(position, pos + (size_t)t * C + c);
+    for (int j = 0; j < V; j++) { token[j] += position[j]; }
+    store<V>(out + i, token);
 }
 
-void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos,
-           size_t B, size_t T, size_t C) {
+void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
     const size_t n = B * T * C;
-    const bool vector = vectorizable(C, out, tokens, cls, pos);
-    LAUNCH(embed_kernel, vector, n, 256, out, tokens, cls, pos, n, (int)T, (int)C);
+    LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
 }
 
-// dtokens = dout[:, 1:].contiguous(): the gradient of the patch embedding's rows, without gaps for its
-// matrix products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
+// dtokens = dout[:, 1:].contiguous(): the patch embedding's gradient without gaps, for its matrix
+// products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
 template <int V> __global__ void embed_backward_tokens_kernel(
         floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const size_t row = i / C, b = row / (T - 1);
-        *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + (row + b + 1) * C + (i - row * C));
-    }
+    if (i >= n) { return; }
+    *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + (i / C / (T - 1) + 1) * C); // + a class token an image
 }
 
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
-    const bool vector = vectorizable(C, dtokens, dout);
-    LAUNCH(embed_backward_tokens_kernel, vector, n, 256, dtokens, dout, n, (int)T, (int)C);
+    LAUNCH(embed_backward_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
 }
 
 // dpos += dout.sum(0), dcls += dout[:, 0].sum(0). dpos (T, C), dcls (C), dout (B, T, C). A thread sums
-// one (t, c) over the images, always in the same order; neighbouring threads read neighbouring addresses
+// one (t, c) over the images, in their order
 __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
-    if (i < n) {
-        float sum = 0.0f;
-        for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
-        dpos[i] += sum;
-        if (i < (size_t)C) { dcls[i] += sum; }
-    }
+    if (i >= n) { return; }
+    float sum = 0.0f;
+    for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
+    dpos[i] += sum;
+    if (i < (size_t)C) { dcls[i] += sum; }
 }
 
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(
-        dpos, dcls, dout, (int)B, (int)T, (int)C);
+    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
     kernelCheck();
 }
 
 // Mean and sum of squared deviations of n values; JoinMoments gives those of the union of two sets
 // (Chan, Golub and LeVeque 1983). A lane has n = 0 where a row has fewer packs than lanes
 typedef struct { float n, mean, squares; } Moments;
-
 struct JoinMoments {
     __device__ Moments operator()(Moments a, Moments b) const {
         const float n = a.n + b.n, share = n > 0.0f ? b.n / n : 0.0f, apart = b.mean - a.mean;
@@ -1487,12 +1462,10 @@ struct JoinMoments {
     }
 };
 
-// out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps);
-// in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
-// out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
-// LANES threads share a row, each takes every LANES-th pack of V elements; V must divide C and stride. A
-// lane takes deviations from the mean of its own elements, so one reduction is enough. The row is read
-// three times, from cache after the first. keep: KeepAll, or KeepLargest to zero again what DropIT dropped
+// out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps). weight,
+// bias (C). LANES threads share a row, each takes every LANES-th pack of V elements; V divides C and
+// stride. A lane takes deviations from the mean of its own elements, so one reduction is enough. The row
+// is read three times, from cache after the first
 #define LAYERNORM_EPS 1e-6f
 template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
         floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
@@ -1502,7 +1475,7 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const floatX* row = inp + r * stride;
-    float v[V], sum[V] = {0}, squares[V] = {0}, n = 0.0f;
+    float v[V], w[V], b[V], sum[V] = {0}, squares[V] = {0}, n = 0.0f;
     for (int c = first; c < C; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) { sum[j] += v[j]; }
@@ -1516,7 +1489,6 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     const Moments all = cg::reduce(lanes, Moments{n, lane_mean, total<V>(squares)}, JoinMoments());
     const float m = all.mean, s = rsqrtf(all.squares / C + LAYERNORM_EPS);
     for (int c = first; c < C; c += step) {
-        float w[V], b[V];
         load<V>(v, row + c);
         load<V>(w, weight + c);
         load<V>(b, bias + c);
@@ -1524,49 +1496,41 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
         keep.template apply<V>(v, r * C + c);
         store<V>(out + r * C + c, v);
     }
-    if (first == 0) {
-        mean[r] = m;
-        rstd[r] = s;
-    }
+    if (first != 0) { return; }
+    mean[r] = m;
+    rstd[r] = s;
 }
 
-template <class Keep>
-void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                       const floatX* bias, size_t rows, size_t C, size_t stride, Keep keep) {
+template <class Keep> void layernorm_forward(
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias, size_t rows,
+        size_t C, size_t stride, Keep keep) {
     const bool vector = vectorizable(C | stride, out, inp, weight, bias);
-    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows,
-                out, mean, rstd, inp, weight, bias, rows, (int)C, stride, keep);
+    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows, out, mean, rstd, inp, weight, bias, rows, C, stride, keep);
 }
 
-struct AddPairs {
-    __device__ float2 operator()(float2 a, float2 b) const { return make_float2(a.x + b.x, a.y + b.y); }
-};
+struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
 
-// dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight,
-// norm = (inp - mean) * rstd. It is added because dinp is the gradient of the residual stream. Rows of
-// dinp and inp begin `stride` apart; dout (rows, C), weight (C), mean, rstd (rows). Lanes as above
+// dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
+// norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
 template <int V, int LANES> __global__ void layernorm_backward_kernel(
-        floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean,
-        const float* rstd, size_t rows, int C, size_t stride) {
+        floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
+        size_t rows, int C, size_t stride) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float m = mean[r], s = rstd[r];
-    float x[V], g[V], w[V], sum[V] = {0}, norm_sum[V] = {0};
+    float x[V], g[V], w[V], d[V], sum[V] = {0}, norm_sum[V] = {0};
     for (int c = first; c < C; c += step) {
         load<V>(x, inp + r * stride + c);
         load<V>(g, dout + r * C + c);
         load<V>(w, weight + c);
-        for (int j = 0; j < V; j++) {
-            sum[j] += g[j] * w[j];
-            norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s);
-        }
+        for (int j = 0; j < V; j++) { sum[j] += g[j] * w[j]; }
+        for (int j = 0; j < V; j++) { norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s); }
     }
     const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), AddPairs());
     const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
-        float d[V];
         load<V>(x, inp + r * stride + c);
         load<V>(g, dout + r * C + c);
         load<V>(w, weight + c);
@@ -1576,172 +1540,138 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     }
 }
 
-// First step of the gradients of weight and bias, for slabs of rows as in column_sum_kernel:
-//     partial[slab, c] = sum of dout * norm, partial[slab, C + c] = sum of dout
-// partial (slabs, 2*C), the rest as above. A thread sums V columns of a slab; V must divide C and stride
-template <int V> __global__ void layernorm_weight_kernel(
-        float* partial, const floatX* dout, const floatX* inp, const float* mean, const float* rstd,
-        size_t rows, int C, size_t stride) {
+// First step of the gradients of weight and bias, by slabs of rows as in column_sum_kernel: partial[slab, c]
+// = sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C and stride
+template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
+        const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
-    if (slab * SLAB_ROWS < rows) {
-        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
-        float dweight[V] = {0}, dbias[V] = {0};
-        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
-            const float m = mean[r], s = rstd[r];
-            float x[V], g[V];
-            load<V>(x, inp + r * stride + column);
-            load<V>(g, dout + r * C + column);
-            for (int j = 0; j < V; j++) {
-                dweight[j] += g[j] * ((x[j] - m) * s);
-                dbias[j] += g[j];
-            }
-        }
-        store<V>(partial + slab * 2*C + column, dweight);
-        store<V>(partial + slab * 2*C + C + column, dbias);
+    if (slab * SLAB_ROWS >= rows) { return; }
+    const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+    float x[V], g[V], dweight[V] = {0}, dbias[V] = {0};
+    for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+        const float m = mean[r], s = rstd[r];
+        load<V>(x, inp + r * stride + column);
+        load<V>(g, dout + r * C + column);
+        for (int j = 0; j < V; j++) { dweight[j] += g[j] * ((x[j] - m) * s); }
+        for (int j = 0; j < V; j++) { dbias[j] += g[j]; }
     }
+    store<V>(partial + slab * 2*C + column, dweight);
+    store<V>(partial + slab * 2*C + C + column, dbias);
 }
 
-// dinp, dweight (C), dbias (C) += their gradients. partial holds 2 * column_sum_scratch(rows, C) floats
-void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
-                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
-                        size_t rows, size_t C, size_t stride) {
+void layernorm_backward(
+        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
+        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
-    const int c = (int)C;
-    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, c, stride);
-    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows,
-                dinp, dout, inp, weight, mean, rstd, rows, c, stride);
+    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, C, stride);
+    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, C, stride);
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
 }
 
-// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2
-// out, inp (n). A thread makes V elements; V must divide n. keep: as for layernorm_forward
-template <int V, class Keep>
-__global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
+// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2.
+// out, inp (n). A thread makes V elements; V divides n
+template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        float x[V];
-        load<V>(x, inp + i);
-        for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
-        keep.template apply<V>(x, i);
-        store<V>(out + i, x);
-    }
+    if (i >= n) { return; }
+    float x[V];
+    load<V>(x, inp + i);
+    for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
+    keep.template apply<V>(x, i);
+    store<V>(out + i, x);
 }
 
-// dinp *= Phi(x) + x * phi(x), with the normal density phi(x) = exp(-x^2 / 2) / sqrt(2 pi): the gradient
-// of the output becomes that of the input, in place. dinp, inp (n). A thread makes V; V must divide n
+// dinp *= Phi(x) + x * phi(x), with x = inp and the normal density phi(x) = exp(-x^2 / 2) / sqrt(2 pi).
+// dinp, inp (n). A thread makes V elements; V divides n
 template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX* inp, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        float x[V], d[V];
-        load<V>(x, inp + i);
-        load<V>(d, dinp + i);
-        for (int j = 0; j < V; j++) {
-            d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
-        }
-        store<V>(dinp + i, d);
+    if (i >= n) { return; }
+    float x[V], d[V];
+    load<V>(x, inp + i);
+    load<V>(d, dinp + i);
+    for (int j = 0; j < V; j++) {
+        d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
     }
+    store<V>(dinp + i, d);
 }
 
 template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
     LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
 }
-
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     LAUNCH(gelu_backward_kernel, vectorizable(n, dinp, inp), n, 256, dinp, inp, n);
 }
 
-// Drop-path (stochastic depth, Huang et al., ECCV 2016), as timm's DropPath: with the block's rate, an
-// image skips a branch of the block; else the branch is divided by 1 - rate, which keeps its mean
-
-// rate of block l of `depth`, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
+// rate of drop-path in block l, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
     if (depth == 1) { return 0.0f; }
     const float step = last / (float)(depth - 1);
     return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
-// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), drawn by Philox(seed,
-// RNG_DROP_PATH, step, (2*l + branch, image)). Images are counted over all ranks, this one's from
-// first_image on, so that the number of ranks changes no scale. scales (L, 2, B). A thread makes one
-__global__ void drop_path_scales_kernel(float* scales, int L, int B, float last, unsigned long long seed,
-                                        unsigned step, unsigned first_image) {
+// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), which keeps the mean, as
+// timm's DropPath (Huang et al., ECCV 2016). scales (L, 2, B). A thread draws one by Philox from the
+// image's number over all ranks, which begins at `first` here: the number of ranks changes no scale
+__global__ void drop_path_scales_kernel(
+        float* scales, int L, int B, float last, unsigned long long seed, unsigned step, unsigned first) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < L * 2 * B) {
-        const int row = i / B;
-        const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
-        const unsigned image = first_image + (unsigned)(i % B);
-        const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | image);
-        scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
-    }
+    if (i >= L * 2 * B) { return; }
+    const int row = i / B;
+    const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
+    const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | (first + (unsigned)(i % B)));
+    scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
 }
 
 void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step,
-                      unsigned first_image) {
-    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(
-        scales, L, B, (float)last, seed, step, first_image);
+                      unsigned first) {
+    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(scales, L, B, last, seed, step, first);
     kernelCheck();
 }
 
-// out = residual + scales[b] * x for each image b, without residual where it is NULL. out, x, residual
-// (images, per_image) have n elements, scales (images); out may be x. V divides per_image; a thread makes V
+// out = scales[b] * x (+ residual where it is not NULL) for each image b; out may be x. out, x, residual
+// (images, per_image) have n elements, scales (images). V divides per_image; a thread makes V
 template <int V> __global__ void drop_path_kernel(
         floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t per_image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const float scale = scales[i / per_image];
-        float v[V], r[V] = {0};
-        load<V>(v, x + i);
-        if (residual != NULL) { load<V>(r, residual + i); }
-        for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
-        store<V>(out + i, v);
-    }
+    if (i >= n) { return; }
+    const float scale = scales[i / per_image];
+    float v[V], r[V] = {0};
+    load<V>(v, x + i);
+    if (residual != NULL) { load<V>(r, residual + i); }
+    for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
+    store<V>(out + i, v);
 }
 
-void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales,
-               size_t images, size_t per_image) {
+void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
+               size_t per_image) {
     const size_t n = images * per_image;
-    const bool vector = vectorizable(per_image, out, x, residual);
-    LAUNCH(drop_path_kernel, vector, n, 256, out, x, residual, scales, n, per_image);
+    LAUNCH(drop_path_kernel, vectorizable(per_image, out, x, residual), n, 256, out, x, residual, scales, n, per_image);
 }
 
-// Writes where each head's matrices begin, for cublasGemmBatchedEx, which so reads q, k and v where they
-// lie in qkv. qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS); dqkv NULL: there are no
-// gradients. A thread writes the pointers of one (image, head)
+// Writes where each head's matrices begin: cublasGemmBatchedEx reads q, k and v where they lie in qkv.
+// qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS). A thread writes those of one (image, head)
 __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
-    if (i < images * a.heads) {
-        const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
-        const size_t q = image * a.T * 3 * C + head * a.HS, square = (size_t)i * a.T * a.ld;
-        a.pointers[PTR_Q * count + i] = qkv + q;
-        a.pointers[PTR_K * count + i] = qkv + q + C;
-        a.pointers[PTR_V * count + i] = qkv + q + 2 * C;
-        a.pointers[PTR_OUT * count + i] = out + image * a.T * C + head * a.HS;
-        a.pointers[PTR_SCORES * count + i] = a.scores + square;
-        a.pointers[PTR_PROBS * count + i] = a.probs + square;
-        if (dqkv != NULL) {
-            a.pointers[PTR_DQ * count + i] = dqkv + q;
-            a.pointers[PTR_DK * count + i] = dqkv + q + C;
-            a.pointers[PTR_DV * count + i] = dqkv + q + 2 * C;
-            a.pointers[PTR_DPROBS * count + i] = a.dprobs + square;
-            a.pointers[PTR_DSCORES * count + i] = a.dscores + square;
-        }
-    }
+    if (i >= images * a.heads) { return; }
+    const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
+    const size_t o = image * a.T * C + head * a.HS, q = o + 2 * image * a.T * C, square = (size_t)i * a.T * a.ld;
+    void* const begins[NUM_ATTENTION_POINTERS] = { // in the order of PTR_
+        qkv + q, qkv + q + C, qkv + q + 2 * C, out + o, a.scores + square, a.probs + square,
+        dqkv + q, dqkv + q + C, dqkv + q + 2 * C, a.dprobs + square, a.dscores + square};
+    for (int p = 0; p < NUM_ATTENTION_POINTERS; p++) { a.pointers[p * count + i] = begins[p]; }
 }
 
 void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
-    const int blocks = CEIL_DIV(images * a->heads, 64);
-    attention_pointers_kernel<<<blocks, 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
+    attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
     kernelCheck();
 }
 
 // The largest of some scores, and the sum of exp(score - largest). A lane without scores joins as
-// (-FLT_MAX, 0): two that joined as -INFINITY would subtract infinities, which gives NaN
+// (-FLT_MAX, 0), since the difference of two -INFINITY is NaN
 typedef struct { float largest, sum; } ExpSum;
 // one comparison; fmaxf has more to do, to pass over NaNs. A NaN score still shows, in the sum
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
-
 struct JoinExpSums {
     __device__ ExpSum operator()(ExpSum a, ExpSum b) const {
         const float m = larger(a.largest, b.largest);
@@ -1749,118 +1679,101 @@ struct JoinExpSums {
     }
 };
 
-// lse = log(sum of exp(scores)), probs = exp(scores - lse) for each row; in PyTorch:
-// scores.logsumexp(-1) and scores.softmax(-1). The backward pass makes the same probs again from lse.
-// scores, probs (rows, ld), lse (rows); probs may be scores. LANES threads share a row, each takes every
-// LANES-th pack; V must divide ld. The last pack may reach into columns T to ld, which are cleared at
-// allocation and never used as values. A lane subtracts its own largest score: one reduction is enough
-template <int V, int LANES> __global__ void softmax_forward_kernel(
-        floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
+// lse = scores.logsumexp(-1), probs = exp(scores - lse) = scores.softmax(-1). scores, probs (rows, ld),
+// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which are cleared
+// at allocation. A lane subtracts its own largest score, so one reduction is enough
+template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
-    const float* row = scores + r * ld;
+    const float* row = a.scores + r * a.ld;
     float v[V], largest[V], sum[V] = {0};
     for (int j = 0; j < V; j++) { largest[j] = -FLT_MAX; }
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) { largest[j] = larger(c + j < T ? v[j] : -FLT_MAX, largest[j]); }
+        for (int j = 0; j < V; j++) { largest[j] = larger(c + j < a.T ? v[j] : -FLT_MAX, largest[j]); }
     }
     for (int half = V / 2; half > 0; half /= 2) {
         for (int j = 0; j < half; j++) { largest[j] = larger(largest[j + half], largest[j]); }
     }
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) {
-            const float e = expf(v[j] - largest[0]);
-            sum[j] += c + j < T ? e : 0.0f;
-        }
+        for (int j = 0; j < V; j++) { v[j] = expf(v[j] - largest[0]); }
+        for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? v[j] : 0.0f; }
     }
     const ExpSum all = cg::reduce(lanes, ExpSum{largest[0], total<V>(sum)}, JoinExpSums());
     const float log_sum = all.largest + logf(all.sum);
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) { v[j] = expf(v[j] - log_sum); }
-        store<V>(probs + r * ld + c, v);
+        store<V>(a.probs + r * a.ld + c, v);
     }
     if (first == 0) { lse[r] = log_sum; }
 }
 
-// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum
-// equals that of dout * out over the head, but needs no output of attention, of which DropIT keeps only
-// a part. Shapes, lanes and padding as above; probs may be scores, and dscores may be dprobs
-template <int V, int LANES> __global__ void softmax_backward_kernel(
-        floatX* probs, floatX* dscores, const float* scores, const float* dprobs, const float* lse,
-        size_t rows, int T, int ld) {
+// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum is
+// that of dout * out over the head, without the output of attention, of which DropIT keeps only a part.
+// Shapes, lanes and padding as above
+template <int V, int LANES> __global__ void softmax_backward_kernel(const float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float log_sum = lse[r];
     float p[V], d[V], sum[V] = {0};
-    for (int c = first; c < T; c += step) {
-        load<V>(p, scores + r * ld + c);
-        load<V>(d, dprobs + r * ld + c);
-        for (int j = 0; j < V; j++) {
-            const float e = expf(p[j] - log_sum) * d[j];
-            sum[j] += c + j < T ? e : 0.0f;
-        }
+    for (int c = first; c < a.T; c += step) {
+        load<V>(p, a.scores + r * a.ld + c);
+        load<V>(d, a.dprobs + r * a.ld + c);
+        for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum) * d[j]; }
+        for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? p[j] : 0.0f; }
     }
     const float row_sum = cg::reduce(lanes, total<V>(sum), cg::plus<float>());
-    for (int c = first; c < T; c += step) {
-        load<V>(p, scores + r * ld + c);
-        load<V>(d, dprobs + r * ld + c);
-        for (int j = 0; j < V; j++) {
-            p[j] = expf(p[j] - log_sum);
-            d[j] = p[j] * (d[j] - row_sum);
-        }
-        store<V>(probs + r * ld + c, p);
-        store<V>(dscores + r * ld + c, d);
+    for (int c = first; c < a.T; c += step) {
+        load<V>(p, a.scores + r * a.ld + c);
+        load<V>(d, a.dprobs + r * a.ld + c);
+        for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum); }
+        for (int j = 0; j < V; j++) { d[j] = p[j] * (d[j] - row_sum); }
+        store<V>(a.probs + r * a.ld + c, p);
+        store<V>(a.dscores + r * a.ld + c, d);
     }
 }
 
-// Row-major D = alpha * op(X) @ op(Y) for every head of a chunk, where op transposes under transX and
-// transY. D, X and Y are rows of `pointers`; scores, probs and their gradients are (T, T) matrices, all
-// others (T, HS), so every size follows; X is transposed only where it is (T, T). cuBLAS is
-// column-major, it sees the transpose of each matrix; D^T = op(Y)^T @ op(X)^T, so X and Y change places
-void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY, float alpha) {
+// Row-major D = op(X) @ op(Y) for every head of a chunk, over sqrt(HS) for scores, dq and dk. op
+// transposes under transX, transY. D, X, Y are rows of `pointers`; scores, probs and their gradients are
+// (T, T) matrices, others (T, HS); only a (T, T) X is transposed. cuBLAS sees the transpose of each
+// matrix, being column-major; D^T = op(Y)^T @ op(X)^T, so X and Y change places
+void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY) {
     const int T = a->T, HS = a->HS, C = a->heads * HS, count = a->max_images * a->heads;
     auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
     auto square = [&](int p) { return fp32(p) || p == PTR_PROBS || p == PTR_DSCORES; };
     auto stride = [&](int p) { return square(p) ? a->ld : p == PTR_OUT ? C : 3 * C; }; // from row to row
     const cublasOperation_t op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
     void **d = a->pointers + D * count, **x = a->pointers + X * count, **y = a->pointers + Y * count;
-    const float zero = 0.0f;
+    const float alpha = D == PTR_SCORES || D == PTR_DQ || D == PTR_DK ? 1.0f / sqrtf((float)HS) : 1.0f, zero = 0.0f;
     cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS, &alpha,
         y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d, fp32(D) ? CUDA_R_32F : CUDA_FLOATX,
         stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-// in PyTorch: F.scaled_dot_product_attention(q, k, v), out = softmax(q @ k^T / sqrt(HS)) @ v for each head
-// out (images, T, C), lse (images, NH, T), qkv (images, T, 3*C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
-    const int T = a->T, ld = a->ld;
-    const size_t rows = (size_t)images * a->heads * T;
-    attention_pointers(a, qkv, out, NULL, images);
-    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, 1.0f / sqrtf((float)a->HS));
-    // `true`: packs can always be read, because rows begin a multiple of 8 elements apart
-    LAUNCH_ROWS(softmax_forward_kernel, true, T, rows, a->probs, lse, a->scores, rows, T, ld);
-    attention_matmul(a, images, PTR_OUT, PTR_PROBS, false, PTR_V, false, 1.0f);
+    const size_t rows = (size_t)images * a->heads * a->T;
+    attention_pointers(a, qkv, out, qkv, images); // the pointers to gradients are not used
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true);    // scores = q @ k^T / sqrt(HS)
+    // `true`: packs can always be read, because rows begin a multiple of VEC elements apart
+    LAUNCH_ROWS(softmax_forward_kernel, true, a->T, rows, lse, *a, rows);
+    attention_matmul(a, images, PTR_OUT, PTR_PROBS, false, PTR_V, false);  // out = probs @ v
 }
 
-// dqkv (images, T, 3*C) = the gradient of qkv, from dout (images, T, C), qkv and the forward pass's lse
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
-    const int T = a->T, ld = a->ld;
-    const size_t rows = (size_t)images * a->heads * T;
-    const float scale = 1.0f / sqrtf((float)a->HS);
+    const size_t rows = (size_t)images * a->heads * a->T;
     attention_pointers(a, qkv, dout, dqkv, images); // PTR_OUT is dout here
-    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, scale);    // scores = scale * q @ k^T
-    attention_matmul(a, images, PTR_DPROBS, PTR_OUT, false, PTR_V, true, 1.0f);   // dprobs = dout @ v^T
-    LAUNCH_ROWS(softmax_backward_kernel, true, T, rows, a->probs, a->dscores, a->scores, a->dprobs, lse, rows, T, ld);
-    attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false, 1.0f);   // dv = probs^T @ dout
-    attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false, scale); // dq = scale * dscores @ k
-    attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false, scale);  // dk = scale * dscores^T @ q
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true);    // scores = q @ k^T / sqrt(HS)
+    attention_matmul(a, images, PTR_DPROBS, PTR_OUT, false, PTR_V, true);  // dprobs = dout @ v^T
+    LAUNCH_ROWS(softmax_backward_kernel, true, a->T, rows, lse, *a, rows); // the same probs, and dscores
+    attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false);  // dv = probs^T @ dout
+    attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false); // dq = dscores @ k / sqrt(HS)
+    attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false);  // dk = dscores^T @ q / sqrt(HS)
 }
 
 // ----------------------------------------------------------------------------
