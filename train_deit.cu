@@ -3343,18 +3343,15 @@ double learning_rate_at(const Schedule* s, int step) {
 // ---- end shared: optimizer -------------------------------------------------
 
 // ---- shared: several GPUs --------------------------------------------------
-// Data parallel: a rank is a process with a GPU of its own. All ranks hold the same weights and take different images.
-// NCCL adds up their gradients on a stream of its own, layer by layer, while the backward pass goes on. MPI starts the
-// ranks and adds up what is printed
+// Data parallel: NCCL adds up the ranks' gradients on a stream of its own, layer by layer, while the backward pass
+// goes on. MPI starts the ranks and adds up what is printed
+#ifdef MULTI_GPU
 static cudaStream_t reduce_stream;
 static cudaEvent_t gradients_ready, gradients_reduced;
-#ifdef MULTI_GPU
 static ncclComm_t nccl_comm;
-#endif
 
 // joins the other ranks and chooses this rank's GPU; only rank 0 goes on printing
 static void ranks_join(int devices) {
-#ifdef MULTI_GPU
     MPI_Comm node;
     ncclUniqueId id;
     int local_rank;
@@ -3375,61 +3372,28 @@ static void ranks_join(int devices) {
     ncclCheck(ncclAllReduce(probe, probe, 1, ncclFloat, ncclSum, nccl_comm, 0));
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaFree(probe));
-    require(rank == 0 || freopen("/dev/null", "w", stdout) != NULL, "rank %d cannot open /dev/null: %m", rank);
-#else
-    (void)devices;
-    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot run on several "
-            "GPUs; `make` says what it misses");
-    cudaCheck(cudaSetDevice(0));
-#endif
-}
-
-void device_open(void) {
-    int device, devices = 0;
-    cudaDeviceProp properties;
-    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
-            "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
-    const bool started = getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
-    if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaGetDeviceProperties(&properties, device));
-    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with "
-            "`make PRECISION=FP32`", properties.name, properties.major, properties.minor);
-    num_multiprocessors = properties.multiProcessorCount;
-    cudaCheck(cudaStreamCreate(&main_stream));
     cudaCheck(cudaStreamCreateWithFlags(&reduce_stream, cudaStreamNonBlocking));
     cudaCheck(cudaEventCreateWithFlags(&gradients_ready, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&gradients_reduced, cudaEventDisableTiming));
-    cublasCheck(cublasCreate(&cublas_handle));
-    cublasCheck(cublasSetStream(cublas_handle, main_stream));
-    cublasCheck(cublasLtCreate(&cublaslt_handle));
-    printf("device: %s, " PRECISION_NAME, properties.name);
-    printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
+    require(rank == 0 || freopen("/dev/null", "w", stdout) != NULL, "rank %d cannot open /dev/null: %m", rank);
 }
 
 void ranks_close(void) {
-#ifdef MULTI_GPU
-    if (num_ranks > 1) { ncclCheck(ncclCommDestroy(nccl_comm)); }
     int started;
+    if (num_ranks > 1) { ncclCheck(ncclCommDestroy(nccl_comm)); }
     mpiCheck(MPI_Initialized(&started));
     if (started) { mpiCheck(MPI_Finalize()); }
-#endif
 }
 
 void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     if (num_ranks == 1) { return; }
     cudaCheck(cudaEventRecord(gradients_ready, main_stream));
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
-#ifdef MULTI_GPU
     ncclCheck(ncclGroupStart());
     for (int i = 0; i < n; i++) {
         ncclCheck(ncclAllReduce(pieces[i], pieces[i], sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
-#else
-    (void)pieces, (void)sizes, (void)n;
-#endif
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
 }
 
@@ -3438,24 +3402,15 @@ void ranks_wait(void) {
 }
 
 void ranks_gather(void* full, const void* part, size_t bytes) {
-#ifdef MULTI_GPU
     ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
-#else
-    (void)full, (void)part, (void)bytes;
-#endif
 }
 
 void ranks_broadcast(void* device, size_t bytes) {
-#ifdef MULTI_GPU
     if (num_ranks > 1) { ncclCheck(ncclBroadcast(device, device, bytes, ncclUint8, 0, nccl_comm, main_stream)); }
-#else
-    (void)device, (void)bytes;
-#endif
 }
 
-// values of the host, added up over the ranks in their order, the same on all
+// in the order of the ranks: the same sums on all
 void ranks_sum(double* values, int n) {
-#ifdef MULTI_GPU
     if (num_ranks == 1) { return; }
     double* all = host_new<double>(numel(num_ranks, n), "sums");
     mpiCheck(MPI_Allgather(values, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD));
@@ -3464,27 +3419,59 @@ void ranks_sum(double* values, int n) {
         for (int r = 0; r < num_ranks; r++) { values[i] += all[r * n + i]; }
     }
     free(all);
-#else
-    (void)values, (void)n;
-#endif
 }
 
 void ranks_agree(uint32_t value, const char* what) {
-#ifdef MULTI_GPU
     uint32_t first = value;
     if (num_ranks > 1) { mpiCheck(MPI_Bcast(&first, sizeof(first), MPI_BYTE, 0, MPI_COMM_WORLD)); }
     require(value == first, "the %s of rank %d are not those of rank 0 (%08x, %08x)", what, rank, value, first);
+}
 #else
-    (void)value, (void)what;
+static void ranks_join(int) {
+    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
+    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot run on "
+            "several GPUs; `make` says what it misses");
+    cudaCheck(cudaSetDevice(0));
+}
+void ranks_close(void) {}
+void ranks_add(float* const*, const size_t*, int) {}
+void ranks_wait(void) {}
+void ranks_gather(void*, const void*, size_t) {}
+void ranks_broadcast(void*, size_t) {}
+void ranks_sum(double*, int) {}
+void ranks_agree(uint32_t, const char*) {}
 #endif
+
+void device_open(void) {
+    int device, devices = 0;
+    cudaDeviceProp properties;
+    const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // of srun, which sets no rank without PMIx
+    const bool mpirun = getenv("OMPI_COMM_WORLD_SIZE") != NULL;
+    const bool started = mpirun || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
+    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot find each other; "
+            "start with srun --mpi=pmix", tasks);
+    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
+            "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
+    if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
+    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with "
+            "`make PRECISION=FP32`", properties.name, properties.major, properties.minor);
+    num_multiprocessors = properties.multiProcessorCount;
+    cudaCheck(cudaStreamCreate(&main_stream));
+    cublasCheck(cublasCreate(&cublas_handle));
+    cublasCheck(cublasSetStream(cublas_handle, main_stream));
+    cublasCheck(cublasLtCreate(&cublaslt_handle));
+    printf("device: %s, " PRECISION_NAME, properties.name);
+    printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
 }
 // ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: random --------------------------------------------------------
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A counter-based
-// generator: the same (seed, purpose, step, i) gives the same four words everywhere, in the trainer as in
-// dev/reference/rng.py
-__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in the trainer
+// as in dev/reference/rng.py
+__host__ __device__ inline uint4 philox(
+        unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
     unsigned c0 = (unsigned)i, c1 = (unsigned)(i >> 32), c2 = step, c3 = purpose;
     for (int round = 0; round < 10; round++) {
@@ -3509,9 +3496,7 @@ void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch
     for (unsigned i = 0; i < n; i++) { perm[i] = i; }
     for (unsigned i = n; i-- > 1; ) {
         const uint4 u = philox(seed, RNG_SHUFFLE, epoch, i);
-        const unsigned j = (unsigned)(((unsigned long long)u.y << 32 | u.x) % (i + 1)), swap = perm[i];
-        perm[i] = perm[j];
-        perm[j] = swap;
+        std::swap(perm[i], perm[((unsigned long long)u.y << 32 | u.x) % (i + 1)]);
     }
 }
 // ---- end shared: random ----------------------------------------------------
@@ -3532,36 +3517,41 @@ static void plan_line(Plan* plan, Allocation a, void** shared) {
         if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    // a line that shares adds to the other's memory what that lacks
-    size_t *bytes = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &a.bytes, had = a.shares >= 0 ? *bytes : 0;
-    *bytes = std::max(had, a.bytes);
-    plan->bytes[a.category] += *bytes - had;
-    if (a.shares >= 0) { a.bytes = 0; }
+    if (a.shares >= 0) { // adds to the other's memory what that lacks
+        size_t* bytes = &plan->lines.of[a.shares].bytes;
+        const size_t more = a.bytes > *bytes ? a.bytes - *bytes : 0;
+        *bytes += more;
+        plan->bytes[a.category] += more;
+        a.bytes = 0;
+    }
+    plan->bytes[a.category] += a.bytes;
     plan->lines.push(a);
 }
 
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                  T** pointer, size_t bytes, size_t dense, T** shared) {
-    plan_line(plan, Allocation{name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer}, (void**)shared);
+    bytes = align_up(bytes);
+    plan_line(plan, Allocation{name, part, shape, category, -1, false, bytes, dense, (void**)pointer}, (void**)shared);
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
 
 size_t plan_total(const Plan* plan) {
     size_t total = 0;
-    for (int c = 0; c < NUM_CATEGORIES; c++) { total += plan->bytes[c]; }
+    for (size_t bytes : plan->bytes) { total += bytes; }
     return total;
 }
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
 void plan_allocate(Plan* plan) {
-    char* next[NUM_CATEGORIES] = {NULL};
+    char* next[NUM_CATEGORIES];
     for (int c = 0; c < NUM_CATEGORIES; c++) {
+        const size_t bytes = plan->bytes[c];
         plan->blocks[c] = NULL;
-        if (plan->bytes[c] > 0) { cudaCheck(cudaMalloc((void**)&plan->blocks[c], plan->bytes[c])); }
+        if (bytes > 0) { cudaCheck(cudaMalloc((void**)&plan->blocks[c], bytes)); }
         next[c] = plan->blocks[c];
-        const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // its padding takes part in updates
-        if (state && next[c] != NULL) { cudaCheck(cudaMemsetAsync(next[c], 0, plan->bytes[c], main_stream)); }
+        const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // updates read its padding
+        if (state && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
     }
     for (Allocation& a : plan->lines) { // a line shares with one before it
         *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
@@ -3585,34 +3575,30 @@ void plan_print(const Plan* plan) {
             bytes += a.bytes;
             dense += a.dense;
         }
+        all[first.category] += first.dense;
         if (same != &first) { continue; }
         char name[64];
         snprintf(name, sizeof(name), "%s%s", first.name, first.part);
         printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
-        all[first.category] += dense;
     }
-    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB); }
+    for (int c = 0; c < NUM_CATEGORIES; c++) {
+        printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB);
+    }
 }
 // ---- end shared: memory plan -----------------------------------------------
 
 // ---- shared: files ---------------------------------------------------------
-// Everything that a file claims is checked against its size before it is used.
+// Everything that a file claims is checked against its size before it is used
 
-// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc is that of the bytes before, 0
-// at first. table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight
-// bytes are one step. The first call fills the tables and must be made before there are threads
+// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc is that of the bytes before, 0 at
+// first. table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight bytes
+// are one step. The first call fills it and must be made before there are threads
 uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     static uint32_t table[8][256];
-    if (table[0][1] == 0) {
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int k = 0; k < 8; k++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
-            table[0][i] = c;
-        }
-        for (int i = 0; i < 7 * 256; i++) {
-            const uint32_t c = table[i / 256][i % 256];
-            table[i / 256 + 1][i % 256] = table[0][c & 255] ^ (c >> 8);
-        }
+    for (uint32_t i = 0; i < 8 * 256 && table[7][255] == 0; i++) {
+        uint32_t c = i < 256 ? i : table[i / 256 - 1][i % 256];
+        for (int bit = 0; bit < 8; bit++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
+        table[i / 256][i % 256] = c;
     }
     const uint8_t* p = (const uint8_t*)data;
     crc = ~crc;
@@ -3627,42 +3613,28 @@ uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     return ~crc;
 }
 
-typedef struct {
-    const char* path;
-    const uint8_t* data;
-    size_t bytes;
-} MappedFile;
+typedef struct { const char* path; const uint8_t* data; size_t bytes; } MappedFile;
 
 // Maps a whole file into memory, to be read only. hint: what the user can do when there is no such file
 MappedFile map_file(const char* path, const char* hint) {
-    MappedFile file = {path, NULL, 0};
     const int fd = open(path, O_RDONLY);
     require(fd >= 0, "cannot open %s: %m; %s", path, hint);
     struct stat info;
     require(fstat(fd, &info) == 0 && S_ISREG(info.st_mode), "%s is not a regular file; %s", path, hint);
-    file.bytes = (size_t)info.st_size;
-    require(file.bytes > 0, "%s is empty; %s", path, hint);
-    void* data = mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    require(data != MAP_FAILED, "cannot map %s (%zu bytes): %m", path, file.bytes);
+    const size_t bytes = (size_t)info.st_size;
+    require(bytes > 0, "%s is empty; %s", path, hint);
+    void* data = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    require(data != MAP_FAILED, "cannot map %s (%zu bytes): %m", path, bytes);
     close(fd);
-    file.data = (const uint8_t*)data;
-    return file;
+    return MappedFile{path, (const uint8_t*)data, bytes};
 }
 
-void unmap_file(MappedFile* file) {
-    munmap((void*)file->data, file->bytes);
-    file->data = NULL;
-}
-
-// A safetensors file is the length of its header (u64), a header in JSON, {"NAME": {"dtype": ...,
-// "shape": [...], "data_offsets": [begin, end]}, ..., "__metadata__": {"KEY": "VALUE", ...}}, and the
-// tensors' data. The reader takes what the format allows and refuses the rest: unknown fields, duplicate
-// names, and data that overlap, leave holes or do not end with the file. Files of our own have the key
-// crc32, the checksum of the file with zeros for its eight digits. Where it is, the reader compares it
-#define ST_MAX_DIMS 8
-#define ST_MAX_METADATA 128
+// A safetensors file is the length of its header (u64), a header in JSON, {"NAME": {"dtype": ..., "shape":
+// [...], "data_offsets": [begin, end]}, ..., "__metadata__": {"KEY": "VALUE", ...}}, and the tensors' data.
+// Unknown fields, duplicate names, and data that overlap, leave holes or do not end with the file are refused.
+// crc32 in the metadata is the checksum of the file with zeros for its eight digits. Files of our own have it
+enum { ST_MAX_DIMS = 8, ST_MAX_METADATA = 128 };
 #define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the header of a file of our own begins
-
 typedef struct {
     char name[96], dtype[8];
     size_t shape[ST_MAX_DIMS], begin, end; // its data, in bytes from where all data begin
@@ -3674,12 +3646,11 @@ struct Safetensors {
     StTensor* tensors;
     StMetadata metadata[ST_MAX_METADATA];
     int num_tensors, num_metadata;
-    size_t data_offset;    // the byte where the header ends and the data begin
-    size_t at;             // the byte that the parser reads next
+    size_t data_offset, at; // the byte where the header ends and the data begin; that which the parser reads next
 };
 
-void st_fail(const Safetensors* st, const char* what) {
-    require(false, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
+void st_check(const Safetensors* st, bool valid, const char* what) {
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3698,20 +3669,17 @@ bool st_take(Safetensors* st, char c) {
 }
 
 void st_expect(Safetensors* st, char c) {
-    char what[32];
-    snprintf(what, sizeof(what), "expected '%c'", c);
-    if (!st_take(st, c)) { st_fail(st, what); }
+    char what[] = "expected '?'";
+    what[10] = c;
+    st_check(st, st_take(st, c), what);
 }
 
-// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads an element in
-// each round. This takes the bracket before the first element, and the comma or bracket behind each
+// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads an element in each
+// round. This takes the bracket before the first element, and the comma or bracket behind each
 bool st_element(Safetensors* st, const char* brackets, int i) {
-    if (i == 0) {
-        st_expect(st, brackets[0]);
-        return !st_take(st, brackets[1]);
-    }
-    if (st_take(st, ',')) { return true; }
-    st_expect(st, brackets[1]);
+    if (i == 0) { st_expect(st, brackets[0]); }
+    if (i == 0 ? !st_take(st, brackets[1]) : st_take(st, ',')) { return true; }
+    if (i > 0) { st_expect(st, brackets[1]); }
     return false;
 }
 
@@ -3723,11 +3691,11 @@ void st_string(Safetensors* st, char* out, size_t size) {
         st->at++;
         if (c == '\\') {
             c = st_peek(st);
-            if (c != '"' && c != '\\' && c != '/') { st_fail(st, "unsupported escape"); }
+            st_check(st, c == '"' || c == '\\' || c == '/', "unsupported escape");
             st->at++;
         }
-        if (c < 32) { st_fail(st, "control character in a string"); }
-        if (n + 1 >= size) { st_fail(st, "string too long"); }
+        st_check(st, c >= 32, "control character in a string");
+        st_check(st, n + 1 < size, "string too long");
         out[n++] = (char)c;
     }
     out[n] = 0;
@@ -3738,15 +3706,15 @@ void st_string(Safetensors* st, char* out, size_t size) {
 int st_numbers(Safetensors* st, size_t* out, int most) {
     int n = 0;
     for (; st_element(st, "[]", n); n++) {
-        if (n == most) { st_fail(st, "too many numbers in a list"); }
+        st_check(st, n < most, "too many numbers in a list");
         st_skip_space(st);
         const size_t start = st->at;
         size_t v = 0;
         for (int c; (c = st_peek(st)) >= '0' && c <= '9'; st->at++) {
-            if (v > (SIZE_MAX - (c - '0')) / 10) { st_fail(st, "number too large"); }
+            st_check(st, v <= (SIZE_MAX - (c - '0')) / 10, "number too large");
             v = v * 10 + (c - '0');
         }
-        if (st->at == start) { st_fail(st, "expected a number"); }
+        st_check(st, st->at > start, "expected a number");
         out[n] = v;
     }
     return n;
@@ -3754,112 +3722,67 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
 
 // reads the description of a tensor, whose name has been read
 void st_tensor(Safetensors* st, StTensor* t) {
-    bool dtype = false, shape = false, offsets = false; // which of the fields it has
+    size_t range[2] = {0, SIZE_MAX}; // no file has so many bytes
+    t->dims = -1;
     for (int i = 0; st_element(st, "{}", i); i++) {
         char key[24];
         st_string(st, key, sizeof(key));
         st_expect(st, ':');
-        if (strcmp(key, "dtype") == 0) {
-            st_string(st, t->dtype, sizeof(t->dtype));
-            dtype = true;
-        } else if (strcmp(key, "shape") == 0) {
-            t->dims = st_numbers(st, t->shape, ST_MAX_DIMS);
-            shape = true;
-        } else if (strcmp(key, "data_offsets") == 0) {
-            size_t range[2];
-            if (st_numbers(st, range, 2) != 2) { st_fail(st, "data_offsets are not two numbers"); }
-            t->begin = range[0];
-            t->end = range[1];
-            offsets = true;
-        } else {
-            st_fail(st, "unknown field of a tensor");
-        }
+        if (strcmp(key, "dtype") == 0) { st_string(st, t->dtype, sizeof(t->dtype)); continue; }
+        if (strcmp(key, "shape") == 0) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); continue; }
+        st_check(st, strcmp(key, "data_offsets") == 0, "unknown field of a tensor");
+        st_check(st, st_numbers(st, range, 2) == 2, "data_offsets are not two numbers");
     }
-    if (!dtype || !shape || !offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
+    t->begin = range[0];
+    t->end = range[1];
+    const bool whole = t->dtype[0] != 0 && t->dims >= 0 && t->end < SIZE_MAX;
+    st_check(st, whole, "a tensor lacks dtype, shape or data_offsets");
 }
 
-// CRC-32 of a file whose eight bytes at `digits` count as zeros in text
-uint32_t crc_without_digits(const MappedFile* file, size_t digits) {
+// text = CRC-32 of a file whose eight bytes at `digits` count as zeros in text
+void crc_without_digits(char text[9], const MappedFile* file, size_t digits) {
     const uint32_t crc = crc_32(crc_32(0, file->data, digits), "00000000", 8);
-    return crc_32(crc, file->data + digits + 8, file->bytes - digits - 8);
-}
-
-// compares the file's checksum with that in its header, whose closing quote is what the parser took last
-void st_check_crc(Safetensors* st, const char* digits) {
-    const size_t at = st->at - 9;
-    const bool eight = strlen(digits) == 8 && memcmp(st->file.data + at, digits, 8) == 0;
-    if (!eight) { st_fail(st, "crc32 is not of eight digits"); }
-    char actual[9];
-    snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&st->file, at));
-    require(strcmp(actual, digits) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
-            "another copy", st->file.path, actual, digits);
+    snprintf(text, 9, "%08x", crc_32(crc, file->data + digits + 8, file->bytes - digits - 8));
 }
 
 void st_metadata(Safetensors* st) {
     for (int i = 0; st_element(st, "{}", i); i++) {
-        if (st->num_metadata == ST_MAX_METADATA) { st_fail(st, "too many metadata entries"); }
+        st_check(st, st->num_metadata < ST_MAX_METADATA, "too many metadata entries");
         StMetadata* m = &st->metadata[st->num_metadata++];
         st_string(st, m->key, sizeof(m->key));
         st_expect(st, ':');
         st_string(st, m->value, sizeof(m->value));
-        if (strcmp(m->key, "crc32") == 0) { st_check_crc(st, m->value); }
+        if (strcmp(m->key, "crc32") != 0) { continue; }
+        const size_t at = st->at - 9; // before the digits and their closing quote
+        const bool same = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0; // no escapes
+        st_check(st, same, "crc32 is not of eight digits");
+        char actual[9];
+        crc_without_digits(actual, &st->file, at);
+        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
+                "another copy", st->file.path, actual, m->value);
     }
-}
-
-void st_header(Safetensors* st) {
-    int capacity = 0;
-    for (int i = 0; st_element(st, "{}", i); i++) {
-        if (st->num_tensors == capacity) {
-            capacity = capacity ? 2 * capacity : 64;
-            st->tensors = (StTensor*)realloc(st->tensors, capacity * sizeof(StTensor));
-            require(st->tensors != NULL, "out of host memory for the tensor list of %s", st->file.path);
-        }
-        StTensor* t = &st->tensors[st->num_tensors];
-        *t = StTensor{};
-        st_string(st, t->name, sizeof(t->name));
-        st_expect(st, ':');
-        if (strcmp(t->name, "__metadata__") == 0) { st_metadata(st); continue; }
-        st_tensor(st, t);
-        st->num_tensors++;
-    }
-    st_skip_space(st);
-    if (st->at != st->data_offset) { st_fail(st, "text after the header"); }
 }
 
 // elements of a tensor; SIZE_MAX: more than a size_t can count
 size_t st_numel(const StTensor* t) {
     size_t n = 1;
-    for (int i = 0; i < t->dims; i++) {
-        if (t->shape[i] != 0 && n > SIZE_MAX / t->shape[i]) { return SIZE_MAX; }
-        n *= t->shape[i];
-    }
+    for (int i = 0; i < t->dims; i++) { if (__builtin_mul_overflow(n, t->shape[i], &n)) { return SIZE_MAX; } }
     return n;
 }
 
-// bytes of an element; 0: the format has no such type
-size_t st_element_bytes(const char* dtype) {
-    const struct { const char* name; size_t bytes; } types[] = {
-        {"F64", 8}, {"I64", 8}, {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2},
-        {"U8", 1}, {"I8", 1}, {"BOOL", 1},
-    };
-    for (const auto& type : types) { if (strcmp(type.name, dtype) == 0) { return type.bytes; } }
-    return 0;
-}
-
-int st_by_offset(const void* a, const void* b) {
-    const StTensor *x = (const StTensor*)a, *y = (const StTensor*)b;
-    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
-    return x->end < y->end ? -1 : x->end > y->end;
-}
+bool st_before(const StTensor& a, const StTensor& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; }
 
 // in the order of their offsets, the tensors must follow one another from the data's first byte to the last
 void st_check_tensors(Safetensors* st) {
+    static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8}, {"F32", 4},
+        {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
-    if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
+    std::stable_sort(st->tensors, st->tensors + st->num_tensors, st_before);
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
-        const size_t size = st_element_bytes(t->dtype), n = st_numel(t);
+        size_t size = 0, n = st_numel(t); // size: of an element
+        for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
         require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
         const bool within = t->begin == end && t->end >= end && t->end <= bytes;
         require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu to "
@@ -3875,52 +3798,60 @@ void st_check_tensors(Safetensors* st) {
 
 // NULL: there is no such entry
 const char* safetensors_metadata(const Safetensors* st, const char* key) {
-    for (int i = 0; i < st->num_metadata; i++) {
-        if (strcmp(st->metadata[i].key, key) == 0) { return st->metadata[i].value; }
+    for (const StMetadata* m = st->metadata; m < st->metadata + st->num_metadata; m++) {
+        if (strcmp(m->key, key) == 0) { return m->value; }
     }
     return NULL;
 }
 
 Safetensors* safetensors_open(const char* path) {
-    Safetensors* st = (Safetensors*)calloc(1, sizeof(Safetensors));
-    require(st != NULL, "out of host memory for the header of %s", path);
+    Safetensors* st = host_new<Safetensors>(1, "a safetensors header");
+    List<StTensor> list = {};
     st->file = map_file(path, "give the path of a .safetensors file");
     const size_t bytes = st->file.bytes;
-    uint64_t length = 0;
     require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
-    memcpy(&length, st->file.data, 8);
+    const uint64_t length = *(const uint64_t*)st->file.data;
     require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the file "
-            "has %zu; it is truncated or of another format", path, (size_t)length, bytes);
+            "has %zu; it is truncated or of another format", path, length, bytes);
     st->at = 8;
-    st->data_offset = 8 + (size_t)length;
-    st_header(st);
+    st->data_offset = 8 + length;
+    for (int i = 0; st_element(st, "{}", i); i++) {
+        StTensor t = {};
+        st_string(st, t.name, sizeof(t.name));
+        st_expect(st, ':');
+        if (strcmp(t.name, "__metadata__") == 0) { st_metadata(st); continue; }
+        st_tensor(st, &t);
+        list.push(t);
+    }
+    st_skip_space(st);
+    st_check(st, st->at == st->data_offset, "text after the header");
     // a checkpoint names its run, and is always written with a checksum
-    const bool checkpoint = safetensors_metadata(st, "run") != NULL;
-    require(!checkpoint || safetensors_metadata(st, "crc32") != NULL, "%s is of a checkpoint, but its checksum is "
-            "gone: it is damaged; take another copy", path);
+    require(safetensors_metadata(st, "run") == NULL || safetensors_metadata(st, "crc32") != NULL,
+            "%s is of a checkpoint, but its checksum is gone: it is damaged; take another copy", path);
+    st->tensors = list.of;
+    st->num_tensors = list.n;
     st_check_tensors(st);
     return st;
 }
 
 void safetensors_close(Safetensors* st) {
-    unmap_file(&st->file);
+    munmap((void*)st->file.data, st->file.bytes);
     free(st->tensors);
     free(st);
 }
 
 // NULL: there is no such tensor
 const StTensor* safetensors_find(const Safetensors* st, const char* name) {
-    for (int i = 0; i < st->num_tensors; i++) {
-        if (strcmp(st->tensors[i].name, name) == 0) { return &st->tensors[i]; }
+    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
+        if (strcmp(t->name, name) == 0) { return t; }
     }
     return NULL;
 }
 
+bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
-
-bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 
 // prints type and shape of a tensor, "F32 (64, 1, 4, 4)"
 void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
@@ -3930,82 +3861,74 @@ void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
 }
 
 void path_in(char path[PATH_MAX], const char* directory, const char* name) {
-    require(snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX, "the name of the directory is too long: %.80s...",
-            directory);
+    const bool fits = snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX;
+    require(fits, "the name of the directory is too long: %.80s...", directory);
 }
 
+typedef struct { const void* data; size_t bytes; } FilePart;
+
 // Writes a file so that `path` is whole or as before, whatever happens: to another name, synced, renamed
-void write_file(const char* path, const void* const* parts, const size_t* bytes, int num_parts) {
-    char temporary[4200], directory[4200];
+void write_file(const char* path, const List<FilePart>& parts) {
+    char temporary[4200];
     snprintf(temporary, sizeof(temporary), "%s.tmp", path);
-    snprintf(directory, sizeof(directory), "%s", path);
-    char* slash = strrchr(directory, '/');
-    if (slash != NULL) { slash[1] = 0; } else { strcpy(directory, "."); }
     const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     bool written = fd >= 0;
-    for (int i = 0; written && i < num_parts; i++) {
-        for (size_t at = 0; written && at < bytes[i]; ) {
-            const ssize_t n = write(fd, (const char*)parts[i] + at, bytes[i] - at);
+    for (const FilePart& part : parts) {
+        for (size_t at = 0; written && at < part.bytes; ) {
+            const ssize_t n = write(fd, (const char*)part.data + at, part.bytes - at);
             if (n > 0) { at += (size_t)n; } else if (n == 0 || errno != EINTR) { written = false; }
         }
     }
-    written = written && fsync(fd) == 0 && close(fd) == 0 && rename(temporary, path) == 0;
-    if (!written) {
+    if (!written || fsync(fd) != 0 || close(fd) != 0 || rename(temporary, path) != 0) {
         const int reason = errno;
         unlink(temporary);
         errno = reason;
-        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another "
-                "directory", path);
+        fail("cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
     }
-    const int dir = open(directory, O_RDONLY);
-    if (dir >= 0) { // without it a rename may be lost when the machine loses its power
-        fsync(dir);
-        close(dir);
-    }
+    char* slash = strrchr(temporary, '/'); // the directory is synced too: a rename may else be lost with the power
+    if (slash != NULL) { slash[1] = 0; }
+    const int directory = open(slash != NULL ? temporary : ".", O_RDONLY);
+    fsync(directory);
+    close(directory);
 }
 
 // Writes n float32 tensors, of which name, shape and dims are read, with their data, metadata and crc32
 void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata,
                        const StTensor* tensors, const float* const* data, int n) {
-    char* header = NULL;
+    char *header = NULL, digits[9];
     size_t length = 0, offset = 0;
     FILE* f = open_memstream(&header, &length);
-    const void** parts = (const void**)malloc((n + 2) * sizeof(void*)); // header's length, header, tensors
-    size_t* bytes = (size_t*)malloc((n + 2) * sizeof(size_t));
-    require(f != NULL && parts != NULL && bytes != NULL, "out of host memory for the header of %s", path);
+    require(f != NULL, "out of host memory for the header of %s", path);
+    List<FilePart> parts = {};
+    parts.push({&length, sizeof(uint64_t)});
+    parts.push({NULL, 0}); // the header, once it is there
     fprintf(f, ST_BEFORE_DIGITS "00000000\"");
     for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
     fprintf(f, "}");
     for (int i = 0; i < n; i++) {
         const StTensor* t = &tensors[i];
-        bytes[i+2] = st_numel(t) * sizeof(float);
-        parts[i+2] = data[i];
+        const size_t bytes = st_numel(t) * sizeof(float);
+        parts.push({data[i], bytes});
         fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
         for (int d = 0; d < t->dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", t->shape[d]); }
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes[i+2]);
-        offset += bytes[i+2];
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+        offset += bytes;
     }
     fprintf(f, "}");
     while (ftell(f) % 8 != 0) { fputc(' ', f); } // so that the data begin at a multiple of 8 bytes
     fclose(f);
-    const uint64_t length64 = length;
-    parts[0] = &length64;
-    bytes[0] = sizeof(length64);
-    parts[1] = header;
-    bytes[1] = length;
+    parts.of[1] = FilePart{header, length};
     uint32_t crc = 0;
-    for (int i = 0; i < n + 2; i++) { crc = crc_32(crc, parts[i], bytes[i]); }
-    char digits[9];
+    for (const FilePart& part : parts) { crc = crc_32(crc, part.data, part.bytes); }
     snprintf(digits, sizeof(digits), "%08x", crc);
     memcpy(header + strlen(ST_BEFORE_DIGITS), digits, 8);
-    write_file(path, parts, bytes, n + 2);
+    write_file(path, parts);
     free(header);
-    free(parts);
-    free(bytes);
+    free(parts.of);
 }
 
-// A data shard, version 1: this header, an index of one entry for each image, and the records that it
-// points to. data/README.md has the table of bytes; classification and detection share the format
+// A data shard, version 1: this header, an index of one entry for each image, and the records that it points
+// to. data/README.md has the table of bytes; classification and detection share the format
 typedef struct {
     char magic[8]; // "DROPIT\r\n": a transfer in text mode breaks it
     uint32_t version, header_bytes;
@@ -4015,80 +3938,64 @@ typedef struct {
     uint64_t index_offset, data_offset;
     uint32_t zero[9], crc; // crc: of the header before it and of the index
 } ShardHeader;
-
 typedef struct {
     uint64_t offset;
     uint32_t height, width;
     int32_t label;
     uint32_t annotation_bytes, crc, zero;
 } ShardEntry;
-
-typedef struct {
-    MappedFile file;
-    const ShardHeader* header;
-    const ShardEntry* entries;
-} Shard;
+typedef struct { MappedFile file; const ShardHeader* header; const ShardEntry* entries; } Shard;
 
 #define SHARD_HINT "run `make data` or a script in data/ to write it again"
 #define shard_check(condition, what, ...) require(condition, "%s" what "; " SHARD_HINT, path, ##__VA_ARGS__)
 
-// checks what the header of a shard of `bytes` bytes claims
-void shard_check_header(const char* path, const ShardHeader* h, size_t bytes) {
-    const size_t size = sizeof(ShardHeader);
+// Maps a shard and checks what its header and index claim. verify: also compares every record with its checksum
+Shard shard_open(const char* path, bool verify = true) {
+    const MappedFile file = map_file(path, SHARD_HINT);
+    const ShardHeader* h = (const ShardHeader*)file.data;
+    const ShardEntry* entries = (const ShardEntry*)(h + 1);
+    const size_t bytes = file.bytes, size = sizeof(ShardHeader);
     shard_check(bytes >= size, " has %zu bytes, a shard has a header of %zu", bytes, size);
     shard_check(memcmp(h->magic, "DROPIT\r\n", 8) == 0, " does not begin with a shard's magic DROPIT");
     shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
-    shard_check(h->header_bytes == size && h->index_offset == size,
-                ": header of %u bytes, index at %zu, expected %zu and %zu",
-                h->header_bytes, (size_t)h->index_offset, size, size);
-    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
-                bytes, (size_t)h->file_bytes);
-    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry),
-                " claims %u images, too %s for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
-    const size_t index_bytes = h->images * sizeof(ShardEntry), data = h->data_offset;
-    shard_check(data == size + index_bytes, ": data at byte %zu, expected %zu", data, size + index_bytes);
-    uint32_t crc = crc_32(0, h, offsetof(ShardHeader, crc));
-    crc = crc_32(crc, h + 1, index_bytes);
+    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at %zu, expected "
+                "%zu and %zu", h->header_bytes, h->index_offset, size, size);
+    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged", bytes,
+                h->file_bytes);
+    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, too %s for its "
+                "%zu bytes", h->images, h->images ? "many" : "few", bytes);
+    const size_t index_bytes = h->images * sizeof(ShardEntry);
+    size_t end = size + index_bytes; // the records must follow one another from here to the end of the file
+    shard_check(h->data_offset == end, ": data at byte %zu, expected %zu", h->data_offset, end);
+    uint32_t crc = crc_32(crc_32(0, h, offsetof(ShardHeader, crc)), entries, index_bytes);
     shard_check(crc == h->crc, ": checksum of header and index is %08x, expected %08x: it is damaged", crc, h->crc);
-    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1,
-                ": %u channels, %u classes, task %u; expected 1 to 4, at least 1, 0 or 1",
-                h->channels, h->classes, h->task);
+    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, ": %u channels, %u classes, "
+                "task %u; expected 1 to 4, at least 1, 0 or 1", h->channels, h->classes, h->task);
     for (uint32_t c = 0; c < h->channels; c++) {
-        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0,
-                    ": channel %u has mean %g and standard deviation %g", c, h->mean[c], h->std[c]);
+        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has mean %g and "
+                    "standard deviation %g", c, h->mean[c], h->std[c]);
     }
-}
-
-// Maps a shard and checks its header and index. verify: also compares every record with its checksum
-Shard shard_open(const char* path, bool verify = true) {
-    Shard shard;
-    shard.file = map_file(path, SHARD_HINT);
-    const ShardHeader* h = shard.header = (const ShardHeader*)shard.file.data;
-    const size_t bytes = shard.file.bytes;
-    shard_check_header(path, h, bytes);
-    shard.entries = (const ShardEntry*)(h + 1);
-    size_t end = h->data_offset; // the records must follow one another from here to the end of the file
     for (uint32_t i = 0; i < h->images; i++) {
-        const ShardEntry* e = &shard.entries[i];
-        shard_check(e->height > 0 && e->height <= 65535 && e->width > 0 && e->width <= 65535,
-                    ": image %u is %u x %u", i, e->height, e->width);
-        const size_t begin = e->offset, n = (size_t)e->height * e->width * h->channels + e->annotation_bytes;
-        shard_check(begin == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at %zu "
-                    "within %zu", i, begin, n, end, bytes);
-        shard_check(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes),
-                    ": image %u has label %d, expected 0 to %u", i, e->label, h->classes - 1);
-        const uint32_t crc = verify ? crc_32(0, shard.file.data + begin, n) : e->crc;
-        shard_check(crc == e->crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e->crc);
+        const ShardEntry e = entries[i];
+        const size_t n = (size_t)e.height * e.width * h->channels + e.annotation_bytes;
+        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u is %u x %u", i,
+                    e.height, e.width);
+        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at %zu "
+                    "within %zu", i, e.offset, n, end, bytes);
+        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has label %d, "
+                    "expected 0 to %u", i, e.label, h->classes - 1);
+        crc = verify ? crc_32(0, file.data + end, n) : e.crc;
+        shard_check(crc == e.crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e.crc);
         end += n;
     }
     shard_check(end == bytes, ": records end at byte %zu, the file at %zu", end, bytes);
-    return shard;
+    return Shard{file, h, entries};
 }
 // ---- end shared: files -----------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
-// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
-// last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
+// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written last, an
+// empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
     const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
     const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
@@ -4098,27 +4005,18 @@ void checkpoint_path(char* path, size_t size, const char* directory, const char*
 // Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
 bool checkpoint_file_whole(const char* path) {
     const size_t before = strlen(ST_BEFORE_DIGITS), digits = 8 + before; // 8: the length of the header
-    MappedFile file = {path, NULL, 0};
     struct stat info;
-    bool whole = false;
-    const int fd = open(path, O_RDONLY);
-    if (fd < 0) { return false; }
-    if (fstat(fd, &info) == 0 && info.st_size > 64) {
-        file.bytes = (size_t)info.st_size;
-        file.data = (const uint8_t*)mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (file.data != MAP_FAILED) {
-            char actual[9];
-            snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&file, digits));
-            whole = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0 &&
-                    memcmp(file.data + digits, actual, 8) == 0;
-            unmap_file(&file);
-        }
-    }
-    close(fd);
+    char actual[9];
+    const bool there = stat(path, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 64 && access(path, R_OK) == 0;
+    if (!there) { return false; }
+    const MappedFile file = map_file(path, "");
+    crc_without_digits(actual, &file, digits);
+    const bool ours = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0;
+    const bool whole = ours && memcmp(file.data + digits, actual, 8) == 0;
+    munmap((void*)file.data, file.bytes);
     return whole;
 }
 
-// the largest step below `below` that has a DONE file; -1: there is none
 int checkpoint_newest(const char* directory, int below) {
     int newest = -1, step, end;
     DIR* d = opendir(directory);
@@ -4130,8 +4028,7 @@ int checkpoint_newest(const char* directory, int below) {
     return newest;
 }
 
-// The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Warns of those
-// that are damaged, and ends the program if all are
+// warns of checkpoints that are damaged, and ends the program if all are
 int checkpoint_find(const char* directory) {
     char model[4200], state[4200];
     bool damaged = false;
@@ -4139,49 +4036,46 @@ int checkpoint_find(const char* directory) {
         checkpoint_path(model, sizeof(model), directory, "model", step);
         checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
-        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
-                step, directory);
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step,
+                directory);
     }
     require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of a checkpoint
-// that is removed DONE goes first: what is left of it when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of a checkpoint that is
+// removed DONE goes first: what is left of it when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
-    write_file(path, NULL, NULL, 0);
+    write_file(path, List<FilePart>{});
     int old = INT_MAX;
     for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
-        if (i < keep) { continue; }
         for (const char* kind : {"DONE", "model", "state"}) {
             checkpoint_path(path, sizeof(path), directory, kind, old);
-            unlink(path);
+            if (i >= keep) { unlink(path); }
         }
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score?
-// A run that was killed and resumed goes through steps again, and must not replace what it found later:
-// the file stays if it is whole, of the same run (its metadata agree, but for step and best_*), and as good
+// May the file of the best weights at `path` stay, though a run has found weights with this best score? A run
+// that was killed and resumed goes through steps again, and must not replace what it found later: the file stays
+// if it is whole, of the same run (its metadata agree, but for step and best_*), and as good
 bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
     const char* its = safetensors_metadata(st, best->key);
     bool stands = its != NULL && strtod(its, NULL) >= strtod(best->value, NULL);
-    for (int i = 0; stands && i < num_metadata; i++) {
-        const StMetadata* m = &metadata[i];
+    for (const StMetadata* m = metadata; m < metadata + num_metadata; m++) {
         const char* was = safetensors_metadata(st, m->key);
-        const bool of_step = strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0;
-        stands = of_step || (was != NULL && strcmp(was, m->value) == 0);
+        if (strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0) { continue; }
+        stands = stands && was != NULL && strcmp(was, m->value) == 0;
     }
     safetensors_close(st);
     return stands;
 }
 
-// Cuts main.log behind its last whole line of a step up to `step`, that of the checkpoint which a run
-// resumes from: the resumed run writes what followed once more
+// cuts main.log behind its last whole line of a step up to `step`: a resumed run writes what followed once more
 void log_cut(FILE* log, int step) {
     char line[512];
     int s;
@@ -4191,8 +4085,8 @@ void log_cut(FILE* log, int step) {
         if (strchr(line, '\n') == NULL) { break; } // the program was killed while it wrote the line
         end = ftell(log);
     }
-    require(ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0,
-            "cannot cut main.log back to step %d: %m", step);
+    const bool cut = ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0;
+    require(cut, "cannot cut main.log back to step %d: %m", step);
 }
 // ---- end shared: checkpoints -----------------------------------------------
 
