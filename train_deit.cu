@@ -1351,14 +1351,14 @@ int main(int argc, char** argv) {
 // x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise that random erasing puts in its
 // place. Of an image with flips[b] != 0, which is mirrored left to right, the row is read backwards
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
-        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a, size_t b,
-        int S, int CH, unsigned h, unsigned w, unsigned c) {
+        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a,
+        size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
     const uint8_t* row = images + (b * S + h) * S * CH + c;
     const float mean = stats.mean[c], std = stats.std[c];
     const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
     for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
     if (!AUGMENT || a.erased == NULL) { return; }
-    const EraseBox box = a.erased[b]; // a pixel above it gives a difference that is huge as an unsigned number
+    const EraseBox box = a.erased[b]; // a pixel above it has a difference that is huge when unsigned
     for (int q = 0; q < V; q++) {
         if (h - box.top >= (unsigned)box.height || w + q - box.left >= (unsigned)box.width) { continue; }
         x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
@@ -1381,7 +1381,7 @@ template <int V, bool AUGMENT> __global__ void patchify_kernel(
     const unsigned w = patch % (S / P) * P + j % P, h = patch / (S / P) * P + j / P % P;
     float x[V], other[V];
     normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
-    if (augments && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
+    if (augments.value && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
         normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
         for (int q = 0; q < V; q++) {
             if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
@@ -1502,8 +1502,8 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
 }
 
 template <class Keep> void layernorm_forward(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias, size_t rows,
-        size_t C, size_t stride, Keep keep) {
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+        size_t rows, size_t C, size_t stride, Keep keep) {
     const bool vector = vectorizable(C | stride, out, inp, weight, bias);
     LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows, out, mean, rstd, inp, weight, bias, rows, C, stride, keep);
 }
@@ -1513,8 +1513,8 @@ struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { retur
 // dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
 // norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
 template <int V, int LANES> __global__ void layernorm_backward_kernel(
-        floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
-        size_t rows, int C, size_t stride) {
+        floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean,
+        const float* rstd, size_t rows, int C, size_t stride) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1540,8 +1540,8 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     }
 }
 
-// First step of the gradients of weight and bias, by slabs of rows as in column_sum_kernel: partial[slab, c]
-// = sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C and stride
+// First step of the gradients of weight and bias, by slabs of rows as in column_sum_kernel: partial[slab,
+// c] = sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C, stride
 template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
         const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -1570,7 +1570,7 @@ void layernorm_backward(
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
 }
 
-// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2.
+// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x/sqrt(2))) / 2.
 // out, inp (n). A thread makes V elements; V divides n
 template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -1655,7 +1655,7 @@ __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out,
     const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
     if (i >= images * a.heads) { return; }
     const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
-    const size_t o = image * a.T * C + head * a.HS, q = o + 2 * image * a.T * C, square = (size_t)i * a.T * a.ld;
+    const size_t at = image * a.T * C, o = at + head * a.HS, q = o + 2 * at, square = (size_t)i * a.T * a.ld;
     void* const begins[NUM_ATTENTION_POINTERS] = { // in the order of PTR_
         qkv + q, qkv + q + C, qkv + q + 2 * C, out + o, a.scores + square, a.probs + square,
         dqkv + q, dqkv + q + C, dqkv + q + 2 * C, a.dprobs + square, a.dscores + square};
@@ -1680,8 +1680,8 @@ struct JoinExpSums {
 };
 
 // lse = scores.logsumexp(-1), probs = exp(scores - lse) = scores.softmax(-1). scores, probs (rows, ld),
-// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which are cleared
-// at allocation. A lane subtracts its own largest score, so one reduction is enough
+// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which allocation
+// clears. A lane subtracts its own largest score, so one reduction is enough
 template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
@@ -1748,12 +1748,13 @@ void attention_matmul(const Attention* a, int images, int D, int X, bool transX,
     auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
     auto square = [&](int p) { return fp32(p) || p == PTR_PROBS || p == PTR_DSCORES; };
     auto stride = [&](int p) { return square(p) ? a->ld : p == PTR_OUT ? C : 3 * C; }; // from row to row
-    const cublasOperation_t op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const auto op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
     void **d = a->pointers + D * count, **x = a->pointers + X * count, **y = a->pointers + Y * count;
-    const float alpha = D == PTR_SCORES || D == PTR_DQ || D == PTR_DK ? 1.0f / sqrtf((float)HS) : 1.0f, zero = 0.0f;
-    cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS, &alpha,
-        y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d, fp32(D) ? CUDA_R_32F : CUDA_FLOATX,
-        stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    const bool scaled = D == PTR_SCORES || D == PTR_DQ || D == PTR_DK;
+    const float alpha = scaled ? 1.0f / sqrtf((float)HS) : 1.0f, zero = 0.0f;
+    cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS,
+        &alpha, y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d,
+        fp32(D) ? CUDA_R_32F : CUDA_FLOATX, stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
@@ -3343,8 +3344,8 @@ double learning_rate_at(const Schedule* s, int step) {
 // ---- end shared: optimizer -------------------------------------------------
 
 // ---- shared: several GPUs --------------------------------------------------
-// Data parallel: NCCL adds up the ranks' gradients on a stream of its own, layer by layer, while the backward pass
-// goes on. MPI starts the ranks and adds up what is printed
+// Data parallel: NCCL adds up the ranks' gradients on a stream of its own, layer by layer, while the
+// backward pass goes on. MPI starts the ranks and adds up what is printed
 #ifdef MULTI_GPU
 static cudaStream_t reduce_stream;
 static cudaEvent_t gradients_ready, gradients_reduced;
@@ -3429,8 +3430,8 @@ void ranks_agree(uint32_t value, const char* what) {
 #else
 static void ranks_join(int) {
     const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot run on "
-            "several GPUs; `make` says what it misses");
+    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot "
+            "run on several GPUs; `make` says what it misses");
     cudaCheck(cudaSetDevice(0));
 }
 void ranks_close(void) {}
@@ -3445,18 +3446,18 @@ void ranks_agree(uint32_t, const char*) {}
 void device_open(void) {
     int device, devices = 0;
     cudaDeviceProp properties;
-    const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // of srun, which sets no rank without PMIx
-    const bool mpirun = getenv("OMPI_COMM_WORLD_SIZE") != NULL;
-    const bool started = mpirun || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
-    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot find each other; "
-            "start with srun --mpi=pmix", tasks);
+    bool started = false;
+    for (const char* s : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}) { started |= getenv(s) != NULL; }
+    const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // without PMIx, each would train alone
+    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot find each "
+            "other; start with srun --mpi=pmix", tasks);
     require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
             "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
     if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
-    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with "
-            "`make PRECISION=FP32`", properties.name, properties.major, properties.minor);
+    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; "
+            "build with `make PRECISION=FP32`", properties.name, properties.major, properties.minor);
     num_multiprocessors = properties.multiProcessorCount;
     cudaCheck(cudaStreamCreate(&main_stream));
     cublasCheck(cublasCreate(&cublas_handle));
@@ -3468,8 +3469,8 @@ void device_open(void) {
 // ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: random --------------------------------------------------------
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in the trainer
-// as in dev/reference/rng.py
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as in
+// dev/reference/rng.py
 __host__ __device__ inline uint4 philox(
         unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
@@ -3504,10 +3505,10 @@ void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch
 // ---- shared: memory plan ---------------------------------------------------
 // A line of the plan: one tensor, or one copy of it
 struct Allocation {
-    const char *name, *part, *shape; // shape as written in the table, such as "(B, T, C)"
-    int category, shares;            // shares: number of the line whose memory this one uses; -1: it has its own
+    const char *name, *part, *shape;
+    int category, shares; // shares: number of the line whose memory this one uses; -1: it has its own
     bool cleared;
-    size_t bytes, dense; // what is allocated; what the tensor takes without DropIT and recomputation, 0: not counted
+    size_t bytes, dense; // allocated; without DropIT and recomputation, 0: not counted
     void** pointer;
 };
 
@@ -3517,14 +3518,11 @@ static void plan_line(Plan* plan, Allocation a, void** shared) {
         if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    if (a.shares >= 0) { // adds to the other's memory what that lacks
-        size_t* bytes = &plan->lines.of[a.shares].bytes;
-        const size_t more = a.bytes > *bytes ? a.bytes - *bytes : 0;
-        *bytes += more;
-        plan->bytes[a.category] += more;
-        a.bytes = 0;
-    }
-    plan->bytes[a.category] += a.bytes;
+    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // the memory that is shared
+    const size_t more = a.bytes > *had ? a.bytes - *had : 0;
+    plan->bytes[a.category] += more;
+    *had += more;
+    if (a.shares >= 0) { a.bytes = 0; }
     plan->lines.push(a);
 }
 
@@ -3547,11 +3545,11 @@ void plan_allocate(Plan* plan) {
     char* next[NUM_CATEGORIES];
     for (int c = 0; c < NUM_CATEGORIES; c++) {
         const size_t bytes = plan->bytes[c];
-        plan->blocks[c] = NULL;
-        if (bytes > 0) { cudaCheck(cudaMalloc((void**)&plan->blocks[c], bytes)); }
-        next[c] = plan->blocks[c];
-        const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // updates read its padding
-        if (state && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
+        next[c] = NULL;
+        if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
+        plan->blocks[c] = next[c];
+        const bool updated = c != CACHED && c != SCRATCH; // with its padding
+        if (updated && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
     }
     for (Allocation& a : plan->lines) { // a line shares with one before it
         *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
@@ -3575,10 +3573,10 @@ void plan_print(const Plan* plan) {
             bytes += a.bytes;
             dense += a.dense;
         }
-        all[first.category] += first.dense;
         if (same != &first) { continue; }
         char name[64];
         snprintf(name, sizeof(name), "%s%s", first.name, first.part);
+        all[first.category] += dense;
         printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
     }
     for (int c = 0; c < NUM_CATEGORIES; c++) {
@@ -3590,9 +3588,9 @@ void plan_print(const Plan* plan) {
 // ---- shared: files ---------------------------------------------------------
 // Everything that a file claims is checked against its size before it is used
 
-// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc is that of the bytes before, 0 at
-// first. table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight bytes
-// are one step. The first call fills it and must be made before there are threads
+// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc: of the bytes before, first 0.
+// table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight bytes are
+// one step. The first call fills it and must be made before there are threads
 uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     static uint32_t table[8][256];
     for (uint32_t i = 0; i < 8 * 256 && table[7][255] == 0; i++) {
@@ -3602,8 +3600,7 @@ uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     }
     const uint8_t* p = (const uint8_t*)data;
     crc = ~crc;
-    for (; n >= 8; n -= 8, p += 8) {
-        uint64_t x;
+    for (uint64_t x; n >= 8; n -= 8, p += 8) {
         memcpy(&x, p, 8);
         x ^= crc;
         crc = 0;
@@ -3618,7 +3615,7 @@ typedef struct { const char* path; const uint8_t* data; size_t bytes; } MappedFi
 // Maps a whole file into memory, to be read only. hint: what the user can do when there is no such file
 MappedFile map_file(const char* path, const char* hint) {
     const int fd = open(path, O_RDONLY);
-    require(fd >= 0, "cannot open %s: %m; %s", path, hint);
+    require(fd >= 0, "cannot open %s: %s; %s", path, strerror(errno), hint);
     struct stat info;
     require(fstat(fd, &info) == 0 && S_ISREG(info.st_mode), "%s is not a regular file; %s", path, hint);
     const size_t bytes = (size_t)info.st_size;
@@ -3629,10 +3626,10 @@ MappedFile map_file(const char* path, const char* hint) {
     return MappedFile{path, (const uint8_t*)data, bytes};
 }
 
-// A safetensors file is the length of its header (u64), a header in JSON, {"NAME": {"dtype": ..., "shape":
-// [...], "data_offsets": [begin, end]}, ..., "__metadata__": {"KEY": "VALUE", ...}}, and the tensors' data.
-// Unknown fields, duplicate names, and data that overlap, leave holes or do not end with the file are refused.
-// crc32 in the metadata is the checksum of the file with zeros for its eight digits. Files of our own have it
+// A safetensors file is the length of its header (u64), a header in JSON, and the tensors' data. JSON:
+// {"NAME": {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, "__metadata__": {KEY: VALUE}}.
+// Unknown fields, duplicate names, data that overlap, leave holes or do not end the file are refused.
+// Files of our own have the metadata crc32: the checksum of the file with zeros for its eight digits
 enum { ST_MAX_DIMS = 8, ST_MAX_METADATA = 128 };
 #define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the header of a file of our own begins
 typedef struct {
@@ -3646,11 +3643,12 @@ struct Safetensors {
     StTensor* tensors;
     StMetadata metadata[ST_MAX_METADATA];
     int num_tensors, num_metadata;
-    size_t data_offset, at; // the byte where the header ends and the data begin; that which the parser reads next
+    size_t data_offset, at; // where the header ends and the data begin; the byte that is parsed next
 };
 
 void st_check(const Safetensors* st, bool valid, const char* what) {
-    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
+    const char* path = st->file.path;
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", path, what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3674,7 +3672,7 @@ void st_expect(Safetensors* st, char c) {
     st_check(st, st_take(st, c), what);
 }
 
-// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads an element in each
+// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads one in each
 // round. This takes the bracket before the first element, and the comma or bracket behind each
 bool st_element(Safetensors* st, const char* brackets, int i) {
     if (i == 0) { st_expect(st, brackets[0]); }
@@ -3683,7 +3681,7 @@ bool st_element(Safetensors* st, const char* brackets, int i) {
     return false;
 }
 
-// reads a string of less than `size` bytes, with the escapes \", \\ and \/: names of tensors need no others
+// reads a string of less than `size` bytes, with the escapes \", \\ and \/: names need no others
 void st_string(Safetensors* st, char* out, size_t size) {
     st_expect(st, '"');
     size_t n = 0;
@@ -3722,21 +3720,22 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
 
 // reads the description of a tensor, whose name has been read
 void st_tensor(Safetensors* st, StTensor* t) {
-    size_t range[2] = {0, SIZE_MAX}; // no file has so many bytes
-    t->dims = -1;
+    int fields = 0; // a bit for each that it has
+    size_t range[2];
     for (int i = 0; st_element(st, "{}", i); i++) {
         char key[24];
         st_string(st, key, sizeof(key));
         st_expect(st, ':');
-        if (strcmp(key, "dtype") == 0) { st_string(st, t->dtype, sizeof(t->dtype)); continue; }
-        if (strcmp(key, "shape") == 0) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); continue; }
+        const int field = strcmp(key, "dtype") == 0 ? 1 : strcmp(key, "shape") == 0 ? 2 : 4;
+        fields |= field;
+        if (field == 1) { st_string(st, t->dtype, sizeof(t->dtype)); continue; }
+        if (field == 2) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); continue; }
         st_check(st, strcmp(key, "data_offsets") == 0, "unknown field of a tensor");
         st_check(st, st_numbers(st, range, 2) == 2, "data_offsets are not two numbers");
+        t->begin = range[0];
+        t->end = range[1];
     }
-    t->begin = range[0];
-    t->end = range[1];
-    const bool whole = t->dtype[0] != 0 && t->dims >= 0 && t->end < SIZE_MAX;
-    st_check(st, whole, "a tensor lacks dtype, shape or data_offsets");
+    st_check(st, fields == 7, "a tensor lacks dtype, shape or data_offsets");
 }
 
 // text = CRC-32 of a file whose eight bytes at `digits` count as zeros in text
@@ -3754,12 +3753,12 @@ void st_metadata(Safetensors* st) {
         st_string(st, m->value, sizeof(m->value));
         if (strcmp(m->key, "crc32") != 0) { continue; }
         const size_t at = st->at - 9; // before the digits and their closing quote
-        const bool same = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0; // no escapes
-        st_check(st, same, "crc32 is not of eight digits");
+        const bool eight = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0;
+        st_check(st, eight, "crc32 is not of eight digits");
         char actual[9];
         crc_without_digits(actual, &st->file, at);
-        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
-                "another copy", st->file.path, actual, m->value);
+        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; "
+                "take another copy", st->file.path, actual, m->value);
     }
 }
 
@@ -3770,12 +3769,14 @@ size_t st_numel(const StTensor* t) {
     return n;
 }
 
-bool st_before(const StTensor& a, const StTensor& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; }
+bool st_before(const StTensor& a, const StTensor& b) {
+    return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
+}
 
-// in the order of their offsets, the tensors must follow one another from the data's first byte to the last
+// in the order of their offsets, the tensors must follow one another from first to last byte
 void st_check_tensors(Safetensors* st) {
-    static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8}, {"F32", 4},
-        {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
+    static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8},
+        {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
     std::stable_sort(st->tensors, st->tensors + st->num_tensors, st_before);
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
@@ -3785,9 +3786,9 @@ void st_check_tensors(Safetensors* st) {
         for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
         require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
         const bool within = t->begin == end && t->end >= end && t->end <= bytes;
-        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu to "
-                "%zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); write the "
-                "file again", path, t->name, t->begin, t->end, bytes, n * size, end);
+        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu "
+                "to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
+                "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
         end = t->end;
         for (int j = 0; j < i; j++) {
             require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
@@ -3811,8 +3812,8 @@ Safetensors* safetensors_open(const char* path) {
     const size_t bytes = st->file.bytes;
     require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
     const uint64_t length = *(const uint64_t*)st->file.data;
-    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the file "
-            "has %zu; it is truncated or of another format", path, length, bytes);
+    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the "
+            "file has %zu; it is truncated or of another format", path, length, bytes);
     st->at = 8;
     st->data_offset = 8 + length;
     for (int i = 0; st_element(st, "{}", i); i++) {
@@ -3885,7 +3886,7 @@ void write_file(const char* path, const List<FilePart>& parts) {
         errno = reason;
         fail("cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
     }
-    char* slash = strrchr(temporary, '/'); // the directory is synced too: a rename may else be lost with the power
+    char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
     if (slash != NULL) { slash[1] = 0; }
     const int directory = open(slash != NULL ? temporary : ".", O_RDONLY);
     fsync(directory);
@@ -3927,8 +3928,8 @@ void safetensors_write(const char* path, const StMetadata* metadata, int num_met
     free(parts.of);
 }
 
-// A data shard, version 1: this header, an index of one entry for each image, and the records that it points
-// to. data/README.md has the table of bytes; classification and detection share the format
+// A data shard, version 1: this header, an index of an entry for each image, and the images' records.
+// data/README.md has the table of bytes; classification and detection share the format
 typedef struct {
     char magic[8]; // "DROPIT\r\n": a transfer in text mode breaks it
     uint32_t version, header_bytes;
@@ -3949,7 +3950,7 @@ typedef struct { MappedFile file; const ShardHeader* header; const ShardEntry* e
 #define SHARD_HINT "run `make data` or a script in data/ to write it again"
 #define shard_check(condition, what, ...) require(condition, "%s" what "; " SHARD_HINT, path, ##__VA_ARGS__)
 
-// Maps a shard and checks what its header and index claim. verify: also compares every record with its checksum
+// Maps a shard and checks what its header and index claim. verify: and the checksum of every record
 Shard shard_open(const char* path, bool verify = true) {
     const MappedFile file = map_file(path, SHARD_HINT);
     const ShardHeader* h = (const ShardHeader*)file.data;
@@ -3958,32 +3959,32 @@ Shard shard_open(const char* path, bool verify = true) {
     shard_check(bytes >= size, " has %zu bytes, a shard has a header of %zu", bytes, size);
     shard_check(memcmp(h->magic, "DROPIT\r\n", 8) == 0, " does not begin with a shard's magic DROPIT");
     shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
-    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at %zu, expected "
-                "%zu and %zu", h->header_bytes, h->index_offset, size, size);
-    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged", bytes,
-                h->file_bytes);
-    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, too %s for its "
-                "%zu bytes", h->images, h->images ? "many" : "few", bytes);
+    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at %zu, "
+                "expected %zu and %zu", h->header_bytes, h->index_offset, size, size);
+    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
+                bytes, h->file_bytes);
+    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, too %s "
+                "for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
     const size_t index_bytes = h->images * sizeof(ShardEntry);
-    size_t end = size + index_bytes; // the records must follow one another from here to the end of the file
+    size_t end = size + index_bytes; // the records must follow one another from here to the file's end
     shard_check(h->data_offset == end, ": data at byte %zu, expected %zu", h->data_offset, end);
     uint32_t crc = crc_32(crc_32(0, h, offsetof(ShardHeader, crc)), entries, index_bytes);
     shard_check(crc == h->crc, ": checksum of header and index is %08x, expected %08x: it is damaged", crc, h->crc);
-    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, ": %u channels, %u classes, "
-                "task %u; expected 1 to 4, at least 1, 0 or 1", h->channels, h->classes, h->task);
+    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, ": %u channels, %u "
+                "classes, task %u; expected 1 to 4, at least 1, 0 or 1", h->channels, h->classes, h->task);
     for (uint32_t c = 0; c < h->channels; c++) {
-        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has mean %g and "
-                    "standard deviation %g", c, h->mean[c], h->std[c]);
+        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has mean %g "
+                    "and standard deviation %g", c, h->mean[c], h->std[c]);
     }
     for (uint32_t i = 0; i < h->images; i++) {
         const ShardEntry e = entries[i];
         const size_t n = (size_t)e.height * e.width * h->channels + e.annotation_bytes;
-        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u is %u x %u", i,
-                    e.height, e.width);
-        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at %zu "
-                    "within %zu", i, e.offset, n, end, bytes);
-        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has label %d, "
-                    "expected 0 to %u", i, e.label, h->classes - 1);
+        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u is "
+                    "%u x %u", i, e.height, e.width);
+        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at "
+                    "%zu within %zu", i, e.offset, n, end, bytes);
+        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has label "
+                    "%d, expected 0 to %u", i, e.label, h->classes - 1);
         crc = verify ? crc_32(0, file.data + end, n) : e.crc;
         shard_check(crc == e.crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e.crc);
         end += n;
@@ -3994,8 +3995,8 @@ Shard shard_open(const char* path, bool verify = true) {
 // ---- end shared: files -----------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
-// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written last, an
-// empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
+// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written last,
+// an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
     const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
     const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
@@ -4043,8 +4044,8 @@ int checkpoint_find(const char* directory) {
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of a checkpoint that is
-// removed DONE goes first: what is left of it when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed DONE
+// goes first: what is left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
@@ -4058,9 +4059,9 @@ void checkpoint_done(const char* directory, int step, int keep) {
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score? A run
-// that was killed and resumed goes through steps again, and must not replace what it found later: the file stays
-// if it is whole, of the same run (its metadata agree, but for step and best_*), and as good
+// May the file of the best weights at `path` stay, though a run has found weights with this best score? A
+// resumed run goes through steps again, and must not replace what it found later: the file stays if it is
+// whole, of the same run (its metadata agree, but for step and best_*), and as good
 bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
@@ -4075,7 +4076,7 @@ bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int nu
     return stands;
 }
 
-// cuts main.log behind its last whole line of a step up to `step`: a resumed run writes what followed once more
+// keeps the whole lines of steps up to `step`: a resumed run writes what followed once more
 void log_cut(FILE* log, int step) {
     char line[512];
     int s;
