@@ -1350,7 +1350,7 @@ int main(int argc, char** argv) {
 // kernels of the vision transformer, each followed by its launcher
 
 // x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise that random erasing puts in its
-// place. flips[b] != 0: the image is mirrored left to right, that is, its row is read backwards
+// place. Of an image with flips[b] != 0, which is mirrored left to right, the row is read backwards
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
         float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a,
         size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
@@ -1359,64 +1359,48 @@ template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
     const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
     for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
     if (!AUGMENT || a.erased == NULL) { return; }
-    const EraseBox box = a.erased[b]; // a pixel above it gives a difference that is huge as an unsigned number
-    if (h - box.top >= (unsigned)box.height) { return; }
+    const EraseBox box = a.erased[b]; // a pixel above it has a difference that is huge when unsigned
     for (int q = 0; q < V; q++) {
-        if (w + q - box.left < (unsigned)box.width) {
-            x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
-        }
+        if (h - box.top >= (unsigned)box.height || w + q - box.left >= (unsigned)box.width) { continue; }
+        x[q] = erase_noise(a.seed, a.epoch, a.place + b * a.place_step, h * S + w + q, c);
     }
 }
 
-// Cuts images into patches and normalises them: with (h, w) pixel (kh, kw) of patch t,
-//     patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c]
+// patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t.
 // With AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
 //     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
-// patches (B, (S/P)^2, CH*P*P) has n elements, images (B, S, S, CH) of less than 2^32 bytes each. A
-// thread makes V neighbours in a row of one patch: V must divide P. AUGMENT is a template argument
-// because noise and the second image need registers that evaluation can do without
+// patches (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V in a
+// row; V divides P. AUGMENT is a template argument because noise and a second image need registers
 template <int V, bool AUGMENT> __global__ void patchify_kernel(
         floatX* patches, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
-        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH) {
+        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH, std::bool_constant<AUGMENT> augments) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const unsigned per_image = (unsigned)S * S * CH;
-        const size_t b = i / per_image;
-        unsigned j = (unsigned)(i - b * per_image);
-        const unsigned kw = j % P; j /= P;
-        const unsigned kh = j % P; j /= P;
-        const unsigned c = j % CH; j /= CH;
-        const unsigned pw = j % (S / P), ph = j / (S / P);
-        const unsigned w = pw * P + kw, h = ph * P + kh;
-        float x[V];
-        normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
-        if (AUGMENT && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
-            float other[V];
-            normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
-            for (int q = 0; q < V; q++) {
-                if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
-                else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
-            }
+    if (i >= n) { return; }
+    const unsigned per_image = (unsigned)S * S * CH;
+    const size_t b = i / per_image;
+    const unsigned j = (unsigned)(i - b * per_image), patch = j / (CH * P * P), c = j / (P * P) % CH;
+    const unsigned w = patch % (S / P) * P + j % P, h = patch / (S / P) * P + j / P % P;
+    float x[V], other[V];
+    normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
+    if (augments.value && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
+        normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
+        for (int q = 0; q < V; q++) {
+            if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
+            else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
         }
-        store<V>(patches + i, x);
     }
+    store<V>(patches + i, x);
 }
 
-// n images; augment NULL: they are neither erased nor mixed
-void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats,
-              const BatchAugment* augment, size_t n, int S, int P, int CH) {
-    const size_t elements = n * S * S * CH;
-    const BatchAugment a = augment != NULL ? *augment : BatchAugment{};
-    const bool augments = augment != NULL && (a.erased != NULL || a.lam < 1.0f);
-    const size_t blocks = CEIL_DIV(elements, (size_t)256 * (P % VEC == 0 ? VEC : 1));
-#define PATCHIFY(V, AUGMENT) patchify_kernel<V, AUGMENT><<<blocks, 256, 0, main_stream>>>( \
-        patches, images, flips, stats, a, elements, S, P, CH)
-    if (P % VEC == 0 && augments) { PATCHIFY(VEC, true); }
-    else if (P % VEC == 0) { PATCHIFY(VEC, false); }
-    else if (augments) { PATCHIFY(1, true); }
-    else { PATCHIFY(1, false); }
-#undef PATCHIFY
-    kernelCheck();
+void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment,
+              size_t n, int S, int P, int CH) {
+    n *= S * S * CH; // elements
+    const BatchAugment a = augment != NULL ? *augment : BatchAugment{}; // NULL: neither erased nor mixed
+    if (augment != NULL && (a.erased != NULL || a.lam < 1.0f)) {
+        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::true_type());
+    } else {
+        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::false_type());
+    }
 }
 
 // out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
@@ -1424,63 +1408,54 @@ void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelSta
 template <int V> __global__ void embed_kernel(
         floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const size_t row = i / C, b = row / T;
-        const unsigned c = (unsigned)(i - row * C), t = (unsigned)(row - b * T);
-        float token[V], position[V];
-        load<V>(token, t == 0 ? cls + c : tokens + (b * (T - 1) + t - 1) * C + c);
-        load<V>(position, pos + (size_t)t * C + c);
-        for (int j = 0; j < V; j++) { token[j] += position[j]; }
-        store<V>(out + i, token);
-    }
+    if (i >= n) { return; }
+    const size_t row = i / C, b = row / T;
+    const unsigned c = (unsigned)(i - row * C), t = (unsigned)(row - b * T);
+    float token[V], position[V];
+    load<V>(token, t == 0 ? cls + c : tokens + (b * (T - 1) + t - 1) * C + c);
+    load<V>(position, pos + (size_t)t * C + c);
+    for (int j = 0; j < V; j++) { token[j] += position[j]; }
+    store<V>(out + i, token);
 }
 
-void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos,
-           size_t B, size_t T, size_t C) {
+void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
     const size_t n = B * T * C;
-    const bool vector = vectorizable(C, out, tokens, cls, pos);
-    LAUNCH(embed_kernel, vector, n, 256, out, tokens, cls, pos, n, (int)T, (int)C);
+    LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
 }
 
-// dtokens = dout[:, 1:].contiguous(): the gradient of the patch embedding's rows, without gaps for its
-// matrix products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
+// dtokens = dout[:, 1:].contiguous(): the patch embedding's gradient without gaps, for its matrix
+// products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
 template <int V> __global__ void embed_backward_tokens_kernel(
         floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const size_t row = i / C, b = row / (T - 1);
-        *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + (row + b + 1) * C + (i - row * C));
-    }
+    if (i >= n) { return; }
+    *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + (i / C / (T - 1) + 1) * C); // + a class token an image
 }
 
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
-    const bool vector = vectorizable(C, dtokens, dout);
-    LAUNCH(embed_backward_tokens_kernel, vector, n, 256, dtokens, dout, n, (int)T, (int)C);
+    LAUNCH(embed_backward_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
 }
 
 // dpos += dout.sum(0), dcls += dout[:, 0].sum(0). dpos (T, C), dcls (C), dout (B, T, C). A thread sums
-// one (t, c) over the images, always in the same order; neighbouring threads read neighbouring addresses
+// one (t, c) over the images, in their order
 __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
-    if (i < n) {
-        float sum = 0.0f;
-        for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
-        dpos[i] += sum;
-        if (i < (size_t)C) { dcls[i] += sum; }
-    }
+    if (i >= n) { return; }
+    float sum = 0.0f;
+    for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
+    dpos[i] += sum;
+    if (i < (size_t)C) { dcls[i] += sum; }
 }
 
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(
-        dpos, dcls, dout, (int)B, (int)T, (int)C);
+    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
     kernelCheck();
 }
 
 // Mean and sum of squared deviations of n values; JoinMoments gives those of the union of two sets
 // (Chan, Golub and LeVeque 1983). A lane has n = 0 where a row has fewer packs than lanes
 typedef struct { float n, mean, squares; } Moments;
-
 struct JoinMoments {
     __device__ Moments operator()(Moments a, Moments b) const {
         const float n = a.n + b.n, share = n > 0.0f ? b.n / n : 0.0f, apart = b.mean - a.mean;
@@ -1488,12 +1463,10 @@ struct JoinMoments {
     }
 };
 
-// out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps);
-// in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps)
-// out (rows, C), mean (rows), rstd (rows), weight (C), bias (C); row r of inp begins at inp + r*stride.
-// LANES threads share a row, each takes every LANES-th pack of V elements; V must divide C and stride. A
-// lane takes deviations from the mean of its own elements, so one reduction is enough. The row is read
-// three times, from cache after the first. keep: KeepAll, or KeepLargest to zero again what DropIT dropped
+// out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps). weight,
+// bias (C). LANES threads share a row, each takes every LANES-th pack of V elements; V divides C and
+// stride. A lane takes deviations from the mean of its own elements, so one reduction is enough. The row
+// is read three times, from cache after the first
 #define LAYERNORM_EPS 1e-6f
 template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
         floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
@@ -1503,7 +1476,7 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const floatX* row = inp + r * stride;
-    float v[V], sum[V] = {0}, squares[V] = {0}, n = 0.0f;
+    float v[V], w[V], b[V], sum[V] = {0}, squares[V] = {0}, n = 0.0f;
     for (int c = first; c < C; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) { sum[j] += v[j]; }
@@ -1517,7 +1490,6 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     const Moments all = cg::reduce(lanes, Moments{n, lane_mean, total<V>(squares)}, JoinMoments());
     const float m = all.mean, s = rsqrtf(all.squares / C + LAYERNORM_EPS);
     for (int c = first; c < C; c += step) {
-        float w[V], b[V];
         load<V>(v, row + c);
         load<V>(w, weight + c);
         load<V>(b, bias + c);
@@ -1525,27 +1497,22 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
         keep.template apply<V>(v, r * C + c);
         store<V>(out + r * C + c, v);
     }
-    if (first == 0) {
-        mean[r] = m;
-        rstd[r] = s;
-    }
+    if (first != 0) { return; }
+    mean[r] = m;
+    rstd[r] = s;
 }
 
-template <class Keep>
-void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                       const floatX* bias, size_t rows, size_t C, size_t stride, Keep keep) {
+template <class Keep> void layernorm_forward(
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+        size_t rows, size_t C, size_t stride, Keep keep) {
     const bool vector = vectorizable(C | stride, out, inp, weight, bias);
-    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows,
-                out, mean, rstd, inp, weight, bias, rows, (int)C, stride, keep);
+    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows, out, mean, rstd, inp, weight, bias, rows, C, stride, keep);
 }
 
-struct AddPairs {
-    __device__ float2 operator()(float2 a, float2 b) const { return make_float2(a.x + b.x, a.y + b.y); }
-};
+struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
 
-// dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight,
-// norm = (inp - mean) * rstd. It is added because dinp is the gradient of the residual stream. Rows of
-// dinp and inp begin `stride` apart; dout (rows, C), weight (C), mean, rstd (rows). Lanes as above
+// dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
+// norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
 template <int V, int LANES> __global__ void layernorm_backward_kernel(
         floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean,
         const float* rstd, size_t rows, int C, size_t stride) {
@@ -1554,20 +1521,17 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float m = mean[r], s = rstd[r];
-    float x[V], g[V], w[V], sum[V] = {0}, norm_sum[V] = {0};
+    float x[V], g[V], w[V], d[V], sum[V] = {0}, norm_sum[V] = {0};
     for (int c = first; c < C; c += step) {
         load<V>(x, inp + r * stride + c);
         load<V>(g, dout + r * C + c);
         load<V>(w, weight + c);
-        for (int j = 0; j < V; j++) {
-            sum[j] += g[j] * w[j];
-            norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s);
-        }
+        for (int j = 0; j < V; j++) { sum[j] += g[j] * w[j]; }
+        for (int j = 0; j < V; j++) { norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s); }
     }
     const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), AddPairs());
     const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
-        float d[V];
         load<V>(x, inp + r * stride + c);
         load<V>(g, dout + r * C + c);
         load<V>(w, weight + c);
@@ -1577,172 +1541,138 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     }
 }
 
-// First step of the gradients of weight and bias, for slabs of rows as in column_sum_kernel:
-//     partial[slab, c] = sum of dout * norm, partial[slab, C + c] = sum of dout
-// partial (slabs, 2*C), the rest as above. A thread sums V columns of a slab; V must divide C and stride
-template <int V> __global__ void layernorm_weight_kernel(
-        float* partial, const floatX* dout, const floatX* inp, const float* mean, const float* rstd,
-        size_t rows, int C, size_t stride) {
+// First step of the gradients of weight and bias, by slabs of rows as in column_sum_kernel: partial[slab,
+// c] = sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C, stride
+template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
+        const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
-    if (slab * SLAB_ROWS < rows) {
-        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
-        float dweight[V] = {0}, dbias[V] = {0};
-        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
-            const float m = mean[r], s = rstd[r];
-            float x[V], g[V];
-            load<V>(x, inp + r * stride + column);
-            load<V>(g, dout + r * C + column);
-            for (int j = 0; j < V; j++) {
-                dweight[j] += g[j] * ((x[j] - m) * s);
-                dbias[j] += g[j];
-            }
-        }
-        store<V>(partial + slab * 2*C + column, dweight);
-        store<V>(partial + slab * 2*C + C + column, dbias);
+    if (slab * SLAB_ROWS >= rows) { return; }
+    const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+    float x[V], g[V], dweight[V] = {0}, dbias[V] = {0};
+    for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+        const float m = mean[r], s = rstd[r];
+        load<V>(x, inp + r * stride + column);
+        load<V>(g, dout + r * C + column);
+        for (int j = 0; j < V; j++) { dweight[j] += g[j] * ((x[j] - m) * s); }
+        for (int j = 0; j < V; j++) { dbias[j] += g[j]; }
     }
+    store<V>(partial + slab * 2*C + column, dweight);
+    store<V>(partial + slab * 2*C + C + column, dbias);
 }
 
-// dinp, dweight (C), dbias (C) += their gradients. partial holds 2 * column_sum_scratch(rows, C) floats
-void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
-                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
-                        size_t rows, size_t C, size_t stride) {
+void layernorm_backward(
+        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
+        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
-    const int c = (int)C;
-    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, c, stride);
-    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows,
-                dinp, dout, inp, weight, mean, rstd, rows, c, stride);
+    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, C, stride);
+    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, C, stride);
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
 }
 
-// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2
-// out, inp (n). A thread makes V elements; V must divide n. keep: as for layernorm_forward
-template <int V, class Keep>
-__global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
+// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x/sqrt(2))) / 2.
+// out, inp (n). A thread makes V elements; V divides n
+template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        float x[V];
-        load<V>(x, inp + i);
-        for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
-        keep.template apply<V>(x, i);
-        store<V>(out + i, x);
-    }
+    if (i >= n) { return; }
+    float x[V];
+    load<V>(x, inp + i);
+    for (int j = 0; j < V; j++) { x[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f)); }
+    keep.template apply<V>(x, i);
+    store<V>(out + i, x);
 }
 
-// dinp *= Phi(x) + x * phi(x), with the normal density phi(x) = exp(-x^2 / 2) / sqrt(2 pi): the gradient
-// of the output becomes that of the input, in place. dinp, inp (n). A thread makes V; V must divide n
+// dinp *= Phi(x) + x * phi(x), with x = inp and the normal density phi(x) = exp(-x^2 / 2) / sqrt(2 pi).
+// dinp, inp (n). A thread makes V elements; V divides n
 template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX* inp, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        float x[V], d[V];
-        load<V>(x, inp + i);
-        load<V>(d, dinp + i);
-        for (int j = 0; j < V; j++) {
-            d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
-        }
-        store<V>(dinp + i, d);
+    if (i >= n) { return; }
+    float x[V], d[V];
+    load<V>(x, inp + i);
+    load<V>(d, dinp + i);
+    for (int j = 0; j < V; j++) {
+        d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
     }
+    store<V>(dinp + i, d);
 }
 
 template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
     LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
 }
-
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     LAUNCH(gelu_backward_kernel, vectorizable(n, dinp, inp), n, 256, dinp, inp, n);
 }
 
-// Drop-path (stochastic depth, Huang et al., ECCV 2016), as timm's DropPath: with the block's rate, an
-// image skips a branch of the block; else the branch is divided by 1 - rate, which keeps its mean
-
-// rate of block l of `depth`, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
+// rate of drop-path in block l, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
     if (depth == 1) { return 0.0f; }
     const float step = last / (float)(depth - 1);
     return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
-// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), drawn by Philox(seed,
-// RNG_DROP_PATH, step, (2*l + branch, image)). Images are counted over all ranks, this one's from
-// first_image on, so that the number of ranks changes no scale. scales (L, 2, B). A thread makes one
-__global__ void drop_path_scales_kernel(float* scales, int L, int B, float last, unsigned long long seed,
-                                        unsigned step, unsigned first_image) {
+// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), which keeps the mean, as
+// timm's DropPath (Huang et al., ECCV 2016). scales (L, 2, B). A thread draws one by Philox from the
+// image's number over all ranks, which begins at `first` here: the number of ranks changes no scale
+__global__ void drop_path_scales_kernel(
+        float* scales, int L, int B, float last, unsigned long long seed, unsigned step, unsigned first) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < L * 2 * B) {
-        const int row = i / B;
-        const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
-        const unsigned image = first_image + (unsigned)(i % B);
-        const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | image);
-        scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
-    }
+    if (i >= L * 2 * B) { return; }
+    const int row = i / B;
+    const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
+    const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | (first + (unsigned)(i % B)));
+    scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
 }
 
 void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step,
-                      unsigned first_image) {
-    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(
-        scales, L, B, (float)last, seed, step, first_image);
+                      unsigned first) {
+    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(scales, L, B, last, seed, step, first);
     kernelCheck();
 }
 
-// out = residual + scales[b] * x for each image b, without residual where it is NULL. out, x, residual
-// (images, per_image) have n elements, scales (images); out may be x. V divides per_image; a thread makes V
+// out = scales[b] * x (+ residual where it is not NULL) for each image b; out may be x. out, x, residual
+// (images, per_image) have n elements, scales (images). V divides per_image; a thread makes V
 template <int V> __global__ void drop_path_kernel(
         floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t per_image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i < n) {
-        const float scale = scales[i / per_image];
-        float v[V], r[V] = {0};
-        load<V>(v, x + i);
-        if (residual != NULL) { load<V>(r, residual + i); }
-        for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
-        store<V>(out + i, v);
-    }
+    if (i >= n) { return; }
+    const float scale = scales[i / per_image];
+    float v[V], r[V] = {0};
+    load<V>(v, x + i);
+    if (residual != NULL) { load<V>(r, residual + i); }
+    for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
+    store<V>(out + i, v);
 }
 
-void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales,
-               size_t images, size_t per_image) {
+void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
+               size_t per_image) {
     const size_t n = images * per_image;
-    const bool vector = vectorizable(per_image, out, x, residual);
-    LAUNCH(drop_path_kernel, vector, n, 256, out, x, residual, scales, n, per_image);
+    LAUNCH(drop_path_kernel, vectorizable(per_image, out, x, residual), n, 256, out, x, residual, scales, n, per_image);
 }
 
-// Writes where each head's matrices begin, for cublasGemmBatchedEx, which so reads q, k and v where they
-// lie in qkv. qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS); dqkv NULL: there are no
-// gradients. A thread writes the pointers of one (image, head)
+// Writes where each head's matrices begin: cublasGemmBatchedEx reads q, k and v where they lie in qkv.
+// qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS). A thread writes those of one (image, head)
 __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
-    if (i < images * a.heads) {
-        const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
-        const size_t q = image * a.T * 3 * C + head * a.HS, square = (size_t)i * a.T * a.ld;
-        a.pointers[PTR_Q * count + i] = qkv + q;
-        a.pointers[PTR_K * count + i] = qkv + q + C;
-        a.pointers[PTR_V * count + i] = qkv + q + 2 * C;
-        a.pointers[PTR_OUT * count + i] = out + image * a.T * C + head * a.HS;
-        a.pointers[PTR_SCORES * count + i] = a.scores + square;
-        a.pointers[PTR_PROBS * count + i] = a.probs + square;
-        if (dqkv != NULL) {
-            a.pointers[PTR_DQ * count + i] = dqkv + q;
-            a.pointers[PTR_DK * count + i] = dqkv + q + C;
-            a.pointers[PTR_DV * count + i] = dqkv + q + 2 * C;
-            a.pointers[PTR_DPROBS * count + i] = a.dprobs + square;
-            a.pointers[PTR_DSCORES * count + i] = a.dscores + square;
-        }
-    }
+    if (i >= images * a.heads) { return; }
+    const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
+    const size_t at = image * a.T * C, o = at + head * a.HS, q = o + 2 * at, square = (size_t)i * a.T * a.ld;
+    void* const begins[NUM_ATTENTION_POINTERS] = { // in the order of PTR_
+        qkv + q, qkv + q + C, qkv + q + 2 * C, out + o, a.scores + square, a.probs + square,
+        dqkv + q, dqkv + q + C, dqkv + q + 2 * C, a.dprobs + square, a.dscores + square};
+    for (int p = 0; p < NUM_ATTENTION_POINTERS; p++) { a.pointers[p * count + i] = begins[p]; }
 }
 
 void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
-    const int blocks = CEIL_DIV(images * a->heads, 64);
-    attention_pointers_kernel<<<blocks, 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
+    attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
     kernelCheck();
 }
 
 // The largest of some scores, and the sum of exp(score - largest). A lane without scores joins as
-// (-FLT_MAX, 0): two that joined as -INFINITY would subtract infinities, which gives NaN
+// (-FLT_MAX, 0), since the difference of two -INFINITY is NaN
 typedef struct { float largest, sum; } ExpSum;
 // one comparison; fmaxf has more to do, to pass over NaNs. A NaN score still shows, in the sum
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
-
 struct JoinExpSums {
     __device__ ExpSum operator()(ExpSum a, ExpSum b) const {
         const float m = larger(a.largest, b.largest);
@@ -1750,118 +1680,102 @@ struct JoinExpSums {
     }
 };
 
-// lse = log(sum of exp(scores)), probs = exp(scores - lse) for each row; in PyTorch:
-// scores.logsumexp(-1) and scores.softmax(-1). The backward pass makes the same probs again from lse.
-// scores, probs (rows, ld), lse (rows); probs may be scores. LANES threads share a row, each takes every
-// LANES-th pack; V must divide ld. The last pack may reach into columns T to ld, which are cleared at
-// allocation and never used as values. A lane subtracts its own largest score: one reduction is enough
-template <int V, int LANES> __global__ void softmax_forward_kernel(
-        floatX* probs, float* lse, const float* scores, size_t rows, int T, int ld) {
+// lse = scores.logsumexp(-1), probs = exp(scores - lse) = scores.softmax(-1). scores, probs (rows, ld),
+// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which allocation
+// clears. A lane subtracts its own largest score, so one reduction is enough
+template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
-    const float* row = scores + r * ld;
+    const float* row = a.scores + r * a.ld;
     float v[V], largest[V], sum[V] = {0};
     for (int j = 0; j < V; j++) { largest[j] = -FLT_MAX; }
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) { largest[j] = larger(c + j < T ? v[j] : -FLT_MAX, largest[j]); }
+        for (int j = 0; j < V; j++) { largest[j] = larger(c + j < a.T ? v[j] : -FLT_MAX, largest[j]); }
     }
     for (int half = V / 2; half > 0; half /= 2) {
         for (int j = 0; j < half; j++) { largest[j] = larger(largest[j + half], largest[j]); }
     }
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
-        for (int j = 0; j < V; j++) {
-            const float e = expf(v[j] - largest[0]);
-            sum[j] += c + j < T ? e : 0.0f;
-        }
+        for (int j = 0; j < V; j++) { v[j] = expf(v[j] - largest[0]); }
+        for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? v[j] : 0.0f; }
     }
     const ExpSum all = cg::reduce(lanes, ExpSum{largest[0], total<V>(sum)}, JoinExpSums());
     const float log_sum = all.largest + logf(all.sum);
-    for (int c = first; c < T; c += step) {
+    for (int c = first; c < a.T; c += step) {
         load<V>(v, row + c);
         for (int j = 0; j < V; j++) { v[j] = expf(v[j] - log_sum); }
-        store<V>(probs + r * ld + c, v);
+        store<V>(a.probs + r * a.ld + c, v);
     }
     if (first == 0) { lse[r] = log_sum; }
 }
 
-// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum
-// equals that of dout * out over the head, but needs no output of attention, of which DropIT keeps only
-// a part. Shapes, lanes and padding as above; probs may be scores, and dscores may be dprobs
-template <int V, int LANES> __global__ void softmax_backward_kernel(
-        floatX* probs, floatX* dscores, const float* scores, const float* dprobs, const float* lse,
-        size_t rows, int T, int ld) {
+// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum is
+// that of dout * out over the head, without the output of attention, of which DropIT keeps only a part.
+// Shapes, lanes and padding as above
+template <int V, int LANES> __global__ void softmax_backward_kernel(const float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
     const int first = (int)lanes.thread_rank() * V, step = LANES * V;
     const float log_sum = lse[r];
     float p[V], d[V], sum[V] = {0};
-    for (int c = first; c < T; c += step) {
-        load<V>(p, scores + r * ld + c);
-        load<V>(d, dprobs + r * ld + c);
-        for (int j = 0; j < V; j++) {
-            const float e = expf(p[j] - log_sum) * d[j];
-            sum[j] += c + j < T ? e : 0.0f;
-        }
+    for (int c = first; c < a.T; c += step) {
+        load<V>(p, a.scores + r * a.ld + c);
+        load<V>(d, a.dprobs + r * a.ld + c);
+        for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum) * d[j]; }
+        for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? p[j] : 0.0f; }
     }
     const float row_sum = cg::reduce(lanes, total<V>(sum), cg::plus<float>());
-    for (int c = first; c < T; c += step) {
-        load<V>(p, scores + r * ld + c);
-        load<V>(d, dprobs + r * ld + c);
-        for (int j = 0; j < V; j++) {
-            p[j] = expf(p[j] - log_sum);
-            d[j] = p[j] * (d[j] - row_sum);
-        }
-        store<V>(probs + r * ld + c, p);
-        store<V>(dscores + r * ld + c, d);
+    for (int c = first; c < a.T; c += step) {
+        load<V>(p, a.scores + r * a.ld + c);
+        load<V>(d, a.dprobs + r * a.ld + c);
+        for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum); }
+        for (int j = 0; j < V; j++) { d[j] = p[j] * (d[j] - row_sum); }
+        store<V>(a.probs + r * a.ld + c, p);
+        store<V>(a.dscores + r * a.ld + c, d);
     }
 }
 
-// Row-major D = alpha * op(X) @ op(Y) for every head of a chunk, where op transposes under transX and
-// transY. D, X and Y are rows of `pointers`; scores, probs and their gradients are (T, T) matrices, all
-// others (T, HS), so every size follows; X is transposed only where it is (T, T). cuBLAS is
-// column-major, it sees the transpose of each matrix; D^T = op(Y)^T @ op(X)^T, so X and Y change places
-void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY, float alpha) {
+// Row-major D = op(X) @ op(Y) for every head of a chunk, over sqrt(HS) for scores, dq and dk. op
+// transposes under transX, transY. D, X, Y are rows of `pointers`; scores, probs and their gradients are
+// (T, T) matrices, others (T, HS); only a (T, T) X is transposed. cuBLAS sees the transpose of each
+// matrix, being column-major; D^T = op(Y)^T @ op(X)^T, so X and Y change places
+void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY) {
     const int T = a->T, HS = a->HS, C = a->heads * HS, count = a->max_images * a->heads;
     auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
     auto square = [&](int p) { return fp32(p) || p == PTR_PROBS || p == PTR_DSCORES; };
     auto stride = [&](int p) { return square(p) ? a->ld : p == PTR_OUT ? C : 3 * C; }; // from row to row
-    const cublasOperation_t op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const auto op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
     void **d = a->pointers + D * count, **x = a->pointers + X * count, **y = a->pointers + Y * count;
-    const float zero = 0.0f;
-    cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS, &alpha,
-        y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d, fp32(D) ? CUDA_R_32F : CUDA_FLOATX,
-        stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    const bool scaled = D == PTR_SCORES || D == PTR_DQ || D == PTR_DK;
+    const float alpha = scaled ? 1.0f / sqrtf((float)HS) : 1.0f, zero = 0.0f;
+    cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS,
+        &alpha, y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d,
+        fp32(D) ? CUDA_R_32F : CUDA_FLOATX, stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-// in PyTorch: F.scaled_dot_product_attention(q, k, v), out = softmax(q @ k^T / sqrt(HS)) @ v for each head
-// out (images, T, C), lse (images, NH, T), qkv (images, T, 3*C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
-    const int T = a->T, ld = a->ld;
-    const size_t rows = (size_t)images * a->heads * T;
-    attention_pointers(a, qkv, out, NULL, images);
-    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, 1.0f / sqrtf((float)a->HS));
-    // `true`: packs can always be read, because rows begin a multiple of 8 elements apart
-    LAUNCH_ROWS(softmax_forward_kernel, true, T, rows, a->probs, lse, a->scores, rows, T, ld);
-    attention_matmul(a, images, PTR_OUT, PTR_PROBS, false, PTR_V, false, 1.0f);
+    const size_t rows = (size_t)images * a->heads * a->T;
+    attention_pointers(a, qkv, out, qkv, images); // the pointers to gradients are not used
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true);    // scores = q @ k^T / sqrt(HS)
+    // `true`: packs can always be read, because rows begin a multiple of VEC elements apart
+    LAUNCH_ROWS(softmax_forward_kernel, true, a->T, rows, lse, *a, rows);
+    attention_matmul(a, images, PTR_OUT, PTR_PROBS, false, PTR_V, false);  // out = probs @ v
 }
 
-// dqkv (images, T, 3*C) = the gradient of qkv, from dout (images, T, C), qkv and the forward pass's lse
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images) {
-    const int T = a->T, ld = a->ld;
-    const size_t rows = (size_t)images * a->heads * T;
-    const float scale = 1.0f / sqrtf((float)a->HS);
+    const size_t rows = (size_t)images * a->heads * a->T;
     attention_pointers(a, qkv, dout, dqkv, images); // PTR_OUT is dout here
-    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true, scale);    // scores = scale * q @ k^T
-    attention_matmul(a, images, PTR_DPROBS, PTR_OUT, false, PTR_V, true, 1.0f);   // dprobs = dout @ v^T
-    LAUNCH_ROWS(softmax_backward_kernel, true, T, rows, a->probs, a->dscores, a->scores, a->dprobs, lse, rows, T, ld);
-    attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false, 1.0f);   // dv = probs^T @ dout
-    attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false, scale); // dq = scale * dscores @ k
-    attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false, scale);  // dk = scale * dscores^T @ q
+    attention_matmul(a, images, PTR_SCORES, PTR_Q, false, PTR_K, true);    // scores = q @ k^T / sqrt(HS)
+    attention_matmul(a, images, PTR_DPROBS, PTR_OUT, false, PTR_V, true);  // dprobs = dout @ v^T
+    LAUNCH_ROWS(softmax_backward_kernel, true, a->T, rows, lse, *a, rows); // the same probs, and dscores
+    attention_matmul(a, images, PTR_DV, PTR_PROBS, true, PTR_OUT, false);  // dv = probs^T @ dout
+    attention_matmul(a, images, PTR_DQ, PTR_DSCORES, false, PTR_K, false); // dq = dscores @ k / sqrt(HS)
+    attention_matmul(a, images, PTR_DK, PTR_DSCORES, true, PTR_Q, false);  // dk = dscores^T @ q / sqrt(HS)
 }
 
 // ----------------------------------------------------------------------------
@@ -3469,18 +3383,15 @@ double learning_rate_at(const Schedule* s, int step) {
 // ---- end shared: optimizer -------------------------------------------------
 
 // ---- shared: several GPUs --------------------------------------------------
-// Data parallel: a rank is a process with a GPU of its own. All ranks hold the same weights and take different images.
-// NCCL adds up their gradients on a stream of its own, layer by layer, while the backward pass goes on. MPI starts the
-// ranks and adds up what is printed
+// Data parallel: NCCL adds up the ranks' gradients on a stream of its own, layer by layer, while the
+// backward pass goes on. MPI starts the ranks and adds up what is printed
+#ifdef MULTI_GPU
 static cudaStream_t reduce_stream;
 static cudaEvent_t gradients_ready, gradients_reduced;
-#ifdef MULTI_GPU
 static ncclComm_t nccl_comm;
-#endif
 
 // joins the other ranks and chooses this rank's GPU; only rank 0 goes on printing
 static void ranks_join(int devices) {
-#ifdef MULTI_GPU
     MPI_Comm node;
     ncclUniqueId id;
     int local_rank;
@@ -3501,61 +3412,28 @@ static void ranks_join(int devices) {
     ncclCheck(ncclAllReduce(probe, probe, 1, ncclFloat, ncclSum, nccl_comm, 0));
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaFree(probe));
-    require(rank == 0 || freopen("/dev/null", "w", stdout) != NULL, "rank %d cannot open /dev/null: %m", rank);
-#else
-    (void)devices;
-    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot run on several "
-            "GPUs; `make` says what it misses");
-    cudaCheck(cudaSetDevice(0));
-#endif
-}
-
-void device_open(void) {
-    int device, devices = 0;
-    cudaDeviceProp properties;
-    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
-            "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
-    const bool started = getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMI_SIZE") != NULL || getenv("PMIX_RANK") != NULL;
-    if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaGetDeviceProperties(&properties, device));
-    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; build with "
-            "`make PRECISION=FP32`", properties.name, properties.major, properties.minor);
-    num_multiprocessors = properties.multiProcessorCount;
-    cudaCheck(cudaStreamCreate(&main_stream));
     cudaCheck(cudaStreamCreateWithFlags(&reduce_stream, cudaStreamNonBlocking));
     cudaCheck(cudaEventCreateWithFlags(&gradients_ready, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&gradients_reduced, cudaEventDisableTiming));
-    cublasCheck(cublasCreate(&cublas_handle));
-    cublasCheck(cublasSetStream(cublas_handle, main_stream));
-    cublasCheck(cublasLtCreate(&cublaslt_handle));
-    printf("device: %s, " PRECISION_NAME, properties.name);
-    printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
+    require(rank == 0 || freopen("/dev/null", "w", stdout) != NULL, "rank %d cannot open /dev/null: %m", rank);
 }
 
 void ranks_close(void) {
-#ifdef MULTI_GPU
-    if (num_ranks > 1) { ncclCheck(ncclCommDestroy(nccl_comm)); }
     int started;
+    if (num_ranks > 1) { ncclCheck(ncclCommDestroy(nccl_comm)); }
     mpiCheck(MPI_Initialized(&started));
     if (started) { mpiCheck(MPI_Finalize()); }
-#endif
 }
 
 void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     if (num_ranks == 1) { return; }
     cudaCheck(cudaEventRecord(gradients_ready, main_stream));
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
-#ifdef MULTI_GPU
     ncclCheck(ncclGroupStart());
     for (int i = 0; i < n; i++) {
         ncclCheck(ncclAllReduce(pieces[i], pieces[i], sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
-#else
-    (void)pieces, (void)sizes, (void)n;
-#endif
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
 }
 
@@ -3564,24 +3442,15 @@ void ranks_wait(void) {
 }
 
 void ranks_gather(void* full, const void* part, size_t bytes) {
-#ifdef MULTI_GPU
     ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
-#else
-    (void)full, (void)part, (void)bytes;
-#endif
 }
 
 void ranks_broadcast(void* device, size_t bytes) {
-#ifdef MULTI_GPU
     if (num_ranks > 1) { ncclCheck(ncclBroadcast(device, device, bytes, ncclUint8, 0, nccl_comm, main_stream)); }
-#else
-    (void)device, (void)bytes;
-#endif
 }
 
-// values of the host, added up over the ranks in their order, the same on all
+// in the order of the ranks: the same sums on all
 void ranks_sum(double* values, int n) {
-#ifdef MULTI_GPU
     if (num_ranks == 1) { return; }
     double* all = host_new<double>(numel(num_ranks, n), "sums");
     mpiCheck(MPI_Allgather(values, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD));
@@ -3590,27 +3459,59 @@ void ranks_sum(double* values, int n) {
         for (int r = 0; r < num_ranks; r++) { values[i] += all[r * n + i]; }
     }
     free(all);
-#else
-    (void)values, (void)n;
-#endif
 }
 
 void ranks_agree(uint32_t value, const char* what) {
-#ifdef MULTI_GPU
     uint32_t first = value;
     if (num_ranks > 1) { mpiCheck(MPI_Bcast(&first, sizeof(first), MPI_BYTE, 0, MPI_COMM_WORLD)); }
     require(value == first, "the %s of rank %d are not those of rank 0 (%08x, %08x)", what, rank, value, first);
+}
 #else
-    (void)value, (void)what;
+static void ranks_join(int) {
+    const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
+    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot "
+            "run on several GPUs; `make` says what it misses");
+    cudaCheck(cudaSetDevice(0));
+}
+void ranks_close(void) {}
+void ranks_add(float* const*, const size_t*, int) {}
+void ranks_wait(void) {}
+void ranks_gather(void*, const void*, size_t) {}
+void ranks_broadcast(void*, size_t) {}
+void ranks_sum(double*, int) {}
+void ranks_agree(uint32_t, const char*) {}
 #endif
+
+void device_open(void) {
+    int device, devices = 0;
+    cudaDeviceProp properties;
+    bool started = false;
+    for (const char* s : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}) { started |= getenv(s) != NULL; }
+    const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // without PMIx, each would train alone
+    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot find each "
+            "other; start with srun --mpi=pmix", tasks);
+    require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
+            "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
+    if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
+    require(sizeof(floatX) == 4 || properties.major >= 8, "%s has compute capability %d.%d, bf16 needs 8.0; "
+            "build with `make PRECISION=FP32`", properties.name, properties.major, properties.minor);
+    num_multiprocessors = properties.multiProcessorCount;
+    cudaCheck(cudaStreamCreate(&main_stream));
+    cublasCheck(cublasCreate(&cublas_handle));
+    cublasCheck(cublasSetStream(cublas_handle, main_stream));
+    cublasCheck(cublasLtCreate(&cublaslt_handle));
+    printf("device: %s, " PRECISION_NAME, properties.name);
+    printf(num_ranks > 1 ? ", %d ranks\n" : "\n", num_ranks);
 }
 // ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: random --------------------------------------------------------
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A counter-based
-// generator: the same (seed, purpose, step, i) gives the same four words everywhere, in the trainer as in
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as in
 // dev/reference/rng.py
-__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
+__host__ __device__ inline uint4 philox(
+        unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
     unsigned c0 = (unsigned)i, c1 = (unsigned)(i >> 32), c2 = step, c3 = purpose;
     for (int round = 0; round < 10; round++) {
@@ -3635,9 +3536,7 @@ void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch
     for (unsigned i = 0; i < n; i++) { perm[i] = i; }
     for (unsigned i = n; i-- > 1; ) {
         const uint4 u = philox(seed, RNG_SHUFFLE, epoch, i);
-        const unsigned j = (unsigned)(((unsigned long long)u.y << 32 | u.x) % (i + 1)), swap = perm[i];
-        perm[i] = perm[j];
-        perm[j] = swap;
+        std::swap(perm[i], perm[((unsigned long long)u.y << 32 | u.x) % (i + 1)]);
     }
 }
 // ---- end shared: random ----------------------------------------------------
@@ -3645,10 +3544,10 @@ void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch
 // ---- shared: memory plan ---------------------------------------------------
 // A line of the plan: one tensor, or one copy of it
 struct Allocation {
-    const char *name, *part, *shape; // shape as written in the table, such as "(B, T, C)"
-    int category, shares;            // shares: number of the line whose memory this one uses; -1: it has its own
+    const char *name, *part, *shape;
+    int category, shares; // shares: number of the line whose memory this one uses; -1: it has its own
     bool cleared;
-    size_t bytes, dense; // what is allocated; what the tensor takes without DropIT and recomputation, 0: not counted
+    size_t bytes, dense; // allocated; without DropIT and recomputation, 0: not counted
     void** pointer;
 };
 
@@ -3658,36 +3557,38 @@ static void plan_line(Plan* plan, Allocation a, void** shared) {
         if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    // a line that shares adds to the other's memory what that lacks
-    size_t *bytes = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &a.bytes, had = a.shares >= 0 ? *bytes : 0;
-    *bytes = std::max(had, a.bytes);
-    plan->bytes[a.category] += *bytes - had;
+    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // the memory that is shared
+    const size_t more = a.bytes > *had ? a.bytes - *had : 0;
+    plan->bytes[a.category] += more;
+    *had += more;
     if (a.shares >= 0) { a.bytes = 0; }
     plan->lines.push(a);
 }
 
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                  T** pointer, size_t bytes, size_t dense, T** shared) {
-    plan_line(plan, Allocation{name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer}, (void**)shared);
+    bytes = align_up(bytes);
+    plan_line(plan, Allocation{name, part, shape, category, -1, false, bytes, dense, (void**)pointer}, (void**)shared);
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
 
 size_t plan_total(const Plan* plan) {
     size_t total = 0;
-    for (int c = 0; c < NUM_CATEGORIES; c++) { total += plan->bytes[c]; }
+    for (size_t bytes : plan->bytes) { total += bytes; }
     return total;
 }
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
 void plan_allocate(Plan* plan) {
-    char* next[NUM_CATEGORIES] = {NULL};
+    char* next[NUM_CATEGORIES];
     for (int c = 0; c < NUM_CATEGORIES; c++) {
-        plan->blocks[c] = NULL;
-        if (plan->bytes[c] > 0) { cudaCheck(cudaMalloc((void**)&plan->blocks[c], plan->bytes[c])); }
-        next[c] = plan->blocks[c];
-        const bool state = c == PARAMETERS_MEMORY || c == GRADIENTS || c == OPTIMIZER; // its padding takes part in updates
-        if (state && next[c] != NULL) { cudaCheck(cudaMemsetAsync(next[c], 0, plan->bytes[c], main_stream)); }
+        const size_t bytes = plan->bytes[c];
+        next[c] = NULL;
+        if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
+        plan->blocks[c] = next[c];
+        const bool updated = c != CACHED && c != SCRATCH; // with its padding
+        if (updated && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
     }
     for (Allocation& a : plan->lines) { // a line shares with one before it
         *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
@@ -3714,36 +3615,31 @@ void plan_print(const Plan* plan) {
         if (same != &first) { continue; }
         char name[64];
         snprintf(name, sizeof(name), "%s%s", first.name, first.part);
-        printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
         all[first.category] += dense;
+        printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
     }
-    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB); }
+    for (int c = 0; c < NUM_CATEGORIES; c++) {
+        printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB);
+    }
 }
 // ---- end shared: memory plan -----------------------------------------------
 
 // ---- shared: files ---------------------------------------------------------
-// Everything that a file claims is checked against its size before it is used.
+// Everything that a file claims is checked against its size before it is used
 
-// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc is that of the bytes before, 0
-// at first. table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight
-// bytes are one step. The first call fills the tables and must be made before there are threads
+// CRC-32 as in zlib and PNG (polynomial 0xEDB88320) of n more bytes; crc: of the bytes before, first 0.
+// table[t][b] is what byte b does to the checksum when t zero bytes follow it, so that eight bytes are
+// one step. The first call fills it and must be made before there are threads
 uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     static uint32_t table[8][256];
-    if (table[0][1] == 0) {
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int k = 0; k < 8; k++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
-            table[0][i] = c;
-        }
-        for (int i = 0; i < 7 * 256; i++) {
-            const uint32_t c = table[i / 256][i % 256];
-            table[i / 256 + 1][i % 256] = table[0][c & 255] ^ (c >> 8);
-        }
+    for (uint32_t i = 0; i < 8 * 256 && table[7][255] == 0; i++) {
+        uint32_t c = i < 256 ? i : table[i / 256 - 1][i % 256];
+        for (int bit = 0; bit < 8; bit++) { c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1; }
+        table[i / 256][i % 256] = c;
     }
     const uint8_t* p = (const uint8_t*)data;
     crc = ~crc;
-    for (; n >= 8; n -= 8, p += 8) {
-        uint64_t x;
+    for (uint64_t x; n >= 8; n -= 8, p += 8) {
         memcpy(&x, p, 8);
         x ^= crc;
         crc = 0;
@@ -3753,42 +3649,28 @@ uint32_t crc_32(uint32_t crc, const void* data, size_t n) {
     return ~crc;
 }
 
-typedef struct {
-    const char* path;
-    const uint8_t* data;
-    size_t bytes;
-} MappedFile;
+typedef struct { const char* path; const uint8_t* data; size_t bytes; } MappedFile;
 
 // Maps a whole file into memory, to be read only. hint: what the user can do when there is no such file
 MappedFile map_file(const char* path, const char* hint) {
-    MappedFile file = {path, NULL, 0};
     const int fd = open(path, O_RDONLY);
-    require(fd >= 0, "cannot open %s: %m; %s", path, hint);
+    require(fd >= 0, "cannot open %s: %s; %s", path, strerror(errno), hint);
     struct stat info;
     require(fstat(fd, &info) == 0 && S_ISREG(info.st_mode), "%s is not a regular file; %s", path, hint);
-    file.bytes = (size_t)info.st_size;
-    require(file.bytes > 0, "%s is empty; %s", path, hint);
-    void* data = mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    require(data != MAP_FAILED, "cannot map %s (%zu bytes): %m", path, file.bytes);
+    const size_t bytes = (size_t)info.st_size;
+    require(bytes > 0, "%s is empty; %s", path, hint);
+    void* data = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    require(data != MAP_FAILED, "cannot map %s (%zu bytes): %m", path, bytes);
     close(fd);
-    file.data = (const uint8_t*)data;
-    return file;
+    return MappedFile{path, (const uint8_t*)data, bytes};
 }
 
-void unmap_file(MappedFile* file) {
-    munmap((void*)file->data, file->bytes);
-    file->data = NULL;
-}
-
-// A safetensors file is the length of its header (u64), a header in JSON, {"NAME": {"dtype": ...,
-// "shape": [...], "data_offsets": [begin, end]}, ..., "__metadata__": {"KEY": "VALUE", ...}}, and the
-// tensors' data. The reader takes what the format allows and refuses the rest: unknown fields, duplicate
-// names, and data that overlap, leave holes or do not end with the file. Files of our own have the key
-// crc32, the checksum of the file with zeros for its eight digits. Where it is, the reader compares it
-#define ST_MAX_DIMS 8
-#define ST_MAX_METADATA 128
+// A safetensors file is the length of its header (u64), a header in JSON, and the tensors' data. JSON:
+// {"NAME": {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, "__metadata__": {KEY: VALUE}}.
+// Unknown fields, duplicate names, data that overlap, leave holes or do not end the file are refused.
+// Files of our own have the metadata crc32: the checksum of the file with zeros for its eight digits
+enum { ST_MAX_DIMS = 8, ST_MAX_METADATA = 128 };
 #define ST_BEFORE_DIGITS "{\"__metadata__\":{\"crc32\":\"" // how the header of a file of our own begins
-
 typedef struct {
     char name[96], dtype[8];
     size_t shape[ST_MAX_DIMS], begin, end; // its data, in bytes from where all data begin
@@ -3800,12 +3682,12 @@ struct Safetensors {
     StTensor* tensors;
     StMetadata metadata[ST_MAX_METADATA];
     int num_tensors, num_metadata;
-    size_t data_offset;    // the byte where the header ends and the data begin
-    size_t at;             // the byte that the parser reads next
+    size_t data_offset, at; // where the header ends and the data begin; the byte that is parsed next
 };
 
-void st_fail(const Safetensors* st, const char* what) {
-    require(false, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
+void st_check(const Safetensors* st, bool valid, const char* what) {
+    const char* path = st->file.path;
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", path, what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3824,24 +3706,21 @@ bool st_take(Safetensors* st, char c) {
 }
 
 void st_expect(Safetensors* st, char c) {
-    char what[32];
-    snprintf(what, sizeof(what), "expected '%c'", c);
-    if (!st_take(st, c)) { st_fail(st, what); }
+    char what[] = "expected '?'";
+    what[10] = c;
+    st_check(st, st_take(st, c), what);
 }
 
-// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads an element in
-// each round. This takes the bracket before the first element, and the comma or bracket behind each
+// Is there an element i in the list between two brackets, "[]" or "{}"? A loop over i reads one in each
+// round. This takes the bracket before the first element, and the comma or bracket behind each
 bool st_element(Safetensors* st, const char* brackets, int i) {
-    if (i == 0) {
-        st_expect(st, brackets[0]);
-        return !st_take(st, brackets[1]);
-    }
-    if (st_take(st, ',')) { return true; }
-    st_expect(st, brackets[1]);
+    if (i == 0) { st_expect(st, brackets[0]); }
+    if (i == 0 ? !st_take(st, brackets[1]) : st_take(st, ',')) { return true; }
+    if (i > 0) { st_expect(st, brackets[1]); }
     return false;
 }
 
-// reads a string of less than `size` bytes, with the escapes \", \\ and \/: names of tensors need no others
+// reads a string of less than `size` bytes, with the escapes \", \\ and \/: names need no others
 void st_string(Safetensors* st, char* out, size_t size) {
     st_expect(st, '"');
     size_t n = 0;
@@ -3849,11 +3728,11 @@ void st_string(Safetensors* st, char* out, size_t size) {
         st->at++;
         if (c == '\\') {
             c = st_peek(st);
-            if (c != '"' && c != '\\' && c != '/') { st_fail(st, "unsupported escape"); }
+            st_check(st, c == '"' || c == '\\' || c == '/', "unsupported escape");
             st->at++;
         }
-        if (c < 32) { st_fail(st, "control character in a string"); }
-        if (n + 1 >= size) { st_fail(st, "string too long"); }
+        st_check(st, c >= 32, "control character in a string");
+        st_check(st, n + 1 < size, "string too long");
         out[n++] = (char)c;
     }
     out[n] = 0;
@@ -3864,15 +3743,15 @@ void st_string(Safetensors* st, char* out, size_t size) {
 int st_numbers(Safetensors* st, size_t* out, int most) {
     int n = 0;
     for (; st_element(st, "[]", n); n++) {
-        if (n == most) { st_fail(st, "too many numbers in a list"); }
+        st_check(st, n < most, "too many numbers in a list");
         st_skip_space(st);
         const size_t start = st->at;
         size_t v = 0;
         for (int c; (c = st_peek(st)) >= '0' && c <= '9'; st->at++) {
-            if (v > (SIZE_MAX - (c - '0')) / 10) { st_fail(st, "number too large"); }
+            st_check(st, v <= (SIZE_MAX - (c - '0')) / 10, "number too large");
             v = v * 10 + (c - '0');
         }
-        if (st->at == start) { st_fail(st, "expected a number"); }
+        st_check(st, st->at > start, "expected a number");
         out[n] = v;
     }
     return n;
@@ -3880,117 +3759,75 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
 
 // reads the description of a tensor, whose name has been read
 void st_tensor(Safetensors* st, StTensor* t) {
-    bool dtype = false, shape = false, offsets = false; // which of the fields it has
+    int fields = 0; // a bit for each that it has
+    size_t range[2];
     for (int i = 0; st_element(st, "{}", i); i++) {
         char key[24];
         st_string(st, key, sizeof(key));
         st_expect(st, ':');
-        if (strcmp(key, "dtype") == 0) {
-            st_string(st, t->dtype, sizeof(t->dtype));
-            dtype = true;
-        } else if (strcmp(key, "shape") == 0) {
-            t->dims = st_numbers(st, t->shape, ST_MAX_DIMS);
-            shape = true;
-        } else if (strcmp(key, "data_offsets") == 0) {
-            size_t range[2];
-            if (st_numbers(st, range, 2) != 2) { st_fail(st, "data_offsets are not two numbers"); }
-            t->begin = range[0];
-            t->end = range[1];
-            offsets = true;
-        } else {
-            st_fail(st, "unknown field of a tensor");
-        }
+        const int field = strcmp(key, "dtype") == 0 ? 1 : strcmp(key, "shape") == 0 ? 2 : 4;
+        fields |= field;
+        if (field == 1) { st_string(st, t->dtype, sizeof(t->dtype)); continue; }
+        if (field == 2) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); continue; }
+        st_check(st, strcmp(key, "data_offsets") == 0, "unknown field of a tensor");
+        st_check(st, st_numbers(st, range, 2) == 2, "data_offsets are not two numbers");
+        t->begin = range[0];
+        t->end = range[1];
     }
-    if (!dtype || !shape || !offsets) { st_fail(st, "a tensor lacks dtype, shape or data_offsets"); }
+    st_check(st, fields == 7, "a tensor lacks dtype, shape or data_offsets");
 }
 
-// CRC-32 of a file whose eight bytes at `digits` count as zeros in text
-uint32_t crc_without_digits(const MappedFile* file, size_t digits) {
+// text = CRC-32 of a file whose eight bytes at `digits` count as zeros in text
+void crc_without_digits(char text[9], const MappedFile* file, size_t digits) {
     const uint32_t crc = crc_32(crc_32(0, file->data, digits), "00000000", 8);
-    return crc_32(crc, file->data + digits + 8, file->bytes - digits - 8);
-}
-
-// compares the file's checksum with that in its header, whose closing quote is what the parser took last
-void st_check_crc(Safetensors* st, const char* digits) {
-    const size_t at = st->at - 9;
-    const bool eight = strlen(digits) == 8 && memcmp(st->file.data + at, digits, 8) == 0;
-    if (!eight) { st_fail(st, "crc32 is not of eight digits"); }
-    char actual[9];
-    snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&st->file, at));
-    require(strcmp(actual, digits) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
-            "another copy", st->file.path, actual, digits);
+    snprintf(text, 9, "%08x", crc_32(crc, file->data + digits + 8, file->bytes - digits - 8));
 }
 
 void st_metadata(Safetensors* st) {
     for (int i = 0; st_element(st, "{}", i); i++) {
-        if (st->num_metadata == ST_MAX_METADATA) { st_fail(st, "too many metadata entries"); }
+        st_check(st, st->num_metadata < ST_MAX_METADATA, "too many metadata entries");
         StMetadata* m = &st->metadata[st->num_metadata++];
         st_string(st, m->key, sizeof(m->key));
         st_expect(st, ':');
         st_string(st, m->value, sizeof(m->value));
-        if (strcmp(m->key, "crc32") == 0) { st_check_crc(st, m->value); }
+        if (strcmp(m->key, "crc32") != 0) { continue; }
+        const size_t at = st->at - 9; // before the digits and their closing quote
+        const bool eight = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0;
+        st_check(st, eight, "crc32 is not of eight digits");
+        char actual[9];
+        crc_without_digits(actual, &st->file, at);
+        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; "
+                "take another copy", st->file.path, actual, m->value);
     }
-}
-
-void st_header(Safetensors* st) {
-    int capacity = 0;
-    for (int i = 0; st_element(st, "{}", i); i++) {
-        if (st->num_tensors == capacity) {
-            capacity = capacity ? 2 * capacity : 64;
-            st->tensors = (StTensor*)realloc(st->tensors, capacity * sizeof(StTensor));
-            require(st->tensors != NULL, "out of host memory for the tensor list of %s", st->file.path);
-        }
-        StTensor* t = &st->tensors[st->num_tensors];
-        *t = StTensor{};
-        st_string(st, t->name, sizeof(t->name));
-        st_expect(st, ':');
-        if (strcmp(t->name, "__metadata__") == 0) { st_metadata(st); continue; }
-        st_tensor(st, t);
-        st->num_tensors++;
-    }
-    st_skip_space(st);
-    if (st->at != st->data_offset) { st_fail(st, "text after the header"); }
 }
 
 // elements of a tensor; SIZE_MAX: more than a size_t can count
 size_t st_numel(const StTensor* t) {
     size_t n = 1;
-    for (int i = 0; i < t->dims; i++) {
-        if (t->shape[i] != 0 && n > SIZE_MAX / t->shape[i]) { return SIZE_MAX; }
-        n *= t->shape[i];
-    }
+    for (int i = 0; i < t->dims; i++) { if (__builtin_mul_overflow(n, t->shape[i], &n)) { return SIZE_MAX; } }
     return n;
 }
 
-// bytes of an element; 0: the format has no such type
-size_t st_element_bytes(const char* dtype) {
-    const struct { const char* name; size_t bytes; } types[] = {
-        {"F64", 8}, {"I64", 8}, {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2},
-        {"U8", 1}, {"I8", 1}, {"BOOL", 1},
-    };
-    for (const auto& type : types) { if (strcmp(type.name, dtype) == 0) { return type.bytes; } }
-    return 0;
+bool st_before(const StTensor& a, const StTensor& b) {
+    return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
 }
 
-int st_by_offset(const void* a, const void* b) {
-    const StTensor *x = (const StTensor*)a, *y = (const StTensor*)b;
-    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
-    return x->end < y->end ? -1 : x->end > y->end;
-}
-
-// in the order of their offsets, the tensors must follow one another from the data's first byte to the last
+// in the order of their offsets, the tensors must follow one another from first to last byte
 void st_check_tensors(Safetensors* st) {
+    static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8},
+        {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
-    if (st->num_tensors > 0) { qsort(st->tensors, st->num_tensors, sizeof(StTensor), st_by_offset); }
+    std::stable_sort(st->tensors, st->tensors + st->num_tensors, st_before);
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
-        const size_t size = st_element_bytes(t->dtype), n = st_numel(t);
+        size_t size = 0, n = st_numel(t); // size: of an element
+        for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
         require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
         const bool within = t->begin == end && t->end >= end && t->end <= bytes;
-        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu to "
-                "%zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); write the "
-                "file again", path, t->name, t->begin, t->end, bytes, n * size, end);
+        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu "
+                "to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
+                "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
         end = t->end;
         for (int j = 0; j < i; j++) {
             require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
@@ -4001,52 +3838,60 @@ void st_check_tensors(Safetensors* st) {
 
 // NULL: there is no such entry
 const char* safetensors_metadata(const Safetensors* st, const char* key) {
-    for (int i = 0; i < st->num_metadata; i++) {
-        if (strcmp(st->metadata[i].key, key) == 0) { return st->metadata[i].value; }
+    for (const StMetadata* m = st->metadata; m < st->metadata + st->num_metadata; m++) {
+        if (strcmp(m->key, key) == 0) { return m->value; }
     }
     return NULL;
 }
 
 Safetensors* safetensors_open(const char* path) {
-    Safetensors* st = (Safetensors*)calloc(1, sizeof(Safetensors));
-    require(st != NULL, "out of host memory for the header of %s", path);
+    Safetensors* st = host_new<Safetensors>(1, "a safetensors header");
+    List<StTensor> list = {};
     st->file = map_file(path, "give the path of a .safetensors file");
     const size_t bytes = st->file.bytes;
-    uint64_t length = 0;
     require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
-    memcpy(&length, st->file.data, 8);
-    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the file "
-            "has %zu; it is truncated or of another format", path, (size_t)length, bytes);
+    const uint64_t length = *(const uint64_t*)st->file.data;
+    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the "
+            "file has %zu; it is truncated or of another format", path, length, bytes);
     st->at = 8;
-    st->data_offset = 8 + (size_t)length;
-    st_header(st);
+    st->data_offset = 8 + length;
+    for (int i = 0; st_element(st, "{}", i); i++) {
+        StTensor t = {};
+        st_string(st, t.name, sizeof(t.name));
+        st_expect(st, ':');
+        if (strcmp(t.name, "__metadata__") == 0) { st_metadata(st); continue; }
+        st_tensor(st, &t);
+        list.push(t);
+    }
+    st_skip_space(st);
+    st_check(st, st->at == st->data_offset, "text after the header");
     // a checkpoint names its run, and is always written with a checksum
-    const bool checkpoint = safetensors_metadata(st, "run") != NULL;
-    require(!checkpoint || safetensors_metadata(st, "crc32") != NULL, "%s is of a checkpoint, but its checksum is "
-            "gone: it is damaged; take another copy", path);
+    require(safetensors_metadata(st, "run") == NULL || safetensors_metadata(st, "crc32") != NULL,
+            "%s is of a checkpoint, but its checksum is gone: it is damaged; take another copy", path);
+    st->tensors = list.of;
+    st->num_tensors = list.n;
     st_check_tensors(st);
     return st;
 }
 
 void safetensors_close(Safetensors* st) {
-    unmap_file(&st->file);
+    munmap((void*)st->file.data, st->file.bytes);
     free(st->tensors);
     free(st);
 }
 
 // NULL: there is no such tensor
 const StTensor* safetensors_find(const Safetensors* st, const char* name) {
-    for (int i = 0; i < st->num_tensors; i++) {
-        if (strcmp(st->tensors[i].name, name) == 0) { return &st->tensors[i]; }
+    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
+        if (strcmp(t->name, name) == 0) { return t; }
     }
     return NULL;
 }
 
+bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
-
-bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 
 // prints type and shape of a tensor, "F32 (64, 1, 4, 4)"
 void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
@@ -4056,82 +3901,74 @@ void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
 }
 
 void path_in(char path[PATH_MAX], const char* directory, const char* name) {
-    require(snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX, "the name of the directory is too long: %.80s...",
-            directory);
+    const bool fits = snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX;
+    require(fits, "the name of the directory is too long: %.80s...", directory);
 }
 
+typedef struct { const void* data; size_t bytes; } FilePart;
+
 // Writes a file so that `path` is whole or as before, whatever happens: to another name, synced, renamed
-void write_file(const char* path, const void* const* parts, const size_t* bytes, int num_parts) {
-    char temporary[4200], directory[4200];
+void write_file(const char* path, const List<FilePart>& parts) {
+    char temporary[4200];
     snprintf(temporary, sizeof(temporary), "%s.tmp", path);
-    snprintf(directory, sizeof(directory), "%s", path);
-    char* slash = strrchr(directory, '/');
-    if (slash != NULL) { slash[1] = 0; } else { strcpy(directory, "."); }
     const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     bool written = fd >= 0;
-    for (int i = 0; written && i < num_parts; i++) {
-        for (size_t at = 0; written && at < bytes[i]; ) {
-            const ssize_t n = write(fd, (const char*)parts[i] + at, bytes[i] - at);
+    for (const FilePart& part : parts) {
+        for (size_t at = 0; written && at < part.bytes; ) {
+            const ssize_t n = write(fd, (const char*)part.data + at, part.bytes - at);
             if (n > 0) { at += (size_t)n; } else if (n == 0 || errno != EINTR) { written = false; }
         }
     }
-    written = written && fsync(fd) == 0 && close(fd) == 0 && rename(temporary, path) == 0;
-    if (!written) {
+    if (!written || fsync(fd) != 0 || close(fd) != 0 || rename(temporary, path) != 0) {
         const int reason = errno;
         unlink(temporary);
         errno = reason;
-        require(false, "cannot write %s: %m; what was written before is whole. Make room or choose another "
-                "directory", path);
+        fail("cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
     }
-    const int dir = open(directory, O_RDONLY);
-    if (dir >= 0) { // without it a rename may be lost when the machine loses its power
-        fsync(dir);
-        close(dir);
-    }
+    char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
+    if (slash != NULL) { slash[1] = 0; }
+    const int directory = open(slash != NULL ? temporary : ".", O_RDONLY);
+    fsync(directory);
+    close(directory);
 }
 
 // Writes n float32 tensors, of which name, shape and dims are read, with their data, metadata and crc32
 void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata,
                        const StTensor* tensors, const float* const* data, int n) {
-    char* header = NULL;
+    char *header = NULL, digits[9];
     size_t length = 0, offset = 0;
     FILE* f = open_memstream(&header, &length);
-    const void** parts = (const void**)malloc((n + 2) * sizeof(void*)); // header's length, header, tensors
-    size_t* bytes = (size_t*)malloc((n + 2) * sizeof(size_t));
-    require(f != NULL && parts != NULL && bytes != NULL, "out of host memory for the header of %s", path);
+    require(f != NULL, "out of host memory for the header of %s", path);
+    List<FilePart> parts = {};
+    parts.push({&length, sizeof(uint64_t)});
+    parts.push({NULL, 0}); // the header, once it is there
     fprintf(f, ST_BEFORE_DIGITS "00000000\"");
     for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
     fprintf(f, "}");
     for (int i = 0; i < n; i++) {
         const StTensor* t = &tensors[i];
-        bytes[i+2] = st_numel(t) * sizeof(float);
-        parts[i+2] = data[i];
+        const size_t bytes = st_numel(t) * sizeof(float);
+        parts.push({data[i], bytes});
         fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
         for (int d = 0; d < t->dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", t->shape[d]); }
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes[i+2]);
-        offset += bytes[i+2];
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+        offset += bytes;
     }
     fprintf(f, "}");
     while (ftell(f) % 8 != 0) { fputc(' ', f); } // so that the data begin at a multiple of 8 bytes
     fclose(f);
-    const uint64_t length64 = length;
-    parts[0] = &length64;
-    bytes[0] = sizeof(length64);
-    parts[1] = header;
-    bytes[1] = length;
+    parts.of[1] = FilePart{header, length};
     uint32_t crc = 0;
-    for (int i = 0; i < n + 2; i++) { crc = crc_32(crc, parts[i], bytes[i]); }
-    char digits[9];
+    for (const FilePart& part : parts) { crc = crc_32(crc, part.data, part.bytes); }
     snprintf(digits, sizeof(digits), "%08x", crc);
     memcpy(header + strlen(ST_BEFORE_DIGITS), digits, 8);
-    write_file(path, parts, bytes, n + 2);
+    write_file(path, parts);
     free(header);
-    free(parts);
-    free(bytes);
+    free(parts.of);
 }
 
-// A data shard, version 1: this header, an index of one entry for each image, and the records that it
-// points to. data/README.md has the table of bytes; classification and detection share the format
+// A data shard, version 1: this header, an index of an entry for each image, and the images' records.
+// data/README.md has the table of bytes; classification and detection share the format
 typedef struct {
     char magic[8]; // "DROPIT\r\n": a transfer in text mode breaks it
     uint32_t version, header_bytes;
@@ -4141,80 +3978,64 @@ typedef struct {
     uint64_t index_offset, data_offset;
     uint32_t zero[9], crc; // crc: of the header before it and of the index
 } ShardHeader;
-
 typedef struct {
     uint64_t offset;
     uint32_t height, width;
     int32_t label;
     uint32_t annotation_bytes, crc, zero;
 } ShardEntry;
-
-typedef struct {
-    MappedFile file;
-    const ShardHeader* header;
-    const ShardEntry* entries;
-} Shard;
+typedef struct { MappedFile file; const ShardHeader* header; const ShardEntry* entries; } Shard;
 
 #define SHARD_HINT "run `make data` or a script in data/ to write it again"
 #define shard_check(condition, what, ...) require(condition, "%s" what "; " SHARD_HINT, path, ##__VA_ARGS__)
 
-// checks what the header of a shard of `bytes` bytes claims
-void shard_check_header(const char* path, const ShardHeader* h, size_t bytes) {
-    const size_t size = sizeof(ShardHeader);
+// Maps a shard and checks what its header and index claim. verify: and the checksum of every record
+Shard shard_open(const char* path, bool verify = true) {
+    const MappedFile file = map_file(path, SHARD_HINT);
+    const ShardHeader* h = (const ShardHeader*)file.data;
+    const ShardEntry* entries = (const ShardEntry*)(h + 1);
+    const size_t bytes = file.bytes, size = sizeof(ShardHeader);
     shard_check(bytes >= size, " has %zu bytes, a shard has a header of %zu", bytes, size);
     shard_check(memcmp(h->magic, "DROPIT\r\n", 8) == 0, " does not begin with a shard's magic DROPIT");
     shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
-    shard_check(h->header_bytes == size && h->index_offset == size,
-                ": header of %u bytes, index at %zu, expected %zu and %zu",
-                h->header_bytes, (size_t)h->index_offset, size, size);
+    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at %zu, "
+                "expected %zu and %zu", h->header_bytes, h->index_offset, size, size);
     shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
-                bytes, (size_t)h->file_bytes);
-    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry),
-                " claims %u images, too %s for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
-    const size_t index_bytes = h->images * sizeof(ShardEntry), data = h->data_offset;
-    shard_check(data == size + index_bytes, ": data at byte %zu, expected %zu", data, size + index_bytes);
-    uint32_t crc = crc_32(0, h, offsetof(ShardHeader, crc));
-    crc = crc_32(crc, h + 1, index_bytes);
+                bytes, h->file_bytes);
+    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, too %s "
+                "for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
+    const size_t index_bytes = h->images * sizeof(ShardEntry);
+    size_t end = size + index_bytes; // the records must follow one another from here to the file's end
+    shard_check(h->data_offset == end, ": data at byte %zu, expected %zu", h->data_offset, end);
+    uint32_t crc = crc_32(crc_32(0, h, offsetof(ShardHeader, crc)), entries, index_bytes);
     shard_check(crc == h->crc, ": checksum of header and index is %08x, expected %08x: it is damaged", crc, h->crc);
-    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1,
-                ": %u channels, %u classes, task %u; expected 1 to 4, at least 1, 0 or 1",
-                h->channels, h->classes, h->task);
+    shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, ": %u channels, %u "
+                "classes, task %u; expected 1 to 4, at least 1, 0 or 1", h->channels, h->classes, h->task);
     for (uint32_t c = 0; c < h->channels; c++) {
-        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0,
-                    ": channel %u has mean %g and standard deviation %g", c, h->mean[c], h->std[c]);
+        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has mean %g "
+                    "and standard deviation %g", c, h->mean[c], h->std[c]);
     }
-}
-
-// Maps a shard and checks its header and index. verify: also compares every record with its checksum
-Shard shard_open(const char* path, bool verify = true) {
-    Shard shard;
-    shard.file = map_file(path, SHARD_HINT);
-    const ShardHeader* h = shard.header = (const ShardHeader*)shard.file.data;
-    const size_t bytes = shard.file.bytes;
-    shard_check_header(path, h, bytes);
-    shard.entries = (const ShardEntry*)(h + 1);
-    size_t end = h->data_offset; // the records must follow one another from here to the end of the file
     for (uint32_t i = 0; i < h->images; i++) {
-        const ShardEntry* e = &shard.entries[i];
-        shard_check(e->height > 0 && e->height <= 65535 && e->width > 0 && e->width <= 65535,
-                    ": image %u is %u x %u", i, e->height, e->width);
-        const size_t begin = e->offset, n = (size_t)e->height * e->width * h->channels + e->annotation_bytes;
-        shard_check(begin == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at %zu "
-                    "within %zu", i, begin, n, end, bytes);
-        shard_check(h->task != 0 || (e->label >= 0 && (uint32_t)e->label < h->classes),
-                    ": image %u has label %d, expected 0 to %u", i, e->label, h->classes - 1);
-        const uint32_t crc = verify ? crc_32(0, shard.file.data + begin, n) : e->crc;
-        shard_check(crc == e->crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e->crc);
+        const ShardEntry e = entries[i];
+        const size_t n = (size_t)e.height * e.width * h->channels + e.annotation_bytes;
+        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u is "
+                    "%u x %u", i, e.height, e.width);
+        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at "
+                    "%zu within %zu", i, e.offset, n, end, bytes);
+        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has label "
+                    "%d, expected 0 to %u", i, e.label, h->classes - 1);
+        crc = verify ? crc_32(0, file.data + end, n) : e.crc;
+        shard_check(crc == e.crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e.crc);
         end += n;
     }
     shard_check(end == bytes, ": records end at byte %zu, the file at %zu", end, bytes);
-    return shard;
+    return Shard{file, h, entries};
 }
 // ---- end shared: files -----------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
-// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
-// last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
+// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written last,
+// an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
     const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
     const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
@@ -4224,27 +4045,18 @@ void checkpoint_path(char* path, size_t size, const char* directory, const char*
 // Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
 bool checkpoint_file_whole(const char* path) {
     const size_t before = strlen(ST_BEFORE_DIGITS), digits = 8 + before; // 8: the length of the header
-    MappedFile file = {path, NULL, 0};
     struct stat info;
-    bool whole = false;
-    const int fd = open(path, O_RDONLY);
-    if (fd < 0) { return false; }
-    if (fstat(fd, &info) == 0 && info.st_size > 64) {
-        file.bytes = (size_t)info.st_size;
-        file.data = (const uint8_t*)mmap(NULL, file.bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (file.data != MAP_FAILED) {
-            char actual[9];
-            snprintf(actual, sizeof(actual), "%08x", crc_without_digits(&file, digits));
-            whole = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0 &&
-                    memcmp(file.data + digits, actual, 8) == 0;
-            unmap_file(&file);
-        }
-    }
-    close(fd);
+    char actual[9];
+    const bool there = stat(path, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 64 && access(path, R_OK) == 0;
+    if (!there) { return false; }
+    const MappedFile file = map_file(path, "");
+    crc_without_digits(actual, &file, digits);
+    const bool ours = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0;
+    const bool whole = ours && memcmp(file.data + digits, actual, 8) == 0;
+    munmap((void*)file.data, file.bytes);
     return whole;
 }
 
-// the largest step below `below` that has a DONE file; -1: there is none
 int checkpoint_newest(const char* directory, int below) {
     int newest = -1, step, end;
     DIR* d = opendir(directory);
@@ -4256,8 +4068,7 @@ int checkpoint_newest(const char* directory, int below) {
     return newest;
 }
 
-// The step of the newest checkpoint whose files are whole; -1: there is no checkpoint. Warns of those
-// that are damaged, and ends the program if all are
+// warns of checkpoints that are damaged, and ends the program if all are
 int checkpoint_find(const char* directory) {
     char model[4200], state[4200];
     bool damaged = false;
@@ -4265,49 +4076,46 @@ int checkpoint_find(const char* directory) {
         checkpoint_path(model, sizeof(model), directory, "model", step);
         checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
-        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
-                step, directory);
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step,
+                directory);
     }
     require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of a checkpoint
-// that is removed DONE goes first: what is left of it when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed DONE
+// goes first: what is left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
-    write_file(path, NULL, NULL, 0);
+    write_file(path, List<FilePart>{});
     int old = INT_MAX;
     for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
-        if (i < keep) { continue; }
         for (const char* kind : {"DONE", "model", "state"}) {
             checkpoint_path(path, sizeof(path), directory, kind, old);
-            unlink(path);
+            if (i >= keep) { unlink(path); }
         }
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score?
-// A run that was killed and resumed goes through steps again, and must not replace what it found later:
-// the file stays if it is whole, of the same run (its metadata agree, but for step and best_*), and as good
+// May the file of the best weights at `path` stay, though a run has found weights with this best score? A
+// resumed run goes through steps again, and must not replace what it found later: the file stays if it is
+// whole, of the same run (its metadata agree, but for step and best_*), and as good
 bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
     const char* its = safetensors_metadata(st, best->key);
     bool stands = its != NULL && strtod(its, NULL) >= strtod(best->value, NULL);
-    for (int i = 0; stands && i < num_metadata; i++) {
-        const StMetadata* m = &metadata[i];
+    for (const StMetadata* m = metadata; m < metadata + num_metadata; m++) {
         const char* was = safetensors_metadata(st, m->key);
-        const bool of_step = strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0;
-        stands = of_step || (was != NULL && strcmp(was, m->value) == 0);
+        if (strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0) { continue; }
+        stands = stands && was != NULL && strcmp(was, m->value) == 0;
     }
     safetensors_close(st);
     return stands;
 }
 
-// Cuts main.log behind its last whole line of a step up to `step`, that of the checkpoint which a run
-// resumes from: the resumed run writes what followed once more
+// keeps the whole lines of steps up to `step`: a resumed run writes what followed once more
 void log_cut(FILE* log, int step) {
     char line[512];
     int s;
@@ -4317,8 +4125,8 @@ void log_cut(FILE* log, int step) {
         if (strchr(line, '\n') == NULL) { break; } // the program was killed while it wrote the line
         end = ftell(log);
     }
-    require(ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0,
-            "cannot cut main.log back to step %d: %m", step);
+    const bool cut = ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0;
+    require(cut, "cannot cut main.log back to step %d: %m", step);
 }
 // ---- end shared: checkpoints -----------------------------------------------
 
