@@ -81,9 +81,9 @@ static void mislead(floatX* x, size_t n) {
         for (size_t i = 0; i < n; i++) { place[i] = (floatX)(float)(i / unit % 256); }
         cudaCheck(cudaMemcpy(on_device, place, n * sizeof(floatX), cudaMemcpyHostToDevice));
         Selections all = {};
-        all.of[0].x = on_device;
-        all.of[0].d.n = n;
-        all.of[0].s.sample = sample;
+        all.tensors[0].x = on_device;
+        all.tensors[0].d.n = n;
+        all.tensors[0].sample = sample;
         dropit_sample_kernel<<<DROPIT_TILE / 4 / 64, 64, 0, main_stream>>>(all);
         kernelCheck();
         cudaCheck(cudaMemcpy(sampled, sample, DROPIT_TILE * sizeof(floatX), cudaMemcpyDeviceToHost));
