@@ -2185,36 +2185,28 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
 // ---- shared: DropIT --------------------------------------------------------
 // DropIT (Chen et al., ICLR 2023, arXiv 2202.13808): which elements of a cached tensor x (n) are kept.
 //
-// Every element has a 32-bit key. Those with the largest keys are kept; of equal keys, those with the lowest
-// indices. A Threshold describes the choice. The strategy says what the key is, and where the largest are sought:
+// Every element has a 32-bit key. Those with the largest keys are kept; of equal keys, those of the
+// lowest indices. The strategy says what the key is, and where the largest are sought:
 //     mink      the bits of |x|, which compare as magnitudes do; in the whole tensor
 //     fastmink  the bits of |x|; in each tile of 16,384 consecutive elements
 //     random    a hash of the element's index; in each tile
 //
-// A threshold is found digit by digit. A histogram of the keys' highest 11 bits shows in which bin the k-th
-// largest key lies; of the keys in that bin, a histogram of the next 11 bits is made; and so on. In a whole
-// tensor this seldom needs all of x: a sample of 16,384 elements says between which two keys the threshold
-// almost certainly lies, one read of x counts the elements above and lists the few between, and the histograms
-// are made of the list. Where the sample errs, or the list overflows because many keys are equal, they are made
-// of x. So the choice is always exact, and no atomic or order of the list can change it: only integers are added.
+// A threshold is found digit by digit. A histogram of the keys' highest 11 bits shows in which bin the
+// k-th largest key lies; of the keys in that bin, a histogram of the next 11 bits is made; and so on. In
+// a whole tensor, a sample of 16,384 elements says between which two keys the threshold almost certainly
+// lies. One read of x counts the elements above and lists the few between, of which the histograms are
+// made; where the sample errs or many equal keys overflow the list, they are made of x. So the choice is
+// always exact. Atomics add only integers, and no sum depends on the order of the list.
 //
-// A bitmap (bit i % 32 of word i / 32 stands for element i), the kept values in index order, and the number of
-// values before every 256 elements are stored; of a tensor that is recomputed, only thresholds, which mask it.
-
+// A bitmap (bit i % 32 of word i / 32 is element i), the kept values in index order, and the number of
+// values before every 256 elements are stored; of a recomputed tensor, only the thresholds.
 #define DROPIT_TILE 16384
 #define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in every magnitude's key: 1, bf16 17
 
 // the strategy, and what makes the draws of `random` differ: a seed for each tensor, and the step
 struct DropRule { int strategy; unsigned long long seed; unsigned step; };
 // a tensor x (d.n) to choose from, by which rule, and where the choice goes
-struct DropChoice {
-    const floatX* x;
-    Dropped d;
-    DropRule rule;
-    __device__ inline DropChoice with(const floatX* values, size_t n) const { // the same with another x
-        return {values, {n, d.k, d.thresholds, d.offsets, d.bitmap, d.values}, rule};
-    }
-};
+struct DropChoice { const floatX* x; Dropped d; DropRule rule; };
 
 #define DROPIT_DIGIT 11 // bits
 #define DROPIT_BINS (1 << DROPIT_DIGIT)
@@ -2223,10 +2215,9 @@ struct DropChoice {
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words that one thread handles, one after the other
 #define DROPIT_SEGMENT (32 * THREAD_WORDS)         // elements that one thread handles: 256
 
-// Search for the k-th largest key, digit by digit from the highest. The digits are those of key - low, where no
-// key is below `low`. A digit has 11 bits; the last may have fewer.
+// search for the k-th largest key by digits of key - low: 11 bits each, the last may have fewer
 struct Search {
-    unsigned low;
+    unsigned low;       // no key is below
     int bits;           // number of low bits that are not known yet
     unsigned prefix;    // the digits that are known
     unsigned remaining; // number of kept elements among those with this prefix
@@ -2237,7 +2228,7 @@ struct TensorSearch : Search {
     unsigned listed;     // length of the list if the histograms are made of it, 0 if they are made of x
 };
 
-// Scratch of the selections that run in the same launches, as those of a block's four linears do, for the
+// Scratch of the selections that run in the same launches, as those of a block's four linears do: the
 // kernels are small and wait for each other. The tensors' tiles and lists lie one after the other.
 #define MAX_SELECTIONS 4
 struct DropScratch {
@@ -2312,8 +2303,8 @@ __device__ inline void magnitude_keys(unsigned* keys, const floatX* v) {
     }
 }
 
-// Bit j of a mask is for element j of 32. They are consecutive or, with RUNS, runs of PACK_RUN elements that lie
-// 32 runs apart. Loops over them have a constant length: a GPU keeps them in registers, a CPU in vectors.
+// Bit j of a mask is for element j of 32: consecutive ones or, with RUNS, runs of PACK_RUN, 32 runs
+// apart. Loops over them have a constant length: a GPU keeps them in registers, a CPU in vectors.
 #define PACK_RUN (sizeof(floatX) == 2 ? 8 : 32)
 template <bool RUNS> __device__ inline size_t place(int j) { // of element j, counted from the first
     return RUNS ? (size_t)(j / PACK_RUN) * 32 * PACK_RUN + j % PACK_RUN : (size_t)j;
@@ -2340,7 +2331,7 @@ template <bool HASHED, bool RUNS = false> struct Word {
         if (whole) { for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); } }
         else { for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < c.d.n ? x[place<RUNS>(j)] : (floatX)0.0f; } }
         if constexpr (HASHED) {
-            unsigned hashes[32]; // nvcc does not unroll this loop, and keeps what it indexes in memory: not v
+            unsigned hashes[32]; // nvcc does not unroll this loop: what it indexes lies in memory, so not keys
             for (int j = 0; j < 32; j++) { hashes[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
             for (int j = 0; j < 32; j++) { keys[j] = hashes[j]; }
         } else { magnitude_keys(keys, v); }
@@ -2354,7 +2345,6 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     return mask;
 }
 __device__ inline unsigned count_above(const unsigned* k, unsigned key) { return __popc(above_mask(k, key)); }
-
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
     unsigned mask = 0;
@@ -2388,9 +2378,9 @@ template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T*
 __device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_DIGIT); }
 __device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
 
-// Moves the search by one digit: to the largest one that at least `remaining` elements reach; if remaining is 0,
-// to ones, above which no key lies. histogram counts the elements with the prefix by their next digit. The whole
-// block calls, and may go on with the search.
+// Moves the search by one digit: to the largest that at least `remaining` elements reach; if remaining
+// is 0, to ones, above which no key lies. histogram counts the elements with the prefix by their next
+// digit. The whole block calls, and may go on with the search.
 __device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
     const Search now = *search;
     const int bits = digit_bits(&now), per_thread = DROPIT_BINS / blockDim.x;
@@ -2407,12 +2397,11 @@ __device__ inline void search_digit(Search* search, const unsigned* histogram, u
     __syncthreads();
 }
 
-// *threshold = this key, and the index after the rank-th element with it (rank 0: no element) in the tile at element
-// `begin`. The whole block calls; each thread looks through WORDS words.
+// *to = this key, and the index after the rank-th element with it (rank 0: no element) in the tile at
+// element `begin`. The whole block calls; each thread looks through WORDS words.
 template <bool HASHED, int WORDS> __device__ inline
-void set_threshold(Threshold* threshold, const DropChoice& c, size_t begin, unsigned key, unsigned rank,
-                   unsigned* warp_sums) {
-    if (threadIdx.x == 0) { *threshold = {key, 0}; }
+void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* warp_sums) {
+    if (threadIdx.x == 0) { *to = {key, 0}; }
     if (rank == 0) { return; }
     const size_t first = begin + threadIdx.x * WORDS * 32;
     unsigned equal[WORDS], mine = 0, sum;
@@ -2427,14 +2416,14 @@ void set_threshold(Threshold* threshold, const DropChoice& c, size_t begin, unsi
         const unsigned count = __popc(equal[w]);
         if (before < rank && rank <= before + count) {
             for (unsigned i = before + 1; i < rank; i++) { equal[w] &= equal[w] - 1; } // clears the lowest bit
-            threshold->tie_end = (unsigned)(first + w * 32 + __ffs((int)equal[w]));
+            to->tie_end = (unsigned)(first + w * 32 + __ffs((int)equal[w]));
         }
         before += count;
     }
 }
 
-// counts[next digit] += 1 for those of 32 elements from element i on that share the prefix. first: there is no
-// prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL.
+// counts[next digit] += 1 for those of 32 elements from element i on that share the prefix. first: there
+// is no prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL
 template <bool HASHED> __device__ __forceinline__
 void count_word(unsigned* counts, unsigned* not_finite, const DropChoice& c, size_t i, const Search& s, bool first) {
     Word<HASHED> w(c, i);
@@ -2462,8 +2451,8 @@ __device__ inline const Selection& selection_of(const Selections& all, unsigned 
     return *s;
 }
 
-// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x. A thread copies
-// half a run; blockIdx.y is the tensor.
+// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x of tensor
+// blockIdx.y. A thread copies half a run
 __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     const Selection& s = all.tensors[blockIdx.y];
     const size_t n = s.d.n;
@@ -2473,20 +2462,17 @@ __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     for (int j = 0; j < 4; j++) { s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
 }
 
-// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample. Two digits are enough: the
-// last 10 bits become ones in range[0] and zeros in range[1], which makes the list a little longer, and never
-// wrong. One block a tensor, 16 KiB; both searches share the first histogram.
+// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample, of which two
+// digits are enough: with the last 10 bits ones and zeros the list is a little longer, and never wrong.
+// One block a tensor, 16 KiB; both searches share the first histogram
 #define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[2][DROPIT_BINS], warp_sums[32];
     __shared__ Search searches[2];
     const Selection& s = all.tensors[blockIdx.x];
-    const DropChoice sample = s.with(s.sample, DROPIT_TILE);
-    if (threadIdx.x == 0) {
-        searches[0] = {0, 32, 0, s.rank_high};
-        searches[1] = {0, 32, 0, s.rank_low};
-        s.search->candidates = 0;
-    }
+    const DropChoice sample = {s.sample, {DROPIT_TILE, 0, NULL, NULL, NULL, NULL}, s.rule};
+    if (threadIdx.x < 2) { searches[threadIdx.x] = {0, 32, 0, threadIdx.x == 0 ? s.rank_high : s.rank_low}; }
+    if (threadIdx.x == 0) { s.search->candidates = 0; }
     for (int digit = 0; digit < 2; digit++) {
         for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
         __syncthreads();
@@ -2505,9 +2491,9 @@ __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     }
 }
 
-// tile_counts[tile] = (elements above the sampled range, 0). list = the elements in the range, in any order.
-// not_finite += NaNs and Infs. One block a tile collects what it finds in 8 KiB of shared memory (fp32: 12), to
-// wait once for a place in the list and to write whole lines there; what does not fit goes to the list at once.
+// tile_counts[tile] = (elements above the sampled range, 0). list = the elements in the range, in any
+// order. not_finite += NaNs and Infs. One block a tile. It collects in 8 KiB of shared memory (fp32:
+// 12), to wait once for a place in the list and write whole lines; what does not fit goes there at once
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
     __shared__ floatX found_values[MAX_FOUND];
@@ -2517,10 +2503,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
     const Selection& s = selection_of(all, blockIdx.x, &tile);
     const unsigned high = s.range[0], low = s.range[1];
     const size_t begin = (size_t)tile * DROPIT_TILE, capacity = s.list_capacity;
-    if (threadIdx.x == 0) {
-        found = above = 0;
-        full = MAX_FOUND;
-    }
+    if (threadIdx.x == 0) { found = above = 0, full = MAX_FOUND; }
     __syncthreads();
     // neighbours in a warp read neighbouring words; a thread has two at a time, DROPIT_THREADS apart
     for (int w = 0; w < THREAD_WORDS; w += 2) {
@@ -2538,7 +2521,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
         if (few == 0) { continue; }
         unsigned at = atomicAdd_block(&found, few);
         const bool room = at + few <= MAX_FOUND;
-        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it notes how far it is filled
+        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it is filled up to there
         if (!room) { at = atomicAdd(&s.search->candidates, few); }
         for (int h = 0; h < 2; h++) {
             const unsigned first = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
@@ -2591,24 +2574,25 @@ __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
-// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x; blockIdx.y is the tensor. A block
-// counts in shared memory, 8 KiB, and reads pieces of 4,096 elements.
+// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x of tensor blockIdx.y. A block
+// counts in shared memory, 8 KiB, and reads pieces of 4,096 elements
 #define HISTOGRAM_PIECE (DROPIT_TILE / 4)
 __global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
     __shared__ Pack<4, unsigned> counts[DROPIT_BINS / 4];
     const Selection& s = all.tensors[blockIdx.y];
     const Search now = *s.search;
     const unsigned listed = s.search->listed;
-    const DropChoice from = s.with(listed > 0 ? s.list_values : s.x, listed > 0 ? listed : s.d.n);
+    const size_t n = listed > 0 ? listed : s.d.n;
+    const DropChoice from = {listed > 0 ? s.list_values : s.x, {n, 0, NULL, NULL, NULL, NULL}, s.rule};
     const size_t own = (size_t)blockIdx.x * HISTOGRAM_PIECE; // the block's first piece
-    if (now.bits <= KEY_ZEROS || own >= from.d.n) { return; }
+    if (now.bits <= KEY_ZEROS || own >= n) { return; }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = {}; }
     __syncthreads();
-    for (size_t begin = own; begin < from.d.n; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
+    for (size_t begin = own; begin < n; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
         for (size_t i = threadIdx.x * 32; i < HISTOGRAM_PIECE; i += DROPIT_THREADS * 32) {
             count_word<false>((unsigned*)counts, NULL, from, begin + i, now, first);
         }
-        __syncthreads(); // the block reads one piece after the other, and so whole pages of memory
+        __syncthreads(); // one piece after the other, and so whole pages of memory
     }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) {
         const Pack<4, unsigned> c = counts[b];
@@ -2630,7 +2614,7 @@ __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned eq
     if (equal > 0) { atomicAdd(&tile_count->y, equal); }
 }
 
-// tile_counts[tile] += (elements above the threshold, equal to it), of the list or of x. One block a tile
+// tile_counts[tile] += (elements above the threshold, equal to it), of list or x. One block a tile
 __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
     unsigned block;
     const Selection& s = selection_of(all, blockIdx.x, &block);
@@ -2711,19 +2695,18 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
         __syncthreads();
         search_digit(&search, counts, warp_sums);
     }
-    set_threshold<HASHED, THREAD_WORDS>(&s.d.thresholds[tile], s, begin, search_key(&search), search.remaining,
-                                        warp_sums);
+    const unsigned key = search_key(&search), ties = search.remaining;
+    set_threshold<HASHED, THREAD_WORDS>(&s.d.thresholds[tile], s, begin, key, ties, warp_sums);
 }
 
-// A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so four masks.
-// In bf16 a run has 8 elements, so that a warp reads whole lines of memory. In fp32 it has 32, which costs a CPU
-// less; a GPU's products then take so long that it does not matter.
+// A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
+// four masks. In bf16 a run has 8 elements, and a warp reads whole lines of memory. In fp32 it has 32,
+// which a CPU does faster; on a GPU the products take so long that it does not matter.
 #define PACK_THREADS 128
 #define PACK_GROUPS (128 / PACK_RUN)
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
 
-// What group q has of four words: of masks the bits of its run, of counts its count, of the run or of the runs
-// before it: at most 31 of 8
+// what group q has of four words: of masks the bits of its run, of counts its count
 __device__ inline RunBits group(const unsigned* words, int q) {
     return (RunBits)(words[q * PACK_RUN / 32] >> q * PACK_RUN % 32);
 }
@@ -2735,9 +2718,9 @@ __device__ inline unsigned run_counts(unsigned word) {
     return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines its values
-// up in shared memory (19 KiB a block) and writes them as one run. If there are more than MAX_STAGED, as at gamma
-// 0.3, they go to their places one by one, and so do fp32 values.
+// bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines
+// its values up in shared memory (19 KiB a block) and writes them as one run. If there are more than
+// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values
 #define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
 template <bool HASHED>
 __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
@@ -2765,26 +2748,21 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
     }
     for (int h = 0; h < 4; h++) { before[h] = cg::exclusive_scan(warp, counts[h], cg::plus<unsigned>()); }
     if (lane == 31) {
-        unsigned start = 0;
+        unsigned start = starts[own_warp][0] = 0;
         for (int q = 0; q < PACK_GROUPS; q++) {
-            starts[own_warp][q] = start;
-            start += group(before, q) + group(counts, q);
+            starts[own_warp][q+1] = start += group(before, q) + group(counts, q);
         }
-        starts[own_warp][PACK_GROUPS] = start;
     }
     __syncthreads();
     const unsigned* group_starts = starts[own_warp];
     const unsigned count = group_starts[PACK_GROUPS];
-    // where the warp's values begin
-    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile;
+    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // the warp's first value
     for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
     RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
-    if (first % DROPIT_SEGMENT == 0) {
-        for (int q = 0; q < PACK_GROUPS; q++) {
-            const size_t i = first + q * 32 * PACK_RUN;
-            if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group(before, q); }
-        }
+    for (int q = 0; q < PACK_GROUPS && first % DROPIT_SEGMENT == 0; q++) {
+        const size_t i = first + q * 32 * PACK_RUN;
+        if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group(before, q); }
     }
     if (PACK_RUN == 8 && begin + DROPIT_TILE <= n && count <= MAX_STAGED) {
         const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // with shift, own and to are aligned alike
@@ -2816,8 +2794,8 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
     }
 }
 
-// out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a segment; a
-// thread finds its values by counting the segment's bits before its own. V 8: begin, end and out are aligned to 8.
+// out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a
+// segment, whose bits before its own a thread counts. V 8: begin, end and out are aligned to 8
 template <int V> __global__
 void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
                           size_t begin, size_t end) {
@@ -2884,8 +2862,8 @@ Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, doub
 #define DROPIT_LAUNCH(kernel, threads, blocks, ...) do { \
     kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
-// Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap, offsets
-// and values where they are stored. gamma is for fastmink and random; for mink, d.k says it.
+// Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap,
+// offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it
 void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma,
                    cudaStream_t stream) {
     Selections all = {}, stored = {};
@@ -2927,10 +2905,9 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
         const auto kernel = strategy == RANDOM ? dropit_tile_kernel<true> : dropit_tile_kernel<false>;
         DROPIT_LAUNCH(kernel, DROPIT_THREADS, tiles, all);
     }
-    if (num_stored > 0) {
-        const auto kernel = strategy == RANDOM ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
-        DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
-    }
+    if (num_stored == 0) { return; }
+    const auto kernel = strategy == RANDOM ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
+    DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
 }
 
 // out (end - begin) = elements begin .. end-1 of the tensor, with zeros for those that were dropped
@@ -2952,8 +2929,8 @@ void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule
 // ---- end shared: DropIT ----------------------------------------------------
 
 // ---- shared: linear --------------------------------------------------------
-// Matrix products by cuBLASLt. The plan of a product (descriptors, algorithm) is made once for each shape: asking
-// for an algorithm takes longer than a small product, and a plan gives the same bits.
+// Matrix products by cuBLASLt. The plan of a product (descriptors, algorithm) is made once for each
+// shape: asking for an algorithm takes longer than a small product, and a plan gives the same bits.
 static cublasLtHandle_t cublaslt_handle;
 #define CUBLAS_WORKSPACE ((size_t)32 << 20) // bytes; NVIDIA recommends as many for Hopper
 static void* cublas_workspace;              // memory of the model's plan
@@ -3002,8 +2979,8 @@ MatmulPlan* matmul_plan(const MatmulShape& s, const floatX* bias) {
     return p;
 }
 
-// column-major D (m, n) = op(A) (m, k) @ op(B) (k, n) + bias (m) + C (m, n). bias and C may be NULL, C may be D.
-// op transposes if transA, transB say so. D is floatX, or fp32 for weight gradients.
+// column-major D (m, n) = op(A) (m, k) @ op(B) (k, n) + bias (m) + C (m, n). bias and C may be NULL, C
+// may be D. op transposes if transA, transB say so. D is floatX, or fp32 for weight gradients.
 void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
             bool transA, bool transB, bool fp32_out) {
     const float one = 1.0f, zero = 0.0f;
@@ -3035,33 +3012,31 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
     matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 
-// Sums over rows are made in two steps of fixed order. The first: partial[slab, c] = sum of x[r, c] over the
-// SLAB_ROWS rows r of a slab; x (rows, OC). A thread has V columns of one slab.
+// Sums over rows are made in two steps of fixed order. The first: partial[slab, c] = sum of x[r, c] over
+// the SLAB_ROWS rows r of a slab; x (rows, OC). A thread has V columns of one slab.
 template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
-    if (slab * SLAB_ROWS < rows) {
-        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
-        float sum[V] = {0};
-        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
-            float v[V];
-            load<V>(v, x + r * OC + column);
-            for (int j = 0; j < V; j++) { sum[j] += v[j]; }
-        }
-        store<V>(partial + slab * OC + column, sum);
+    if (slab * SLAB_ROWS >= rows) { return; }
+    const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+    float sum[V] = {0};
+    for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+        float v[V];
+        load<V>(v, x + r * OC + column);
+        for (int j = 0; j < V; j++) { sum[j] += v[j]; }
     }
+    store<V>(partial + slab * OC + column, sum);
 }
 
-// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the others. A
-// thread has one column
+// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the
+// others. A thread has one column
 __global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c < OC) {
-        float sum = 0.0f;
+    if (c >= OC) { return; }
+    float sum = 0.0f;
 #pragma unroll 16 // so that the few threads each have many loads under way
-        for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
-        if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
-    }
+    for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
+    if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
 }
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC) {
     const size_t blocks = CEIL_DIV(OC, (size_t)64);
@@ -3081,11 +3056,11 @@ void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t
 // Softmax cross-entropy of logits (B, V) with label smoothing; its gradient replaces the logits:
 //     losses[b] = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits[b])
 //     logits[b] = (p - (1 - smoothing) * onehot(label) - smoothing / V) * scale
-// in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, image b is mixed with image
-// B-1-b: -log p[label] and onehot(label) are then lam times those of labels[b] plus 1 - lam times those of
-// labels[B-1-b], as in timm's SoftTargetCrossEntropy with its Mixup. ranks[b] = classes before the label (of larger
-// weight) by logit, then by index; a NaN counts as before. losses, ranks, labels (B). LOSS_LANES lanes share a row
-#define LOSS_LANES 8
+// in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, image b is mixed
+// with image B-1-b: -log p[label] and onehot(label) are lam times those of labels[b] plus 1 - lam times
+// those of labels[B-1-b], as in timm's SoftTargetCrossEntropy. ranks[b] = classes before the label (of
+// larger weight) by logit, then by index; a NaN counts too. losses, ranks, labels (B)
+#define LOSS_LANES 8 // that share a row
 __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
                                      float smoothing, float lam, float scale) {
     auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
@@ -3120,8 +3095,8 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     ranks[b] = before;
 }
 
-// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5. One block: a
-// thread adds up every 64th image, then thread 0 adds up the threads in order.
+// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5. One
+// block: a thread adds up every 64th image, then thread 0 adds up the threads in order.
 __global__ void loss_sum_kernel(StepResult* result, const float* losses, const int* ranks, int B) {
     __shared__ double sums[64][3];
     double* own = sums[threadIdx.x];
@@ -3132,8 +3107,7 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
         own[2] += ranks[b] < 5;
     }
     __syncthreads();
-    if (threadIdx.x > 0) { return; }
-    for (int t = 0; t < 64; t++) { for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; } }
+    for (int t = 0; threadIdx.x == 0 && t < 64; t++) { for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; } }
 }
 
 // cross_entropy_kernel, and its losses and ranks added to the sums of the step
@@ -3165,7 +3139,6 @@ __global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
     if (threadIdx.x == 0) { partial[blockIdx.x] = warp_sums[0] + warp_sums[1] + warp_sums[2] + warp_sums[3]; }
 }
 
-// result->norm = square root of the sum of partial (NORM_BLOCKS); one thread
 __global__ void norm_kernel(StepResult* result, const double* partial) {
     double sum = 0.0;
     for (int b = 0; b < NORM_BLOCKS; b++) { sum += partial[b]; }
@@ -3251,8 +3224,8 @@ void optimizer_update(floatX* params, float* master, float* m, float* v, const f
     kernelCheck();
 }
 
-// ema = decay * ema + rest * w, the average of weights over steps, with rest = 1 - decay, rounded in the order of
-// timm's ModelEma; ema, w (n), n a multiple of VEC. A thread updates VEC elements
+// ema = decay * ema + rest * w, the average of weights over steps, with rest = 1 - decay, rounded in the
+// order of timm's ModelEma; ema, w (n), n a multiple of VEC. A thread updates VEC elements
 __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, float rest) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
@@ -3276,11 +3249,11 @@ __global__ void round_kernel(floatX* out, const float* in, size_t n) {
     store<VEC>(out + i, v);
 }
 
-// Learning rate of a step, counted from 0: linear warm-up from warmup_lr to lr, half a cosine to min_lr, then min_lr.
+// Learning rate of a step, counted from 0: linear warm-up from warmup_lr to lr, half a cosine to min_lr.
 // By steps: step t of the warm-up has gone (t + 1) / warmup of the way; the cosine begins after it.
 // By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
-// lr_min=min_lr), of which DeiT's main.py calls step(epoch) after each epoch. So epoch e has timm's rate of e - 1,
-// the first two have warmup_lr, and the cosine counts from the first epoch, though warm-up hides its begin.
+// lr_min=min_lr), of which DeiT's main.py calls step(epoch) after each epoch: epoch e has timm's rate of
+// e - 1, the first two have warmup_lr, and the cosine counts from the first, hidden by the warm-up.
 double learning_rate_at(const Schedule* s, int step) {
     const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
     const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
