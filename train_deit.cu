@@ -2137,42 +2137,28 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
 // ---- shared: DropIT --------------------------------------------------------
 // DropIT (Chen et al., ICLR 2023, arXiv 2202.13808): which elements of a cached tensor x (n) are kept.
 //
-// Every element has a 32-bit key. The elements with the largest keys are kept; of equal keys, those with
-// the lowest indices. The strategy says what the key is, and where the largest are sought:
+// Every element has a 32-bit key. Those with the largest keys are kept; of equal keys, those of the
+// lowest indices. The strategy says what the key is, and where the largest are sought:
 //     mink      the bits of |x|, which compare as magnitudes do; in the whole tensor
 //     fastmink  the bits of |x|; in each tile of 16,384 consecutive elements
 //     random    a hash of the element's index; in each tile
-// A threshold of 8 bytes describes the choice in a tensor, or in a tile. An element is kept when
-//     key > threshold.key || (key == threshold.key && index < threshold.tie_end)
 //
 // A threshold is found digit by digit. A histogram of the keys' highest 11 bits shows in which bin the
 // k-th largest key lies; of the keys in that bin, a histogram of the next 11 bits is made; and so on. In
-// a whole tensor this seldom needs all of x: a sample of 16,384 elements says between which two keys the
-// threshold almost certainly lies, one read of x counts the elements above and lists the few between,
-// and the histograms are made of the list. Where the sample errs, or the list overflows because many
-// keys are equal, they are made of x. So the choice is always exact, and it depends on the values alone:
-// atomics add only integers, and no sum depends on the order of the list.
+// a whole tensor, a sample of 16,384 elements says between which two keys the threshold almost certainly
+// lies. One read of x counts the elements above and lists the few between, of which the histograms are
+// made; where the sample errs or many equal keys overflow the list, they are made of x. So the choice is
+// always exact. Atomics add only integers, and no sum depends on the order of the list.
 //
-// A bitmap (bit i % 32 of word i / 32 stands for element i), the kept values in index order, and the
-// number of values before every 256 elements are stored. A tensor that the backward pass recomputes
-// stores only its threshold, which then masks it.
-
+// A bitmap (bit i % 32 of word i / 32 is element i), the kept values in index order, and the number of
+// values before every 256 elements are stored; of a recomputed tensor, only the thresholds.
 #define DROPIT_TILE 16384
 #define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in every magnitude's key: 1, bf16 17
 
-// the strategy, and what makes the draws of `random` differ
-struct DropRule {
-    int strategy;
-    unsigned long long seed; // another one for each tensor
-    unsigned step;
-};
-
+// the strategy, and what makes the draws of `random` differ: a seed for each tensor, and the step
+struct DropRule { int strategy; unsigned long long seed; unsigned step; };
 // a tensor x (d.n) to choose from, by which rule, and where the choice goes
-struct DropChoice {
-    const floatX* x;
-    Dropped d;
-    DropRule rule;
-};
+struct DropChoice { const floatX* x; Dropped d; DropRule rule; };
 
 #define DROPIT_DIGIT 11 // bits
 #define DROPIT_BINS (1 << DROPIT_DIGIT)
@@ -2181,23 +2167,21 @@ struct DropChoice {
 #define THREAD_WORDS (TILE_WORDS / DROPIT_THREADS) // words that one thread handles, one after the other
 #define DROPIT_SEGMENT (32 * THREAD_WORDS)         // elements that one thread handles: 256
 
-// Search for the k-th largest key, digit by digit from the highest. The digits are those of key - low,
-// where no key is below `low`. A digit has 11 bits; the last may have fewer.
+// search for the k-th largest key by digits of key - low: 11 bits each, the last may have fewer
 struct Search {
-    unsigned low;
+    unsigned low;       // no key is below
     int bits;           // number of low bits that are not known yet
     unsigned prefix;    // the digits that are known
     unsigned remaining; // number of kept elements among those with this prefix
 };
-
 // of a whole tensor
 struct TensorSearch : Search {
     unsigned candidates; // elements with keys in the sampled range; the list holds those that fit
     unsigned listed;     // length of the list if the histograms are made of it, 0 if they are made of x
 };
 
-// Scratch of the selections that run in the same launches, as those of a block's four linears do, for
-// the kernels are small and wait for each other. The tensors' tiles and lists lie one after the other.
+// Scratch of the selections that run in the same launches, as those of a block's four linears do: the
+// kernels are small and wait for each other. The tensors' tiles and lists lie one after the other.
 #define MAX_SELECTIONS 4
 struct DropScratch {
     TensorSearch* search;   // (MAX_SELECTIONS)
@@ -2215,27 +2199,20 @@ struct DropScratch {
 struct Selection : DropChoice, DropScratch {
     unsigned k_tile, k_last;      // fastmink, random: kept of each tile, and of a last one that is shorter
     unsigned first_tile, tiles;   // its blocks in a launch with one block a tile
-    unsigned rank_high, rank_low; // of the range's keys in the sample; rank_high 0: no key is above the range
-    bool low_is_zero;             // no key is below the range
+    unsigned rank_high, rank_low; // of the range's keys in the sample; 0: no key is above it, or below it
     size_t list_capacity;
 };
-
-struct Selections {
-    Selection tensors[MAX_SELECTIONS];
-};
+struct Selections { Selection tensors[MAX_SELECTIONS]; };
 
 // the smallest magnitude that rounds to a key of at least `key`, or, if `above`, to a greater one
 __device__ inline float least_kept(unsigned key, bool above) {
-    const unsigned magnitude = (key >> KEY_ZEROS) + above; // the bits of a floatX without its sign
-    unsigned bits = magnitude;
-    if (sizeof(floatX) == 2) { // half a step lower; what is halfway between two is rounded to the even one
-        bits = magnitude > 0 ? (magnitude << 16) - 0x8000 + (magnitude & 1) : 0;
-    }
+    unsigned bits = (key >> KEY_ZEROS) + above; // of a floatX without its sign
+    // in bf16 half a step lower; what is halfway between two is rounded to the even one
+    if (sizeof(floatX) == 2) { bits = bits > 0 ? (bits << 16) - 0x8000 + (bits & 1) : 0; }
     return __uint_as_float(min(bits, 0x7f800000u));
 }
 
-// An element is kept when its magnitude is at least the smallest one that rounds to the threshold's: one comparison. Inf
-// and NaN are kept
+// one comparison an element, with the smallest magnitude that is kept; Inf and NaN are kept
 template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
     const Threshold t = *threshold;
     const size_t first = begin + i;
@@ -2250,79 +2227,69 @@ template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
 size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
 size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
-
-// Elements that a list has room for. The sampled range holds at most about n / 25, at gamma 0.5.
+// elements that a list has room for; the sampled range holds at most about n / 25, at gamma 0.5
 size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
-
 // k of n elements, as the published int(numel * (1 - gamma)): in float, 1000 and 0.9 give 100, not 99
 size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
-
 // k of a whole tensor of n elements
 size_t dropit_k(size_t n, double gamma, int strategy) {
     if (strategy == MINK) { return dropit_keep(n, gamma); }
     return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
 }
 
-__device__ inline unsigned magnitude_key(float x) { return __float_as_uint(x) << 1; }
-__device__ inline unsigned magnitude_key(__nv_bfloat16 x) { return (unsigned)__bfloat16_as_ushort(x) << 17; }
-#define INFINITY_KEY 0xff000000u // the key of Inf; those of NaNs are above it
-
+__device__ inline unsigned magnitude_key(floatX x) { return (unsigned)*(const bitsX*)&x << KEY_ZEROS; }
 // the key of element i of x; HASHED: of strategy random
 template <bool HASHED> __device__ inline unsigned drop_key(floatX x, size_t i, DropRule rule) {
     if constexpr (HASHED) { return philox(rule.seed, RNG_DROPIT, rule.step, i).x; }
     else { return magnitude_key(x); }
 }
 
-// A word is 32 elements, their keys, or a mask with bit j for element j. Loops over it have a constant
-// length, so that a GPU keeps it in registers and a CPU in vectors. The elements are consecutive or,
-// with RUNS, runs of PACK_RUN elements that lie 32 runs apart (dropit_pack_kernel).
+#define INFINITY_KEY 0xff000000u // the key of Inf; those of NaNs are above it
+// keys[j] = magnitude_key(v[j]); of bf16 two at a time, as they lie in a register
+__device__ inline void magnitude_keys(unsigned* keys, const floatX* v) {
+    for (int j = 0; j < 32; j += 4 / (int)sizeof(floatX)) {
+        unsigned bits;
+        memcpy(&bits, (const void*)(v + j), sizeof(bits));
+        keys[j] = bits << KEY_ZEROS;
+        if (sizeof(floatX) == 2) { keys[j+1] = bits >> 16 << KEY_ZEROS; }
+    }
+}
+
+// Bit j of a mask is for element j of 32: consecutive ones or, with RUNS, runs of PACK_RUN, 32 runs
+// apart. Loops over them have a constant length: a GPU keeps them in registers, a CPU in vectors.
 #define PACK_RUN (sizeof(floatX) == 2 ? 8 : 32)
 template <bool RUNS> __device__ inline size_t place(int j) { // of element j, counted from the first
     return RUNS ? (size_t)(j / PACK_RUN) * 32 * PACK_RUN + j % PACK_RUN : (size_t)j;
 }
 
-// the mask of the elements of the word of runs at element i whose index is below end
-__device__ inline unsigned below_mask(size_t i, size_t end) {
+// the mask of those of the 32 elements from element i on whose index is below end
+template <bool RUNS> __device__ inline unsigned below_mask(size_t i, size_t end) {
     unsigned mask = 0;
     for (int q = 0; q < 32; q += 8) {
-        const size_t at = i + place<true>(q);
+        const size_t at = i + place<RUNS>(q);
         mask |= (at + 8 <= end ? 255u : at < end ? (1u << (end - at)) - 1 : 0u) << q;
     }
     return mask;
 }
 
-// keys[j] = magnitude_key(v[j]); of bf16 two at a time, as they lie in a register
-__device__ inline void magnitude_keys(unsigned* keys, const float* v) {
-    for (int j = 0; j < 32; j++) { keys[j] = magnitude_key(v[j]); }
-}
-__device__ inline void magnitude_keys(unsigned* keys, const __nv_bfloat16* v) {
-    for (int j = 0; j < 32; j += 2) {
-        unsigned two;
-        memcpy(&two, (const void*)(v + j), sizeof(two));
-        keys[j] = two << 17;
-        keys[j+1] = two >> 16 << 17;
+// 32 elements of c.x from element i on, a multiple of 8, with their keys
+template <bool HASHED, bool RUNS = false> struct Word {
+    alignas(16) floatX v[32]; // zeros beyond the end of x
+    unsigned keys[32];
+    unsigned valid;           // the mask of elements of x
+    __device__ inline Word(const DropChoice& c, size_t i) {
+        const floatX* x = c.x + i;
+        const bool whole = i + place<RUNS>(31) < c.d.n;
+        if (whole) { for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); } }
+        else { for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < c.d.n ? x[place<RUNS>(j)] : (floatX)0.0f; } }
+        if constexpr (HASHED) {
+            unsigned hashes[32]; // nvcc does not unroll this loop: what it indexes lies in memory, so not keys
+            for (int j = 0; j < 32; j++) { hashes[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
+            for (int j = 0; j < 32; j++) { keys[j] = hashes[j]; }
+        } else { magnitude_keys(keys, v); }
+        valid = whole ? ~0u : below_mask<RUNS>(i, c.d.n);
     }
-}
-
-// v, keys = the word at element i of c.x, a multiple of 8, and its keys. Elements beyond the end of x
-// are zeros; returns the mask of the others.
-template <bool HASHED, bool RUNS = false>
-__device__ inline unsigned load_keys(floatX* v, unsigned* keys, const DropChoice& c, size_t i) {
-    const floatX* x = c.x + i;
-    const size_t n = c.d.n;
-    const bool whole = i + place<RUNS>(31) < n;
-    if (whole) {
-        for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); }
-    } else {
-        for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < n ? x[place<RUNS>(j)] : (floatX)0.0f; }
-    }
-    if constexpr (HASHED) {
-        for (int j = 0; j < 32; j++) { keys[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
-    } else {
-        magnitude_keys(keys, v);
-    }
-    return whole ? ~0u : RUNS ? below_mask(i, n) : i < n ? (1u << (n - i)) - 1 : 0;
-}
+};
 
 __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     unsigned mask = 0;
@@ -2330,7 +2297,6 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     return mask;
 }
 __device__ inline unsigned count_above(const unsigned* k, unsigned key) { return __popc(above_mask(k, key)); }
-
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
     unsigned mask = 0;
@@ -2353,21 +2319,20 @@ template <class T> __device__ inline T block_exclusive_sum(T v, T* warp_sums, T*
     T before = cg::exclusive_scan(warp, v, cg::plus<T>());
     if (warp.thread_rank() == 31) { warp_sums[threadIdx.x / 32] = before + v; }
     __syncthreads();
-    T all = 0;
+    *sum = 0;
     for (unsigned w = 0; w < blockDim.x / 32; w++) {
-        if (w == threadIdx.x / 32) { before += all; }
-        all += warp_sums[w];
+        if (w == threadIdx.x / 32) { before += *sum; }
+        *sum += warp_sums[w];
     }
-    *sum = all;
     return before;
 }
 
 __device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_DIGIT); }
 __device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
 
-// Moves the search by one digit: to the largest one that at least `remaining` elements reach. histogram
-// counts the elements that share the prefix by their next digit. The whole block calls, and may go on
-// with the search. If remaining is 0, all digits become ones, so that no key lies above.
+// Moves the search by one digit: to the largest that at least `remaining` elements reach; if remaining
+// is 0, to ones, above which no key lies. histogram counts the elements with the prefix by their next
+// digit. The whole block calls, and may go on with the search.
 __device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
     const Search now = *search;
     const int bits = digit_bits(&now), per_thread = DROPIT_BINS / blockDim.x;
@@ -2376,8 +2341,7 @@ __device__ inline void search_digit(Search* search, const unsigned* histogram, u
     for (int j = 0; j < per_thread; j++) { mine += histogram[d - j]; }
     unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
     if (now.remaining == 0) {
-        const unsigned ones = (1u << bits) - 1;
-        if (threadIdx.x == 0) { *search = {now.low, now.bits - bits, now.prefix << bits | ones, 0}; }
+        if (threadIdx.x == 0) { *search = {now.low, now.bits - bits, ((now.prefix + 1) << bits) - 1, 0}; }
     } else if (above < now.remaining && now.remaining <= above + mine) {
         while (above + histogram[d] < now.remaining) { above += histogram[d--]; }
         *search = {now.low, now.bits - bits, now.prefix << bits | (unsigned)d, now.remaining - above};
@@ -2385,52 +2349,44 @@ __device__ inline void search_digit(Search* search, const unsigned* histogram, u
     __syncthreads();
 }
 
-// *tie_end = index after the rank-th element (from 1) with this key in the tile at element `begin`.
-// The whole block calls; each thread looks through WORDS words.
+// *to = this key, and the index after the rank-th element with it (rank 0: no element) in the tile at
+// element `begin`. The whole block calls; each thread looks through WORDS words.
 template <bool HASHED, int WORDS> __device__ inline
-void find_tie(unsigned* tie_end, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* warp_sums) {
+void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* warp_sums) {
+    if (threadIdx.x == 0) { *to = {key, 0}; }
+    if (rank == 0) { return; }
     const size_t first = begin + threadIdx.x * WORDS * 32;
     unsigned equal[WORDS], mine = 0, sum;
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
-        floatX v[32];
-        unsigned keys[32];
-        const unsigned valid = load_keys<HASHED>(v, keys, c, first + w * 32);
-        equal[w] = equal_mask(keys, key, 0) & valid;
+        const Word<HASHED> word(c, first + w * 32);
+        equal[w] = equal_mask(word.keys, key, 0) & word.valid;
         mine += __popc(equal[w]);
     }
     unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
-#pragma unroll
     for (int w = 0; w < WORDS; w++) {
         const unsigned count = __popc(equal[w]);
         if (before < rank && rank <= before + count) {
-            unsigned left = equal[w];
-            for (unsigned i = before + 1; i < rank; i++) { left &= left - 1; } // clears the lowest bit
-            *tie_end = (unsigned)(first + w * 32 + __ffs((int)left));
+            for (unsigned i = before + 1; i < rank; i++) { equal[w] &= equal[w] - 1; } // clears the lowest bit
+            to->tie_end = (unsigned)(first + w * 32 + __ffs((int)equal[w]));
         }
         before += count;
     }
 }
 
-// counts[next digit] += 1 for the elements of the word at element i that share the prefix. first: there
-// is no prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL.
+// counts[next digit] += 1 for those of 32 elements from element i on that share the prefix. first: there
+// is no prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL
 template <bool HASHED> __device__ __forceinline__
 void count_word(unsigned* counts, unsigned* not_finite, const DropChoice& c, size_t i, const Search& s, bool first) {
-    floatX v[32];
-    unsigned keys[32];
-    const unsigned valid = load_keys<HASHED>(v, keys, c, i);
+    Word<HASHED> w(c, i);
     const int bits = digit_bits(&s), shift = s.bits - bits;
-    for (int j = 0; j < 32; j++) { keys[j] -= s.low; }
+    for (int j = 0; j < 32; j++) { w.keys[j] -= s.low; }
     if (first) {
-        if (valid == ~0u) {
-            for (int j = 0; j < 32; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
-        } else {
-            for (int j = 0; j < 32 && valid >> j & 1; j++) { atomicAdd_block(&counts[keys[j] >> shift], 1u); }
-        }
-        if (not_finite != NULL) { count_not_finite(not_finite, v); }
+        if (w.valid == ~0u) { for (int j = 0; j < 32; j++) { atomicAdd_block(&counts[w.keys[j] >> shift], 1u); } }
+        else { for (int j = 0; j < 32 && w.valid >> j & 1; j++) { atomicAdd_block(&counts[w.keys[j] >> shift], 1u); } }
+        if (not_finite != NULL) { count_not_finite(not_finite, w.v); }
     } else {
-        unsigned match = equal_mask(keys, s.prefix, s.bits) & valid;
-        for (; match != 0; match &= match - 1) {
+        for (unsigned match = equal_mask(w.keys, s.prefix, s.bits) & w.valid; match != 0; match &= match - 1) {
             // these are few and read again: an index into keys would move keys from registers to memory
             const size_t at = i + __ffs(match) - 1;
             const unsigned key = drop_key<HASHED>(c.x[at], at, c.rule) - s.low;
@@ -2447,8 +2403,8 @@ __device__ inline const Selection& selection_of(const Selections& all, unsigned 
     return *s;
 }
 
-// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x.
-// A thread copies half a run; blockIdx.y is the tensor.
+// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x of tensor
+// blockIdx.y. A thread copies half a run
 __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     const Selection& s = all.tensors[blockIdx.y];
     const size_t n = s.d.n;
@@ -2458,23 +2414,17 @@ __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     for (int j = 0; j < 4; j++) { s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
 }
 
-// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample. Only two digits
-// are searched: the last 10 bits become ones in range[0] and zeros in range[1], which makes the list
-// a little longer, and never wrong. One block a tensor, 16 KiB; both searches share the first histogram.
+// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample, of which two
+// digits are enough: with the last 10 bits ones and zeros the list is a little longer, and never wrong.
+// One block a tensor, 16 KiB; both searches share the first histogram
 #define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
-    __shared__ unsigned counts[2][DROPIT_BINS];
-    __shared__ unsigned warp_sums[32];
+    __shared__ unsigned counts[2][DROPIT_BINS], warp_sums[32];
     __shared__ Search searches[2];
     const Selection& s = all.tensors[blockIdx.x];
-    DropChoice sample = s;
-    sample.x = s.sample;
-    sample.d.n = DROPIT_TILE;
-    if (threadIdx.x == 0) {
-        searches[0] = {0, 32, 0, s.rank_high};
-        searches[1] = {0, 32, 0, s.rank_low};
-        s.search->candidates = 0;
-    }
+    const DropChoice sample = {s.sample, {DROPIT_TILE, 0, NULL, NULL, NULL, NULL}, s.rule};
+    if (threadIdx.x < 2) { searches[threadIdx.x] = {0, 32, 0, threadIdx.x == 0 ? s.rank_high : s.rank_low}; }
+    if (threadIdx.x == 0) { s.search->candidates = 0; }
     for (int digit = 0; digit < 2; digit++) {
         for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
         __syncthreads();
@@ -2489,72 +2439,60 @@ __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     }
     if (threadIdx.x == 0) {
         s.range[0] = search_key(&searches[0]) | ((1u << searches[0].bits) - 1);
-        s.range[1] = search_key(&searches[1]);
+        s.range[1] = s.rank_low > 0 ? search_key(&searches[1]) : 0;
     }
 }
 
 // tile_counts[tile] = (elements above the sampled range, 0). list = the elements in the range, in any
-// order. not_finite += NaNs and Infs. One block a tile. It collects what it finds in 8 KiB of
-// shared memory (fp32: 12), so as to wait once for a place in the list and to write whole lines there;
-// what does not fit goes to the list at once.
+// order. not_finite += NaNs and Infs. One block a tile. It collects in 8 KiB of shared memory (fp32:
+// 12), to wait once for a place in the list and write whole lines; what does not fit goes there at once
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
     __shared__ floatX found_values[MAX_FOUND];
     __shared__ unsigned short found_places[MAX_FOUND]; // in the tile
     __shared__ unsigned found, full, above, list_begin;
-    unsigned tile;
+    unsigned tile, mine = 0, top = 0;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
-    const unsigned high = s.range[0], low = s.low_is_zero ? 0 : s.range[1];
+    const unsigned high = s.range[0], low = s.range[1];
     const size_t begin = (size_t)tile * DROPIT_TILE, capacity = s.list_capacity;
-    unsigned mine = 0, top = 0;
-    if (threadIdx.x == 0) {
-        found = above = 0;
-        full = MAX_FOUND;
-    }
+    if (threadIdx.x == 0) { found = above = 0, full = MAX_FOUND; }
     __syncthreads();
     // neighbours in a warp read neighbouring words; a thread has two at a time, DROPIT_THREADS apart
     for (int w = 0; w < THREAD_WORDS; w += 2) {
-        unsigned words[2];
+        unsigned masks[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            floatX v[32];
-            unsigned keys[32];
-            const unsigned word = (w + h) * DROPIT_THREADS + threadIdx.x;
-            const unsigned valid = load_keys<false>(v, keys, s, begin + word * 32);
+            const Word<false> word(s, begin + ((w + h) * DROPIT_THREADS + threadIdx.x) * 32);
             unsigned between = 0; // low <= key <= high
-            for (int j = 0; j < 32; j++) { between |= keys[j] - low <= high - low ? 1u << j : 0u; }
-            words[h] = between & valid;
-            mine += count_above(keys, high);
-            for (int j = 0; j < 32; j++) { top = max(top, keys[j]); }
+            for (int j = 0; j < 32; j++) { between |= word.keys[j] - low <= high - low ? 1u << j : 0u; }
+            masks[h] = between & word.valid;
+            mine += count_above(word.keys, high);
+            for (int j = 0; j < 32; j++) { top = max(top, word.keys[j]); }
         }
-        const unsigned few = __popc(words[0]) + __popc(words[1]);
+        const unsigned few = __popc(masks[0]) + __popc(masks[1]);
         if (few == 0) { continue; }
         unsigned at = atomicAdd_block(&found, few);
         const bool room = at + few <= MAX_FOUND;
-        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it notes how far it is filled
+        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it is filled up to there
         if (!room) { at = atomicAdd(&s.search->candidates, few); }
-#pragma unroll
         for (int h = 0; h < 2; h++) {
-            const unsigned place0 = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
-            const floatX* word_x = s.x + begin + place0;
-            for (unsigned word = words[h]; word != 0; word &= word - 1, at++) {
-                const unsigned j = __ffs((int)word) - 1;
+            const unsigned first = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
+            for (unsigned mask = masks[h]; mask != 0; mask &= mask - 1, at++) {
+                const unsigned i = first + __ffs((int)mask) - 1;
                 if (room) {
-                    found_values[at] = word_x[j];
-                    found_places[at] = (unsigned short)(place0 + j);
+                    found_values[at] = s.x[begin + i];
+                    found_places[at] = (unsigned short)i;
                 } else if (at < capacity) {
-                    s.list_values[at] = word_x[j];
-                    s.list_indices[at] = (unsigned)begin + place0 + j;
+                    s.list_values[at] = s.x[begin + i];
+                    s.list_indices[at] = (unsigned)begin + i;
                 }
             }
         }
     }
     if (mine > 0) { atomicAdd_block(&above, mine); }
     for (int w = 0; top >= INFINITY_KEY && w < THREAD_WORDS; w++) { // rare: only now are they counted
-        floatX v[32];
-        unsigned keys[32];
-        load_keys<false>(v, keys, s, begin + (w * DROPIT_THREADS + threadIdx.x) * 32);
-        count_not_finite(s.not_finite, v);
+        const Word<false> word(s, begin + (w * DROPIT_THREADS + threadIdx.x) * 32);
+        count_not_finite(s.not_finite, word.v);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -2573,8 +2511,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
 __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
     const Selection& s = all.tensors[blockIdx.x];
-    Search* search = s.search;
-    const unsigned k = (unsigned)s.d.k, low = s.low_is_zero ? 0 : s.range[1];
+    const unsigned k = (unsigned)s.d.k, low = s.range[1];
     unsigned mine = 0, above;
     for (unsigned t = threadIdx.x; t < s.tiles; t += blockDim.x) { mine += s.tile_counts[t].x; }
     block_exclusive_sum(mine, warp_sums, &above);
@@ -2582,41 +2519,36 @@ __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     const bool listed = candidates <= s.list_capacity && above < k && k - above <= candidates;
     if (threadIdx.x == 0) {
         const int bits = 32 - __clz((int)(s.range[0] - low)); // in which the list's keys differ
-        *search = listed ? Search{low, bits, 0, k - above} : Search{0, 32, 0, k};
+        *(Search*)s.search = listed ? Search{low, bits, 0, k - above} : Search{0, 32, 0, k};
         s.search->listed = listed ? candidates : 0;
     }
     for (unsigned t = threadIdx.x; t < s.tiles && !listed; t += blockDim.x) { s.tile_counts[t].x = 0; }
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
-// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x; blockIdx.y is the tensor.
-// A block counts in shared memory, 8 KiB, and reads pieces of 4,096 elements.
+// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x of tensor blockIdx.y. A block
+// counts in shared memory, 8 KiB, and reads pieces of 4,096 elements
 #define HISTOGRAM_PIECE (DROPIT_TILE / 4)
 __global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
     __shared__ Pack<4, unsigned> counts[DROPIT_BINS / 4];
     const Selection& s = all.tensors[blockIdx.y];
     const Search now = *s.search;
     const unsigned listed = s.search->listed;
-    DropChoice from = s;
-    if (listed > 0) {
-        from.x = s.list_values;
-        from.d.n = listed;
-    }
+    const size_t n = listed > 0 ? listed : s.d.n;
+    const DropChoice from = {listed > 0 ? s.list_values : s.x, {n, 0, NULL, NULL, NULL, NULL}, s.rule};
     const size_t own = (size_t)blockIdx.x * HISTOGRAM_PIECE; // the block's first piece
-    if (now.bits <= KEY_ZEROS || own >= from.d.n) { return; }
+    if (now.bits <= KEY_ZEROS || own >= n) { return; }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) { counts[b] = {}; }
     __syncthreads();
-    for (size_t begin = own; begin < from.d.n; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
+    for (size_t begin = own; begin < n; begin += (size_t)gridDim.x * HISTOGRAM_PIECE) {
         for (size_t i = threadIdx.x * 32; i < HISTOGRAM_PIECE; i += DROPIT_THREADS * 32) {
             count_word<false>((unsigned*)counts, NULL, from, begin + i, now, first);
         }
-        __syncthreads(); // the block reads one piece after the other, and so whole pages of memory
+        __syncthreads(); // one piece after the other, and so whole pages of memory
     }
     for (int b = threadIdx.x; b < DROPIT_BINS / 4; b += blockDim.x) {
         const Pack<4, unsigned> c = counts[b];
-        for (int j = 0; j < 4; j++) {
-            if (c.v[j] > 0) { atomicAdd(&s.histogram[4*b + j], c.v[j]); }
-        }
+        for (int j = 0; j < 4; j++) { if (c.v[j] > 0) { atomicAdd(&s.histogram[4*b + j], c.v[j]); } }
     }
 }
 
@@ -2634,7 +2566,7 @@ __device__ inline void add_counts(uint2* tile_count, unsigned above, unsigned eq
     if (equal > 0) { atomicAdd(&tile_count->y, equal); }
 }
 
-// tile_counts[tile] += (elements above the threshold, equal to it), of the list or of x. One block a tile
+// tile_counts[tile] += (elements above the threshold, equal to it), of list or x. One block a tile
 __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
     unsigned block;
     const Selection& s = selection_of(all, blockIdx.x, &block);
@@ -2643,11 +2575,9 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
     if (listed == 0) {
         unsigned above = 0, equal = 0;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            floatX v[32];
-            unsigned keys[32];
-            const unsigned valid = load_keys<false>(v, keys, s, segment * DROPIT_SEGMENT + w * 32);
-            above += count_above(keys, key);
-            equal += __popc(equal_mask(keys, key, 0) & valid);
+            const Word<false> word(s, segment * DROPIT_SEGMENT + w * 32);
+            above += count_above(word.keys, key);
+            equal += __popc(equal_mask(word.keys, key, 0) & word.valid);
         }
         add_counts(&s.tile_counts[block], above, equal);
         return;
@@ -2674,11 +2604,9 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
 __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned long long pair_sums[32];
     __shared__ unsigned warp_sums[32];
-    __shared__ unsigned tie_tile, tie_rank; // the last kept tie is the tie_rank-th in this tile
+    __shared__ uint2 last_tie; // the tile of the last tie that is kept, and its rank among the ties there
     const Selection& s = all.tensors[blockIdx.x];
     const unsigned key = search_key(s.search), ties = s.search->remaining;
-    Threshold* threshold = s.d.thresholds;
-    if (threadIdx.x == 0) { *threshold = {key, 0}; }
     const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread;
     const unsigned last = min(first + per_thread, s.tiles);
     unsigned long long mine = 0, sum; // above << 32 | equal
@@ -2691,67 +2619,49 @@ __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
     for (unsigned tile = first; tile < last; tile++) {
         const uint2 count = s.tile_counts[tile];
         s.tile_offsets[tile] = above + min(equal, ties);
-        if (equal < ties && ties <= equal + count.y) {
-            tie_tile = tile;
-            tie_rank = ties - equal;
-        }
+        if (equal < ties && ties <= equal + count.y) { last_tie = make_uint2(tile, ties - equal); }
         above += count.x;
         equal += count.y;
     }
     __syncthreads();
-    if (ties > 0) {
-        const size_t begin = (size_t)tie_tile * DROPIT_TILE;
-        const int each = TILE_WORDS / OFFSETS_THREADS;
-        find_tie<false, each>(&threshold->tie_end, s, begin, key, tie_rank, warp_sums);
-    }
+    const size_t begin = (size_t)last_tie.x * DROPIT_TILE;
+    const unsigned rank = ties > 0 ? last_tie.y : 0;
+    set_threshold<false, TILE_WORDS / OFFSETS_THREADS>(s.d.thresholds, s, begin, key, rank, warp_sums);
 }
 
 // fastmink and random: thresholds[tile]. One block a tile, 8 KiB of shared memory
 template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant__ Selections all) {
-    __shared__ unsigned counts[DROPIT_BINS];
-    __shared__ unsigned warp_sums[32];
+    __shared__ unsigned counts[DROPIT_BINS], warp_sums[32];
     __shared__ Search search;
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
-    Threshold* threshold = &s.d.thresholds[tile];
     const size_t begin = (size_t)tile * DROPIT_TILE;
-    if (threadIdx.x == 0) {
-        search = {0, 32, 0, begin + DROPIT_TILE <= s.d.n ? s.k_tile : s.k_last};
-        threshold->tie_end = 0;
-    }
+    if (threadIdx.x == 0) { search = {0, 32, 0, begin + DROPIT_TILE <= s.d.n ? s.k_tile : s.k_last}; }
     for (bool first = true; first || search.bits > (HASHED ? 0 : KEY_ZEROS); first = false) {
         for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { counts[b] = 0; }
         __syncthreads();
         const Search now = search;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            const unsigned word = threadIdx.x * THREAD_WORDS + w;
-            count_word<HASHED>(counts, s.not_finite, s, begin + word * 32, now, first);
+            count_word<HASHED>(counts, s.not_finite, s, begin + (threadIdx.x * THREAD_WORDS + w) * 32, now, first);
         }
         __syncthreads();
         search_digit(&search, counts, warp_sums);
     }
     const unsigned key = search_key(&search), ties = search.remaining;
-    if (threadIdx.x == 0) { threshold->key = key; }
-    if (ties > 0) { find_tie<HASHED, THREAD_WORDS>(&threshold->tie_end, s, begin, key, ties, warp_sums); }
+    set_threshold<HASHED, THREAD_WORDS>(&s.d.thresholds[tile], s, begin, key, ties, warp_sums);
 }
 
 // A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
-// four masks. In bf16 a run has 8 elements, for a warp then reads whole lines of memory; in fp32, where
-// a GPU's products take so long that this does not matter, it has 32, which costs a CPU less.
+// four masks. In bf16 a run has 8 elements, and a warp reads whole lines of memory. In fp32 it has 32,
+// which a CPU does faster; on a GPU the products take so long that it does not matter.
 #define PACK_THREADS 128
 #define PACK_GROUPS (128 / PACK_RUN)
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
 
-// the bits of group q in the lowest places; those above are of other groups
-__device__ inline unsigned group_bits(const unsigned* words, int q) {
-    return words[q * PACK_RUN / 32] >> q * PACK_RUN % 32;
+// what group q has of four words: of masks the bits of its run, of counts its count
+__device__ inline RunBits group(const unsigned* words, int q) {
+    return (RunBits)(words[q * PACK_RUN / 32] >> q * PACK_RUN % 32);
 }
-// The count of group q. Four words count the kept elements of each group: fp32 in 32 bits a group, bf16
-// in 8 bits, which are enough for the 31 lanes before a lane.
-__device__ inline unsigned group_count(const unsigned* counts, int q) {
-    return group_bits(counts, q) & (PACK_RUN == 8 ? 255 : ~0u);
-}
-
 // how many ones each run of a mask has
 __device__ inline unsigned run_counts(unsigned word) {
     if (PACK_RUN == 32) { return __popc(word); }
@@ -2760,25 +2670,9 @@ __device__ inline unsigned run_counts(unsigned word) {
     return (word + (word >> 4)) & 0x0f0f0f0f;
 }
 
-// the mask of the kept elements among those of the word at element i in this tile
-template <bool HASHED> __device__ __forceinline__
-unsigned kept_mask(const Selection& s, Threshold t, unsigned tile, size_t i) {
-    const size_t begin = (size_t)tile * DROPIT_TILE, end = begin + DROPIT_TILE;
-    floatX v[32];
-    unsigned keys[32];
-    const unsigned valid = load_keys<HASHED, true>(v, keys, s, i);
-    // a tile keeps all of its ties or none, so that one comparison decides; only in one tile both occur
-    const bool all_ties = t.tie_end >= end;
-    unsigned mask = all_ties && t.key == 0 ? ~0u : above_mask(keys, t.key - all_ties);
-    if (begin < t.tie_end && !all_ties) {
-        mask |= equal_mask(keys, t.key, 0) & below_mask(i, t.tie_end);
-    }
-    return mask & valid;
-}
-
 // bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines
 // its values up in shared memory (19 KiB a block) and writes them as one run. If there are more than
-// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values.
+// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values
 #define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
 template <bool HASHED>
 __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
@@ -2788,53 +2682,49 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
-    const Threshold threshold = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
+    const Threshold t = s.d.thresholds[s.rule.strategy == MINK ? 0 : tile];
     const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
     const size_t n = s.d.n, begin = (size_t)tile * DROPIT_TILE;
     const size_t first = begin + own_warp * 4096 + lane * PACK_RUN; // the lane's first element
-    unsigned words[4], counts[4], before[4]; // before: the counts of all lanes before this one
+    // a tile keeps all of its ties or none, so that one comparison decides; only in one tile both occur
+    const bool all_ties = t.tie_end >= begin + DROPIT_TILE, some_ties = begin < t.tie_end && !all_ties;
+    unsigned words[4], counts[4], before[4]; // masks of kept elements, counts, counts of all lanes before this one
 #pragma unroll
     for (int h = 0; h < 4; h++) {
-        words[h] = kept_mask<HASHED>(s, threshold, tile, first + h * 1024);
+        const size_t i = first + h * 1024;
+        const Word<HASHED, true> w(s, i);
+        words[h] = all_ties && t.key == 0 ? ~0u : above_mask(w.keys, t.key - all_ties);
+        if (some_ties) { words[h] |= equal_mask(w.keys, t.key, 0) & below_mask<true>(i, t.tie_end); }
+        words[h] &= w.valid;
         counts[h] = run_counts(words[h]);
     }
-#pragma unroll
     for (int h = 0; h < 4; h++) { before[h] = cg::exclusive_scan(warp, counts[h], cg::plus<unsigned>()); }
     if (lane == 31) {
-        unsigned start = 0;
-#pragma unroll
+        unsigned start = starts[own_warp][0] = 0;
         for (int q = 0; q < PACK_GROUPS; q++) {
-            starts[own_warp][q] = start;
-            start += group_count(before, q) + group_count(counts, q);
+            starts[own_warp][q+1] = start += group(before, q) + group(counts, q);
         }
-        starts[own_warp][PACK_GROUPS] = start;
     }
     __syncthreads();
     const unsigned* group_starts = starts[own_warp];
     const unsigned count = group_starts[PACK_GROUPS];
-    // where the warp's values begin
-    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile;
+    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // the warp's first value
     for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
     RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
-    if (first % DROPIT_SEGMENT == 0) {
-#pragma unroll
-        for (int q = 0; q < PACK_GROUPS; q++) {
-            const size_t i = first + q * 32 * PACK_RUN;
-            if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group_count(before, q); }
-        }
+    for (int q = 0; q < PACK_GROUPS && first % DROPIT_SEGMENT == 0; q++) {
+        const size_t i = first + q * 32 * PACK_RUN;
+        if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group(before, q); }
     }
     if (PACK_RUN == 8 && begin + DROPIT_TILE <= n && count <= MAX_STAGED) {
         const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // with shift, own and to are aligned alike
         floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
-#pragma unroll
         for (int q = 0; q < PACK_GROUPS; q++) {
             // read again, from cache: kept in registers since then, they would leave room for few warps
             const Pack<8> p = *(const Pack<8>*)(from + q * 32 * PACK_RUN);
-            const unsigned bits = group_bits(words, q);
-            unsigned at = shift + group_starts[q] + group_count(before, q);
-            bits_to[q * 32] = (RunBits)bits;
-#pragma unroll
+            const RunBits bits = group(words, q);
+            unsigned at = shift + group_starts[q] + group(before, q);
+            bits_to[q * 32] = bits;
             for (int j = 0; j < 8; j++) {
                 const unsigned bit = bits >> j & 1;
                 own[bit ? at : unused] = p.v[j]; // no branches
@@ -2843,17 +2733,13 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
         }
         __syncwarp();
         for (unsigned i = lane * 8; i < shift + count; i += 32 * 8) {
-            if (i >= shift && i + 8 <= shift + count) {
-                *(Pack<8>*)(to + i) = *(const Pack<8>*)(own + i);
-            } else {
-                for (unsigned j = max(i, shift); j < i + 8 && j < shift + count; j++) { to[j] = own[j]; }
-            }
+            if (i >= shift && i + 8 <= shift + count) { *(Pack<8>*)(to + i) = *(const Pack<8>*)(own + i); }
+            else { for (unsigned j = max(i, shift); j < i + 8 && j < shift + count; j++) { to[j] = own[j]; } }
         }
     } else {
-#pragma unroll
         for (int q = 0; q < PACK_GROUPS; q++) {
-            RunBits bits = (RunBits)group_bits(words, q);
-            floatX* to = s.d.values + run + group_starts[q] + group_count(before, q);
+            RunBits bits = group(words, q);
+            floatX* to = s.d.values + run + group_starts[q] + group(before, q);
             if ((first + q * 32 * PACK_RUN) / DROPIT_SEGMENT * DROPIT_SEGMENT < n) { bits_to[q * 32] = bits; }
             for (; bits != 0; bits &= bits - 1) { *to++ = from[q * 32 * PACK_RUN + __ffs((int)bits) - 1]; }
         }
@@ -2861,51 +2747,45 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
 }
 
 // out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a
-// segment; a thread finds its values by counting the segment's bits before its own. V 8: begin, end and
-// out are aligned to 8.
-template <int V>
-__global__ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
-                                     size_t begin, size_t end) {
+// segment, whose bits before its own a thread counts. V 8: begin, end and out are aligned to 8
+template <int V> __global__
+void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
+                          size_t begin, size_t end) {
     const size_t i = (begin / 8 + (size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i < end) {
-        const size_t segment = i / DROPIT_SEGMENT;
-        const unsigned at = i % DROPIT_SEGMENT / 32, word = bitmap[i / 32], byte = word >> i % 32 & 255;
-        unsigned before = offsets[segment];
-        for (unsigned w = 0; w < THREAD_WORDS; w++) {
-            const unsigned earlier = w < at ? ~0u : w == at ? (1u << i % 32) - 1 : 0;
-            before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
-        }
-        const bitsX* in = (const bitsX*)values + before;
-        unsigned k = 0; // index in `in` of the next kept value
-        bitsX* to = (bitsX*)out + (i - begin);
-        Pack<8, bitsX> p;
-        for (int j = 0; j < 8; j++) { // no branches: in[k] is read for a dropped element, too, and masked
-            const unsigned bit = byte >> j & 1;
-            p.v[j] = in[k] & (0u - bit);
-            k += bit;
-        }
-        if (V == 8) {
-            *(Pack<8, bitsX>*)to = p;
-        } else {
-            for (int j = 0; j < 8; j++) { if (i + j >= begin && i + j < end) { to[j] = p.v[j]; } }
-        }
+    if (i >= end) { return; }
+    const size_t segment = i / DROPIT_SEGMENT;
+    const unsigned at = i % DROPIT_SEGMENT / 32, word = bitmap[i / 32], byte = word >> i % 32 & 255;
+    unsigned before = offsets[segment];
+    for (unsigned w = 0; w < THREAD_WORDS; w++) {
+        const unsigned earlier = w < at ? ~0u : w == at ? (1u << i % 32) - 1 : 0;
+        before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
     }
+    const bitsX* in = (const bitsX*)values + before;
+    unsigned k = 0; // index in `in` of the next kept value
+    bitsX* to = (bitsX*)out + (i - begin);
+    Pack<8, bitsX> p;
+    for (int j = 0; j < 8; j++) { // no branches: in[k] is read for a dropped element, too, and masked
+        const unsigned bit = byte >> j & 1;
+        p.v[j] = in[k] & (0u - bit);
+        k += bit;
+    }
+    if (V == 8) { *(Pack<8, bitsX>*)to = p; }
+    else { for (int j = 0; j < 8; j++) { if (i + j >= begin && i + j < end) { to[j] = p.v[j]; } } }
 }
 
 // x[i - begin] = i kept ? itself : 0, for begin <= i < begin + n. A thread has V elements
-template <bool HASHED, int V>
-__global__ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
+template <bool HASHED, int V> __global__
+void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
     const size_t first = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (first < n) {
-        const size_t i = begin + first;
-        const Threshold t = thresholds[rule.strategy == MINK ? 0 : i / DROPIT_TILE];
-        Pack<V> p = *(const Pack<V>*)(x + first);
-        for (int j = 0; j < V; j++) {
-            const unsigned key = drop_key<HASHED>(p.v[j], i + j, rule), index = (unsigned)i + j;
-            p.v[j] = key > t.key || (key == t.key && index < t.tie_end) ? p.v[j] : (floatX)0.0f;
-        }
-        *(Pack<V>*)(x + first) = p;
+    if (first >= n) { return; }
+    const size_t i = begin + first;
+    const Threshold t = thresholds[rule.strategy == MINK ? 0 : i / DROPIT_TILE];
+    Pack<V> p = *(const Pack<V>*)(x + first);
+    for (int j = 0; j < V; j++) {
+        const unsigned key = drop_key<HASHED>(p.v[j], i + j, rule), index = (unsigned)i + j;
+        p.v[j] = key > t.key || (key == t.key && index < t.tie_end) ? p.v[j] : (floatX)0.0f;
     }
+    *(Pack<V>*)(x + first) = p;
 }
 
 // adds the scratch of dropit_select to the plan; the caller provides not_finite
@@ -2926,49 +2806,42 @@ Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, doub
     const size_t n = c->d.n;
     // the sample has about `kept` of the k largest; the range goes 5 standard deviations to both sides
     const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
-    const bool low_is_zero = kept + margin > DROPIT_TILE;
-    return Selection{*c, *scratch, (unsigned)dropit_keep(DROPIT_TILE, gamma),
-                     (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0, (unsigned)dropit_tiles(n),
-                     kept > margin ? (unsigned)(kept - margin) : 0, low_is_zero ? 0 : (unsigned)(kept + margin),
-                     low_is_zero, dropit_list_capacity(n)};
+    const double high = kept > margin ? kept - margin : 0.0, low = kept + margin > DROPIT_TILE ? 0.0 : kept + margin;
+    return {*c, *scratch, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(n % DROPIT_TILE, gamma),
+            0, (unsigned)dropit_tiles(n), (unsigned)high, (unsigned)low, dropit_list_capacity(n)};
 }
 
 #define DROPIT_LAUNCH(kernel, threads, blocks, ...) do { \
     kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
 // Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap,
-// offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it.
+// offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it
 void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma,
                    cudaStream_t stream) {
     Selections all = {}, stored = {};
-    DropScratch rest = *scratch;
     unsigned tiles = 0, most_tiles = 0, stored_tiles = 0;
     int num_stored = 0;
-    const int strategy = choices[0].rule.strategy;
+    size_t list = 0;
     for (int i = 0; i < count; i++) {
+        const DropScratch own = {scratch->search + i, scratch->histogram + i * DROPIT_BINS,
+            scratch->tile_counts + tiles, scratch->tile_offsets + tiles, scratch->sample + i * DROPIT_TILE,
+            scratch->range + 2 * i, scratch->list_values + list, scratch->list_indices + list, scratch->not_finite};
         Selection* s = &all.tensors[i];
-        *s = dropit_selection(&choices[i], &rest, gamma);
-        rest.search++;
-        rest.histogram += DROPIT_BINS;
-        rest.tile_counts += s->tiles;
-        rest.tile_offsets += s->tiles;
-        rest.sample += DROPIT_TILE;
-        rest.range += 2;
-        rest.list_values += align_up(s->list_capacity);
-        rest.list_indices += align_up(s->list_capacity);
+        *s = dropit_selection(&choices[i], &own, gamma);
+        list += align_up(s->list_capacity);
         if (s->d.offsets != NULL) {
-            stored.tensors[num_stored] = *s;
-            stored.tensors[num_stored++].first_tile = stored_tiles;
+            s->first_tile = stored_tiles;
+            stored.tensors[num_stored++] = *s;
             stored_tiles += s->tiles;
         }
         s->first_tile = tiles;
         tiles += s->tiles;
-        if (s->tiles > most_tiles) { most_tiles = s->tiles; }
+        most_tiles = std::max(most_tiles, s->tiles);
     }
-    const bool hashed = strategy == RANDOM;
+    const int strategy = choices[0].rule.strategy;
     if (strategy == MINK) {
         // each block ends with up to 2,048 atomic additions, so there are only as many as run at once
-        const unsigned full = 16 * num_multiprocessors, blocks = most_tiles < full ? most_tiles : full;
+        const unsigned blocks = std::min(most_tiles, 16u * num_multiprocessors);
         const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, an fp32 key 31; the others are 0
         DROPIT_LAUNCH(dropit_sample_kernel, 64, dim3(DROPIT_TILE / 4 / 64, count), all);
         DROPIT_LAUNCH(dropit_range_kernel, RANGE_THREADS, count, all);
@@ -2981,13 +2854,12 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
         DROPIT_LAUNCH(dropit_count_kernel, DROPIT_THREADS, tiles, all);
         DROPIT_LAUNCH(dropit_offsets_kernel, OFFSETS_THREADS, count, all);
     } else {
-        const auto kernel = hashed ? dropit_tile_kernel<true> : dropit_tile_kernel<false>;
+        const auto kernel = strategy == RANDOM ? dropit_tile_kernel<true> : dropit_tile_kernel<false>;
         DROPIT_LAUNCH(kernel, DROPIT_THREADS, tiles, all);
     }
-    if (num_stored > 0) {
-        const auto kernel = hashed ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
-        DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
-    }
+    if (num_stored == 0) { return; }
+    const auto kernel = strategy == RANDOM ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
+    DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
 }
 
 // out (end - begin) = elements begin .. end-1 of the tensor, with zeros for those that were dropped
@@ -3015,42 +2887,35 @@ static cublasLtHandle_t cublaslt_handle;
 #define CUBLAS_WORKSPACE ((size_t)32 << 20) // bytes; NVIDIA recommends as many for Hopper
 static void* cublas_workspace;              // memory of the model's plan
 
+typedef struct { int m, n, k, transA, transB, bias, accumulate, fp32_out; } MatmulShape;
 typedef struct {
-    int m, n, k;
-    bool transA, transB, bias, accumulate, fp32_out;
+    MatmulShape shape;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t A, B, D;
     cublasLtMatmulAlgo_t algo;
 } MatmulPlan;
-
-#define MAX_MATMUL_PLANS 256
-static MatmulPlan matmul_plans[MAX_MATMUL_PLANS];
-static int num_matmul_plans;
+static List<MatmulPlan> matmul_plans;
 
 template <class T> void matmul_set(const MatmulPlan* p, cublasLtMatmulDescAttributes_t attribute, T value) {
     cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, attribute, &value, sizeof(value)));
 }
 
-// the plan for a product of this shape, with a bias or without (NULL); made at the first call
-MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, const floatX* bias, bool accumulate,
-                        bool fp32_out) {
-    for (MatmulPlan* p = matmul_plans; p < matmul_plans + num_matmul_plans; p++) {
-        if (p->m == m && p->n == n && p->k == k && p->transA == transA && p->transB == transB &&
-            p->bias == (bias != NULL) && p->accumulate == accumulate && p->fp32_out == fp32_out) { return p; }
-    }
-    require(num_matmul_plans < MAX_MATMUL_PLANS, "more than %d shapes of matrix products", MAX_MATMUL_PLANS);
-    MatmulPlan* p = &matmul_plans[num_matmul_plans++];
-    *p = MatmulPlan{m, n, k, transA, transB, bias != NULL, accumulate, fp32_out, NULL, NULL, NULL, NULL, {}};
+// the plan for a product of this shape, made at the first call
+MatmulPlan* matmul_plan(const MatmulShape& s, const floatX* bias) {
+    for (MatmulPlan& p : matmul_plans) { if (memcmp(&p.shape, &s, sizeof(s)) == 0) { return &p; } }
+    matmul_plans.push({s, NULL, NULL, NULL, NULL, {}});
+    MatmulPlan* p = matmul_plans.end() - 1;
     cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, transA ? CUBLAS_OP_T : CUBLAS_OP_N);
-    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, transB ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (bias != NULL) { // some versions of cuBLAS find an algorithm only if they know the pointer
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, s.transA ? CUBLAS_OP_T : CUBLAS_OP_N);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, s.transB ? CUBLAS_OP_T : CUBLAS_OP_N);
+    if (s.bias) { // some versions of cuBLAS find an algorithm only if they know the pointer
         matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
         matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     }
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->A, CUDA_FLOATX, transA ? k : m, transA ? m : k, transA ? k : m));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->B, CUDA_FLOATX, transB ? n : k, transB ? k : n, transB ? n : k));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->D, fp32_out ? CUDA_R_32F : CUDA_FLOATX, m, n, m));
+    const int a = s.transA ? s.k : s.m, b = s.transB ? s.n : s.k; // rows of A and B as they are stored
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->A, CUDA_FLOATX, a, s.transA ? s.m : s.k, a));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->B, CUDA_FLOATX, b, s.transB ? s.k : s.n, b));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->D, s.fp32_out ? CUDA_R_32F : CUDA_FLOATX, s.m, s.n, s.m));
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t result;
     int found = 0;
@@ -3060,7 +2925,7 @@ MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, const flo
                                                      &workspace, sizeof(workspace)));
     cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
     require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME
-            "; try PRECISION=FP32", m, n, k);
+            "; try PRECISION=FP32", s.m, s.n, s.k);
     p->algo = result.algo;
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     return p;
@@ -3071,34 +2936,32 @@ MatmulPlan* matmul_plan(int m, int n, int k, bool transA, bool transB, const flo
 void matmul(void* D, const floatX* A, const floatX* B, const floatX* bias, const void* C, size_t m, size_t n, size_t k,
             bool transA, bool transB, bool fp32_out) {
     const float one = 1.0f, zero = 0.0f;
-    MatmulPlan* p = matmul_plan((int)m, (int)n, (int)k, transA, transB, bias, C != NULL, fp32_out);
+    MatmulPlan* p = matmul_plan({(int)m, (int)n, (int)k, transA, transB, bias != NULL, C != NULL, fp32_out}, bias);
     if (bias != NULL) { matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
     cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, A, p->A, B, p->B, C != NULL ? &one : &zero,
         C != NULL ? C : D, p->D, D, p->D, &p->algo, cublas_workspace, CUBLAS_WORKSPACE, main_stream));
 }
 
-// out[r, c] += bias[c]; out (n / OC, OC)
+// out[r, c] += bias[c]; out (n / OC, OC). A thread has one element
 __global__ void bias_add_kernel(floatX* out, const floatX* bias, size_t n, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) { out[i] = (floatX)((float)out[i] + (float)bias[i % OC]); }
 }
 
-// out = inp @ weight^T + bias (+ residual); in PyTorch: F.linear(inp, weight, bias) + residual
-// out (rows, OC), inp (rows, C), weight (OC, C), bias (OC), residual (rows, OC) or NULL
 // cuBLAS is column-major and sees transposes: out^T (OC, rows) = weight (OC, C) @ inp^T (C, rows)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                     size_t rows, size_t C, size_t OC) {
     const bool fused = C % 8 == 0 && OC % 8 == 0; // to add a bias, cuBLASLt wants rows of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
-    if (!fused) {
-        bias_add_kernel<<<CEIL_DIV(rows * OC, (size_t)256), 256, 0, main_stream>>>(out, bias, rows * OC, (int)OC);
-        kernelCheck();
-    }
+    if (fused) { return; }
+    bias_add_kernel<<<CEIL_DIV(rows * OC, (size_t)256), 256, 0, main_stream>>>(out, bias, rows * OC, (int)OC);
+    kernelCheck();
 }
-
-// dinp (rows, C) = dout (rows, OC) @ weight (OC, C)
 void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
     matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
+}
+void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC) {
+    matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 
 // Sums over rows are made in two steps of fixed order. The first: partial[slab, c] = sum of x[r, c] over
@@ -3106,51 +2969,38 @@ void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weigh
 template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
-    if (slab * SLAB_ROWS < rows) {
-        const size_t end = min((slab + 1) * SLAB_ROWS, rows);
-        float sum[V] = {0};
-        for (size_t r = slab * SLAB_ROWS; r < end; r++) {
-            float v[V];
-            load<V>(v, x + r * OC + column);
-            for (int j = 0; j < V; j++) { sum[j] += v[j]; }
-        }
-        store<V>(partial + slab * OC + column, sum);
+    if (slab * SLAB_ROWS >= rows) { return; }
+    const size_t end = min((slab + 1) * SLAB_ROWS, rows);
+    float sum[V] = {0};
+    for (size_t r = slab * SLAB_ROWS; r < end; r++) {
+        float v[V];
+        load<V>(v, x + r * OC + column);
+        for (int j = 0; j < V; j++) { sum[j] += v[j]; }
     }
+    store<V>(partial + slab * OC + column, sum);
 }
 
-// as column_sum_finish, one thread a column
+// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the
+// others. A thread has one column
 __global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c < OC) {
-        float sum = 0.0f;
+    if (c >= OC) { return; }
+    float sum = 0.0f;
 #pragma unroll 16 // so that the few threads each have many loads under way
-        for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
-        if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
-    }
+    for (size_t s = 0; s < slabs; s++) { sum += partial[s * OC + c]; }
+    if (c < C) { out[c] += sum; } else { out2[c - C] += sum; }
 }
-
-// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the others
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC) {
     const size_t blocks = CEIL_DIV(OC, (size_t)64);
     column_sum_finish_kernel<<<blocks, 64, 0, main_stream>>>(out, out2, partial, slabs, (int)C, (int)OC);
     kernelCheck();
 }
 
-// floats that `partial` of column_sum must hold
 size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
-
-// out (OC) += x (rows, OC) summed over rows; in PyTorch: out += x.sum(0)
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
-    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS), V = vectorizable(OC, x) ? VEC : 1;
-    const auto kernel = V == VEC ? column_sum_kernel<VEC> : column_sum_kernel<1>;
-    kernel<<<CEIL_DIV(slabs * OC / V, (size_t)64), 64, 0, main_stream>>>(partial, x, rows, (int)OC);
-    kernelCheck();
+    const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
+    LAUNCH(column_sum_kernel, vectorizable(OC, x), slabs * OC, 64, partial, x, rows, (int)OC);
     column_sum_finish(out, NULL, partial, slabs, OC, OC);
-}
-
-// dweight (OC, C) += dout^T (OC, rows) @ inp (rows, C), in fp32
-void linear_backward_weight(float* dweight, const floatX* dout, const floatX* inp, size_t rows, size_t C, size_t OC) {
-    matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 // ---- end shared: linear ----------------------------------------------------
 
@@ -3158,12 +3008,11 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
 // Softmax cross-entropy of logits (B, V) with label smoothing; its gradient replaces the logits:
 //     losses[b] = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits[b])
 //     logits[b] = (p - (1 - smoothing) * onehot(label) - smoothing / V) * scale
-// in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, mixup or cutmix
-// mixed image b with image B-1-b: -log p[label] and onehot(label) are then lam times those of labels[b]
-// plus 1 - lam times those of labels[B-1-b], as in timm's SoftTargetCrossEntropy with its Mixup.
-// ranks[b] = classes before the label (of larger weight) by logit, then by index; a NaN counts as
-// before. losses (B), ranks (B), labels (B). LOSS_LANES lanes share a row
-#define LOSS_LANES 8
+// in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, image b is mixed
+// with image B-1-b: -log p[label] and onehot(label) are lam times those of labels[b] plus 1 - lam times
+// those of labels[B-1-b], as in timm's SoftTargetCrossEntropy. ranks[b] = classes before the label (of
+// larger weight) by logit, then by index; a NaN counts too. losses, ranks, labels (B)
+#define LOSS_LANES 8 // that share a row
 __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
                                      float smoothing, float lam, float scale) {
     auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
@@ -3190,18 +3039,16 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     const float lse = largest + logf(sum);
     lanes.sync(); // all must have read the labels' logits before one overwrites them
     for (int v = lane; v < V; v += LOSS_LANES) {
-        const float p = expf((float)row[v] - lse);
         const float one = v == first ? weight : 0.0f, other = v == second ? second_weight : 0.0f;
-        row[v] = (floatX)((p - one - other - smoothing / V) * scale);
+        row[v] = (floatX)((expf((float)row[v] - lse) - one - other - smoothing / V) * scale);
     }
-    if (lane == 0) {
-        losses[b] = (1.0f - smoothing) * (lse - mixed) + smoothing * (lse - logit_sum / V);
-        ranks[b] = before;
-    }
+    if (lane > 0) { return; }
+    losses[b] = (1.0f - smoothing) * (lse - mixed) + smoothing * (lse - logit_sum / V);
+    ranks[b] = before;
 }
 
-// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5.
-// One block: a thread adds up every 64th image, then thread 0 adds up the threads in order.
+// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5. One
+// block: a thread adds up every 64th image, then thread 0 adds up the threads in order.
 __global__ void loss_sum_kernel(StepResult* result, const float* losses, const int* ranks, int B) {
     __shared__ double sums[64][3];
     double* own = sums[threadIdx.x];
@@ -3212,17 +3059,14 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
         own[2] += ranks[b] < 5;
     }
     __syncthreads();
-    for (int t = 0; threadIdx.x == 0 && t < 64; t++) {
-        for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; }
-    }
+    for (int t = 0; threadIdx.x == 0 && t < 64; t++) { for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; } }
 }
 
 // cross_entropy_kernel, and its losses and ranks added to the sums of the step
 void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits, const int* labels, int B, int V,
                    float smoothing, float lam, float scale) {
-    const int rows_per_block = 64 / LOSS_LANES;
-    cross_entropy_kernel<<<CEIL_DIV(B, rows_per_block), 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V,
-                                                                            smoothing, lam, scale);
+    const int blocks = CEIL_DIV(B, 64 / LOSS_LANES);
+    cross_entropy_kernel<<<blocks, 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, lam, scale);
     kernelCheck();
     loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
     kernelCheck();
@@ -3261,7 +3105,7 @@ void gradient_norm(StepResult* result, double* partial, const float* grads, size
     kernelCheck();
 }
 
-// what torch.nn.utils.clip_grad_norm_ scales gradients by
+// what it scales gradients by
 __device__ inline float clip_factor(const StepResult* result, float clip) {
     return clip > 0.0f ? fminf(1.0f, clip / (result->norm + 1e-6f)) : 1.0f;
 }
@@ -3274,25 +3118,24 @@ __global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, 
                              const StepResult* result, float clip, float lr, float beta1, float beta2,
                              float correction1, float correction2, float eps, float weight_decay) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i < n) {
-        float g[VEC], mi[VEC], vi[VEC], w[VEC];
-        const float factor = clip_factor(result, clip);
-        load<VEC>(g, grads + i);
-        load<VEC>(mi, m + i);
-        load<VEC>(vi, v + i);
-        load<VEC>(w, master + i);
-        for (int j = 0; j < VEC; j++) {
-            const float gj = g[j] * factor;
-            mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
-            vi[j] = beta2 * vi[j] + (1.0f - beta2) * gj * gj;
-            const float scale = sqrtf(vi[j]) / sqrtf(correction2) + eps;
-            w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / scale;
-        }
-        store<VEC>(m + i, mi);
-        store<VEC>(v + i, vi);
-        store<VEC>(master + i, w);
-        store<VEC>(params + i, w);
+    if (i >= n) { return; }
+    float g[VEC], mi[VEC], vi[VEC], w[VEC];
+    const float factor = clip_factor(result, clip);
+    load<VEC>(g, grads + i);
+    load<VEC>(mi, m + i);
+    load<VEC>(vi, v + i);
+    load<VEC>(w, master + i);
+    for (int j = 0; j < VEC; j++) {
+        const float gj = g[j] * factor;
+        mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
+        vi[j] = beta2 * vi[j] + (1.0f - beta2) * gj * gj;
+        const float scale = sqrtf(vi[j]) / sqrtf(correction2) + eps;
+        w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / scale;
     }
+    store<VEC>(m + i, mi);
+    store<VEC>(v + i, vi);
+    store<VEC>(master + i, w);
+    store<VEC>(params + i, w);
 }
 
 // SGD with momentum as torch.optim.SGD, with w and g as in AdamW:
@@ -3301,21 +3144,20 @@ __global__ void sgd_kernel(floatX* params, float* master, float* m, const float*
                            const StepResult* result, float clip, float lr, float momentum, float weight_decay,
                            bool nesterov) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i < n) {
-        float g[VEC], mi[VEC], w[VEC];
-        const float factor = clip_factor(result, clip);
-        load<VEC>(g, grads + i);
-        load<VEC>(mi, m + i);
-        load<VEC>(w, master + i);
-        for (int j = 0; j < VEC; j++) {
-            const float gj = g[j] * factor + weight_decay * w[j];
-            mi[j] = momentum * mi[j] + gj;
-            w[j] -= lr * (nesterov ? gj + momentum * mi[j] : mi[j]);
-        }
-        store<VEC>(m + i, mi);
-        store<VEC>(master + i, w);
-        store<VEC>(params + i, w);
+    if (i >= n) { return; }
+    float g[VEC], mi[VEC], w[VEC];
+    const float factor = clip_factor(result, clip);
+    load<VEC>(g, grads + i);
+    load<VEC>(mi, m + i);
+    load<VEC>(w, master + i);
+    for (int j = 0; j < VEC; j++) {
+        const float gj = g[j] * factor + weight_decay * w[j];
+        mi[j] = momentum * mi[j] + gj;
+        w[j] -= lr * (nesterov ? gj + momentum * mi[j] : mi[j]);
     }
+    store<VEC>(m + i, mi);
+    store<VEC>(master + i, w);
+    store<VEC>(params + i, w);
 }
 
 // updates n parameters (a multiple of VEC) of one weight decay at learning rate lr; step counts from 1
@@ -3324,8 +3166,7 @@ void optimizer_update(floatX* params, float* master, float* m, float* v, const f
     assert(n % VEC == 0);
     const size_t blocks = CEIL_DIV(n, (size_t)256 * VEC);
     if (o.adamw) {
-        const float correction1 = (float)(1.0 - pow(o.beta1, step));
-        const float correction2 = (float)(1.0 - pow(o.beta2, step));
+        const float correction1 = (float)(1.0 - pow(o.beta1, step)), correction2 = (float)(1.0 - pow(o.beta2, step));
         adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr,
             (float)o.beta1, (float)o.beta2, correction1, correction2, (float)o.eps, (float)o.weight_decay);
     } else {
@@ -3335,21 +3176,17 @@ void optimizer_update(floatX* params, float* master, float* m, float* v, const f
     kernelCheck();
 }
 
-// as ema_update, with rest = 1 - decay; rounds in the order of timm's ModelEma. A thread updates VEC
-// elements
+// ema = decay * ema + rest * w, the average of weights over steps, with rest = 1 - decay, rounded in the
+// order of timm's ModelEma; ema, w (n), n a multiple of VEC. A thread updates VEC elements
 __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, float rest) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i < n) {
-        float e[VEC], v[VEC];
-        load<VEC>(e, ema + i);
-        load<VEC>(v, w + i);
-        for (int j = 0; j < VEC; j++) { e[j] = e[j] * decay + rest * v[j]; }
-        store<VEC>(ema + i, e);
-    }
+    if (i >= n) { return; }
+    float e[VEC], v[VEC];
+    load<VEC>(e, ema + i);
+    load<VEC>(v, w + i);
+    for (int j = 0; j < VEC; j++) { e[j] = e[j] * decay + rest * v[j]; }
+    store<VEC>(ema + i, e);
 }
-
-// ema = decay * ema + (1 - decay) * w, the average of weights over steps; ema, w (n), n a multiple of
-// VEC
 void ema_update(float* ema, const float* w, size_t n, double decay) {
     ema_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(ema, w, n, (float)decay, (float)(1.0 - decay));
     kernelCheck();
@@ -3358,20 +3195,17 @@ void ema_update(float* ema, const float* w, size_t n, double decay) {
 // out = in, rounded to floatX; out, in (n), n a multiple of VEC. A thread rounds VEC elements
 __global__ void round_kernel(floatX* out, const float* in, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i < n) {
-        float v[VEC];
-        load<VEC>(v, in + i);
-        store<VEC>(out + i, v);
-    }
+    if (i >= n) { return; }
+    float v[VEC];
+    load<VEC>(v, in + i);
+    store<VEC>(out + i, v);
 }
 
-// the rate of a step, counted from 0
-// Learning rate over a run: linear warm-up from warmup_lr to lr, half a cosine to min_lr, then min_lr.
+// Learning rate of a step, counted from 0: linear warm-up from warmup_lr to lr, half a cosine to min_lr.
 // By steps: step t of the warm-up has gone (t + 1) / warmup of the way; the cosine begins after it.
 // By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
-// lr_min=min_lr) under DeiT's main.py, which calls lr_scheduler.step(epoch) after each epoch. So epoch e
-// has timm's rate of e - 1, the first two epochs have warmup_lr, and the cosine counts from the first
-// epoch, though warm-up hides its begin.
+// lr_min=min_lr), of which DeiT's main.py calls step(epoch) after each epoch: epoch e has timm's rate of
+// e - 1, the first two have warmup_lr, and the cosine counts from the first, hidden by the warm-up.
 double learning_rate_at(const Schedule* s, int step) {
     const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
     const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
