@@ -1989,17 +1989,14 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
         }
         __syncthreads();
         if (op == CONTRAST ? t == 0 : t < CH) {
-            unsigned long long sum = 0;
-            unsigned below = 0, last = 0;
+            unsigned long long sum = 0, below = 0, last = 0;
             low[t] = high[t] = -1;
             for (int v = 0; v < 256; v++) {
                 const unsigned count = counts[t][v];
-                if (count > 0) {
-                    low[t] = low[t] < 0 ? v : low[t];
-                    high[t] = v;
-                    last = count;
-                }
-                if (op == EQUALIZE) { counts[t][v] = below; }
+                if (count > 0 && low[t] < 0) { low[t] = v; }
+                if (count > 0) { high[t] = v; }
+                last = count > 0 ? count : last;
+                if (op == EQUALIZE) { counts[t][v] = (unsigned)below; }
                 below += count;
                 for (int c = 0; op == CONTRAST && c < channels; c++) { sum += (unsigned long long)counts[c][v] * v; }
             }
@@ -2123,11 +2120,9 @@ void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* fli
     uint8_t *inp = images, *out = scratch;
     for (int layer = 0; layer < layers; layer++, augments += n) {
         const int* mirror = layer == 0 ? flips : NULL;
-#define LAYER(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
-#define LAYER_OF(C) case C: if (S % 2 == 0) { LAYER(C, 4); } else { LAYER(C, 1); } break;
-        switch (CH) { LAYER_OF(1) LAYER_OF(2) LAYER_OF(3) LAYER_OF(4) }
-#undef LAYER_OF
-#undef LAYER
+#define AUGMENT(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
+#define AUGMENT_OF(C) case C: if (S % 2 == 0) { AUGMENT(C, 4); } else { AUGMENT(C, 1); } break;
+        switch (CH) { AUGMENT_OF(1) AUGMENT_OF(2) AUGMENT_OF(3) AUGMENT_OF(4) }
         std::swap(inp, out);
     }
     if (inp != images) { cudaCheck(cudaMemcpyAsync(images, inp, n * S * S * CH, cudaMemcpyDeviceToDevice, stream)); }
@@ -4550,8 +4545,8 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 // ---- end shared: mixing ----------------------------------------------------
 
 // ---- shared: shard reader --------------------------------------------------
-// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by threads that
-// read the next batch while the device computes this one. Its words:
+// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by threads that read
+// the next batch while the device computes this one. No memory but the list of jobs grows with the batch. Words:
 //
 //   batch   the records of a training step. Two are planned at most: one is copied, the other is read
 //   job     a record of a batch, which a thread reads, checks and stages: writes to its place in a slot
@@ -4561,8 +4556,6 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 //   batch      | job 0 | job 1 | job 2 | job 3 | job 4 | job 5 |
 //   pieces     |       0       |           1           |   2   |    in the next batch: 3, 4, ...
 //   slot 1     | job 2 | job 3 | job 4 | free |
-//
-// So neither pinned memory nor staging memory on the device grows with the batch.
 #define PIECE_BYTES ((size_t)32 << 20)
 #define PIECE_SLOTS 4
 #define MAX_PIECE_JOBS 16384 // a dimension of a grid has 65,535 blocks at most
@@ -4576,18 +4569,15 @@ typedef struct {
     uint32_t crc;      // of the headers: says which data these are
     bool verified;     // all records have been compared with their checksums
 } ShardSet;
-
 typedef struct {
     const Shard* shard;
     const ShardEntry* entry;
     const uint8_t* record;
-    unsigned number;       // of the image in its shard
-    uint32_t crc;          // of the record, as read
+    size_t bytes;          // of the record
     size_t piece, offset;  // where it is staged: piece, counted over the run, and byte of the slot
+    uint32_t crc;          // of the record, as read
 } ReadJob;
-
 typedef struct { size_t first, jobs, bytes, left; } ReadPiece; // first job, number of jobs, bytes, jobs to be done
-
 typedef struct {
     ReadJob* jobs;         // (max_jobs)
     ReadPiece* pieces;     // (max_jobs)
@@ -4597,11 +4587,10 @@ typedef struct {
 // A trainer's loader is a Reader and what it needs beyond that
 struct Reader {
     ShardSet set;
-    size_t piece_bytes;
+    size_t piece_bytes, pieces; // bytes of a slot; pieces planned
     ReadBatch read[2];     // batch b of those planned is read[b % 2]
     uint8_t* slots[PIECE_SLOTS];      // pinned, of piece_bytes each
     cudaEvent_t emptied[PIECE_SLOTS]; // the slot has been copied to the device
-    size_t pieces;         // planned
     pthread_t threads[MAX_READERS];
     int num_threads, device;
     pthread_mutex_t lock;  // of what follows, which the threads share
@@ -4610,10 +4599,6 @@ struct Reader {
     size_t issued;         // pieces whose copy to the device has been asked for
     bool stop;
 };
-
-inline size_t record_bytes(const Shard* s, const ShardEntry* e) {
-    return numel(e->height, e->width, s->header->channels) + e->annotation_bytes;
-}
 
 // what a loader defines: writes job i of a batch to its place in a slot. Several threads call it at once
 void stage_record(const Reader* r, const ReadBatch* b, size_t i, uint8_t* staged);
@@ -4639,10 +4624,9 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     return found;
 }
 
-// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of PREFIX_00000.bin,
-// PREFIX_00001.bin, ..., which must all be there and agree with one another. Both at once are an error: which of
-// them is meant must not be guessed. Records of up to 1 GiB are verified here; those of a larger set, each when it
-// is read
+// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of PREFIX_00000.bin, ..., which
+// must all be there and agree. Both at once are an error: which is meant must not be guessed. Records of a set of up
+// to 1 GiB are verified here; those of a larger one, each when it is read
 ShardSet shards_open(const char* path) {
     char name[4300];
     struct stat info;
@@ -4663,10 +4647,9 @@ ShardSet shards_open(const char* path) {
     set.begin = host_new<unsigned>(set.num_shards, "shards");
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
-        const bool there = stat(name, &info) == 0;
-        require(found == 0 || there, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script "
-                "that makes them again", name, found, path, end - 1);
-        bytes += there ? (uint64_t)info.st_size : 0;
+        if (stat(name, &info) == 0) { bytes += (uint64_t)info.st_size; continue; }
+        require(found == 0, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script that makes "
+                "them again", name, found, path, end - 1);
     }
     snprintf(name, sizeof(name), "%s.part", path);
     require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run "
@@ -4709,7 +4692,7 @@ bool reader_work(Reader* r, size_t last) {
     }
     pthread_mutex_unlock(&r->lock);
     const size_t slot = job->piece % PIECE_SLOTS;
-    job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, record_bytes(job->shard, job->entry));
+    job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
     if (job->piece >= PIECE_SLOTS) { cudaCheck(cudaEventSynchronize(r->emptied[slot])); }
     stage_record(r, b, i, r->slots[slot] + job->offset);
     pthread_mutex_lock(&r->lock);
@@ -4737,8 +4720,7 @@ template <class T> void reader_set(Reader* r, T* field, T value) {
 // set and piece_bytes say what is read; threads 0: reader_wait reads alone
 void reader_start(Reader* r, size_t max_jobs, int threads) {
     for (ReadBatch& b : r->read) {
-        b.jobs = host_new<ReadJob>(max_jobs, "a batch");
-        b.pieces = host_new<ReadPiece>(max_jobs, "a batch");
+        b = ReadBatch{host_new<ReadJob>(max_jobs, "a batch"), host_new<ReadPiece>(max_jobs, "a batch"), 0, 0, 0};
     }
     for (int i = 0; i < PIECE_SLOTS; i++) {
         cudaCheck(cudaMallocHost((void**)&r->slots[i], r->piece_bytes));
@@ -4767,8 +4749,7 @@ void reader_close(Reader* r) {
 // begins to plan the next batch: reader_add adds its jobs, and reader_go gives them to the threads
 ReadBatch* reader_plan(Reader* r) {
     ReadBatch* b = &r->read[r->planned % 2];
-    b->first_piece = r->pieces;
-    b->num_jobs = b->num_pieces = 0;
+    *b = ReadBatch{b->jobs, b->pieces, 0, 0, r->pieces};
     return b;
 }
 
@@ -4777,15 +4758,16 @@ ReadBatch* reader_plan(Reader* r) {
 bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, size_t bytes, size_t behind) {
     const ShardEntry* e = &shard->entries[number];
     const uint8_t* record = shard->file.data + e->offset;
+    const size_t record_bytes = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
     ReadPiece* p = &b->pieces[b->num_pieces - 1];
     const bool begins = b->num_pieces == 0 || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes;
     if (begins) { *(p = &b->pieces[b->num_pieces++]) = ReadPiece{b->num_jobs, 0, 0, 0}; }
-    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, number, 0, b->first_piece + b->num_pieces - 1, p->bytes};
+    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, record_bytes, b->first_piece + b->num_pieces - 1, p->bytes, 0};
     p->left = ++p->jobs;
     p->bytes += bytes;
     if (!r->set.verified) { // the system begins to read the record from disk; a thread will find it in memory
         const uintptr_t page = (uintptr_t)record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)record + record_bytes(shard, e) - page, MADV_WILLNEED);
+        madvise((void*)page, (uintptr_t)record + record_bytes - page, MADV_WILLNEED);
     }
     return begins;
 }
@@ -4800,13 +4782,11 @@ void reader_go(Reader* r, const ReadBatch* b) {
 const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
     const ReadPiece* piece = &b->pieces[p];
     pthread_mutex_lock(&r->lock);
-    while (piece->left > 0) {
-        if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); }
-    }
+    while (piece->left > 0) { if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); } }
     pthread_mutex_unlock(&r->lock);
     for (const ReadJob* job = b->jobs + piece->first; job < b->jobs + piece->first + piece->jobs; job++) {
-        require(job->crc == job->entry->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; write "
-                "the shard again", job->shard->file.path, job->number, job->crc, job->entry->crc);
+        require(job->crc == job->entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is damaged; write "
+                "the shard again", job->shard->file.path, job->entry - job->shard->entries, job->crc, job->entry->crc);
     }
     return r->slots[(b->first_piece + p) % PIECE_SLOTS];
 }
@@ -4820,14 +4800,10 @@ void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream)
 
 // ---- shared: image batches -------------------------------------------------
 // The loader of a classifier: which images a batch holds, what part of each is wanted, and how they come to the
-// device. A batch is a function of (seed, its number) alone. The shard reader stages its images; the loader's
-// stream copies them to the device, piece by piece, and resizes them there if it must, while the step before
-// computes.
-//
-// Images that are resized need scratch memory. A group, images in a row of one piece, is resized at once; the
-// groups of a piece use the same scratch at the end of the memory, and a group is so small that its scratch stays
-// in the device's cache:
-//
+// device. A batch is a function of (seed, its number) alone. The shard reader stages its images; the loader's stream
+// copies them to the device, piece by piece, and resizes them there if it must, while the step before computes.
+// A group, images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the end of
+// the memory, and are so small that it stays in the device's cache:
 //   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct {
     size_t B, S, CH, ranks, rank;
@@ -4841,7 +4817,6 @@ typedef struct {
     float smoothing;        // training: of labels
     MixOptions mix;         // training
 } LoaderOptions;
-
 typedef struct { // what the loader fills, all of it on the device
     uint8_t* images;     // (B, S, S, CH)
     int *labels, *flips; // (B)
@@ -4850,7 +4825,6 @@ typedef struct { // what the loader fills, all of it on the device
     EraseBox* erased;    // (B), where images are erased
     Augmenter* augmenter; // for model_augment, which may do nothing
 } LoaderTarget;
-
 typedef struct { // beside the jobs of a batch: what the loader planned for its images
     Batch batch;           // as the model will see it
     ResizeTask* tasks;     // (B) in pinned memory, and behind them
@@ -4864,8 +4838,7 @@ struct Loader : Reader {
     LoaderTarget target;
     bool resizes;           // else all images are S x S and only copied
     unsigned* order;        // (images) of the current epoch
-    long long epoch;        // whose order it is; -1: that of the files
-    long long ahead;        // number of the batch that is being read; -1: none
+    long long epoch, ahead; // whose order it is, -1: that of the files; the batch that is being read, -1: none
     ImageBatch batches[2];  // beside read[2]
     const ImageBatch* current; // was brought to the device last
     size_t group_bytes;     // most scratch of a group
@@ -4874,8 +4847,7 @@ struct Loader : Reader {
 };
 
 // The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the image's, a ratio
-// of 3/4 to 4/3; after ten attempts that do not fit, the centre. Philox(seed, RNG_CROP, epoch, 16 * place + attempt)
-// gives area, ratio, top and left
+// of 3/4 to 4/3; after ten attempts that do not fit, the centre
 ImageView random_crop(int height, int width, double scale, unsigned long long seed, unsigned epoch, size_t place) {
     const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width, ratio = (double)width / height;
     for (int attempt = 0; attempt < 10; attempt++) {
@@ -4963,12 +4935,10 @@ Loader* loader_open(const char* path, LoaderOptions o) {
             o.CH);
     require(o.classes == 0 || h->classes == (unsigned)o.classes, "%s has %u classes, the model %d; set -classes",
             path, h->classes, o.classes);
-    loader->piece_bytes = loader_staging_bytes(&loader->set, &o);
-    loader->resizes = loader->piece_bytes > 0;
-    if (!loader->resizes) { // a piece is a batch, or PIECE_BYTES of it, or one image
-        const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
-        loader->piece_bytes = std::min(batch, std::max(image, PIECE_BYTES));
-    }
+    const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
+    const size_t staging = loader_staging_bytes(&loader->set, &o);
+    loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
+    loader->piece_bytes = loader->resizes ? staging : std::min(batch, std::max(image, PIECE_BYTES));
     return loader;
 }
 
@@ -5043,15 +5013,16 @@ void stage_record(const Reader* r, const ReadBatch* read, size_t i, uint8_t* sta
 void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     const LoaderOptions* o = &loader->options;
     BatchAugment* a = &batch->augment;
-    const size_t batches = loader_batches(loader), in_epoch = number % batches, images = loader->set.images;
-    const size_t place = loader_place(o, in_epoch, 0), step = loader_place(o, in_epoch, 1) - place;
+    const size_t batches = loader_batches(loader), images = loader->set.images;
+    const size_t place = loader_place(o, number % batches, 0), step = loader_place(o, number % batches, 1) - place;
+    const unsigned epoch = (unsigned)(number / batches);
     const EraseBox* erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
     batch->n = o->training ? o->B : std::min(o->B, images - place);
-    *a = BatchAugment{erased, o->seed, place, step, (unsigned)(number / batches), (int)batch->n, 1.0f, false, 0, 0, 0, 0};
+    *a = BatchAugment{erased, o->seed, place, step, epoch, (int)batch->n, 1.0f, false, 0, 0, 0, 0};
     if (!o->training) { return; }
     draw_mix(a, &o->mix, o->seed, (unsigned)number, (int)o->S);
-    if (loader->epoch != (long long)a->epoch) { shuffle(loader->order, (unsigned)images, o->seed, a->epoch); }
-    loader->epoch = a->epoch;
+    if (loader->epoch != (long long)epoch) { shuffle(loader->order, (unsigned)images, o->seed, epoch); }
+    loader->epoch = epoch;
 }
 
 // plans the images of a batch and gives them to the threads
@@ -5073,9 +5044,8 @@ void loader_plan(Loader* loader, size_t number) {
         b->labels[i] = e->label;
         b->flips[i] = !loader->resizes && v.mirror;
         if (a->erased != NULL) { b->erased[i] = draw_erase(o->mix.erase, o->seed, a->epoch, place, (int)o->S); }
-        ResizeTask t = {};
-        if (loader->resizes) { t = resize_task(&v, (int)o->S, (int)o->CH); }
-        else { t.staged_bytes = numel(o->S, o->S, o->CH); }
+        ResizeTask t = loader->resizes ? resize_task(&v, (int)o->S, (int)o->CH) : ResizeTask{};
+        if (!loader->resizes) { t.staged_bytes = numel(o->S, o->S, o->CH); }
         if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
         group += t.scratch_bytes;
         most = std::max(most, group);
@@ -5094,7 +5064,6 @@ void loader_plan(Loader* loader, size_t number) {
 // copies piece p of a batch from its slot to the device, and resizes it group by group
 void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const uint8_t* slot = reader_wait(loader, read, p);
-    const cudaStream_t stream = loader->stream;
     const LoaderTarget* to = &loader->target;
     const ReadPiece* piece = &read->pieces[p];
     const ResizeTask* tasks = loader->batches[read - loader->read].tasks;
@@ -5102,8 +5071,8 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const int S = (int)loader->options.S, CH = (int)loader->options.CH;
     if (!loader->resizes) {
         uint8_t* images = to->images + numel(first, S, S, CH);
-        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, stream));
-        reader_copied(loader, read, p, stream);
+        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, loader->stream));
+        reader_copied(loader, read, p, loader->stream);
     }
     for (size_t i = first, end; loader->resizes && i < last; i = end) {
         int pitch = tasks[i].pitch; // the largest of the group
@@ -5113,9 +5082,9 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
             pitch = std::max(pitch, t->pitch);
         }
         const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, stream));
-        if (end == last) { reader_copied(loader, read, p, stream); }
-        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, stream);
+        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, loader->stream));
+        if (end == last) { reader_copied(loader, read, p, loader->stream); }
+        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
     }
 }
 
@@ -5186,14 +5155,14 @@ void plan_images(Model* model, Augmenter* augmenter) {
     Plan* plan = &model->plan;
     ImageData* d = model->images;
     LoaderTarget* t = &d->target;
-    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B * sizeof(ResizeTask) : 0;
-    const size_t pixels = numel(B, model->H, model->W, model->CH);
+    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0;
     t->augmenter = augmenter;
-    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images, pixels);
+    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images,
+             numel(B, model->H, model->W, model->CH));
     plan_add(plan, SCRATCH, "next labels", "", "(B)", &t->labels, B * sizeof(int));
     plan_add(plan, SCRATCH, "flips", "", "(B)", &t->flips, B * sizeof(int));
     plan_add(plan, SCRATCH, "image staging", "", "bytes", &t->staging, model->staging_bytes);
-    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks);
+    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks * sizeof(ResizeTask));
     plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, d->erase > 0.0 ? B * sizeof(EraseBox) : 0);
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
