@@ -1816,26 +1816,20 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
 }
 
 // ----------------------------------------------------------------------------
-// RandAugment (Cubuk et al., arXiv 1909.13719)
+// RandAugment (Cubuk et al., arXiv 1909.13719): what timm does to the bytes of a training image after crop and flip,
+// as Pillow computes it. The host draws the operations of each image, by Philox from its place in the epoch; the
+// device applies them, a layer of operations a launch
 
-// What timm does to the bytes of a training image after crop and flip, as Pillow computes it. The host
-// draws the operations of each image, by Philox from its place in the epoch; the device applies them, a
-// layer of operations a launch.
-// The operations have the order of timm's _RAND_INCREASING_TRANSFORMS
+// in the order of timm's _RAND_INCREASING_TRANSFORMS
 enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST,
        BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
-
 typedef struct ImageAugment {
     int op, value;           // value: bits that stay, threshold or summand
     float factor;            // 0: the degenerate image (grey, black, blurred), 1: the image
     double matrix[6];        // (2, 3): (x, y) of the input = matrix * (x, y, 1) of the output, at pixel centres
 } ImageAugment;
+typedef struct { uint8_t v[4]; } Pixel;
 
-typedef struct {
-    uint8_t v[4];
-} Pixel;
-
-// reads timm's name of a RandAugment, "rand-m9-mstd0.5-inc1"; "none"
 void parse_augment(RandAugment* o, const char* text) {
     bool increasing = false, known = strncmp(text, "rand", 4) == 0;
     *o = RandAugment{0, -1, 0.0};
@@ -1845,9 +1839,9 @@ void parse_augment(RandAugment* o, const char* text) {
     for (int used = 0; known && *at == '-'; at += used) {
         used = strncmp(at, "-inc1", 5) == 0 ? 5 : 0;
         increasing = increasing || used > 0;
-        known = used > 0 || sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) == 1
-                || sscanf(at, "-m%3d%n", &o->magnitude, &used) == 1 || sscanf(at, "-n%3d%n", &o->layers, &used) == 1;
-        known = known && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8
+        known = (used > 0 || sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) == 1
+                 || sscanf(at, "-m%3d%n", &o->magnitude, &used) == 1 || sscanf(at, "-n%3d%n", &o->layers, &used) == 1)
+                && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8
                 && o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
     }
     known = known && *at == 0 && o->magnitude >= 0 && increasing;
@@ -1855,34 +1849,29 @@ void parse_augment(RandAugment* o, const char* text) {
             "up to 10, N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
 }
 
-// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit:
-// black, as in Pillow before 10
+// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit: black, as in
+// Pillow before 10
 void augment_argument(ImageAugment* a, int op, double level, bool negate, int S) {
-    const double sign = negate ? -1.0 : 1.0, half = S / 2.0;
-    double *m = a->matrix, angle = 0.0;
-    memset(a, 0, sizeof(*a));
-    a->op = op;
-    m[0] = m[4] = 1.0;
+    const double part = level / 10.0, shift = negate ? -part : part, half = S / 2.0;
+    const double angle = -shift * 30.0 * M_PI / 180.0;
+    double* m = a->matrix;
+    *a = ImageAugment{op, 0, 0.0f, {1.0, 0.0, 0.0, 0.0, 1.0, 0.0}};
     switch (op) {
     case ROTATE: // about the centre; the terms are rounded to 15 decimals, as Pillow's
-        angle = -sign * level / 10.0 * 30.0 * M_PI / 180.0;
         m[0] = m[4] = rint(cos(angle) * 1e15) / 1e15;
         m[1] = rint(sin(angle) * 1e15) / 1e15;
         m[3] = -m[1];
         m[2] = -half * m[0] - half * m[1] + half;
         m[5] = -half * m[3] - half * m[4] + half;
         break;
-    case POSTERIZE: a->value = 4 - (int)(level / 10.0 * 4); break;
-    case SOLARIZE: a->value = 256 - (int)(level / 10.0 * 256); break;
-    case SOLARIZE_ADD: a->value = (int)(level / 10.0 * 110); break;
-    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS:
-        a->factor = (float)fmax(0.1, 1.0 + sign * (level / 10.0) * 0.9);
-        break;
-    case SHEAR_X: m[1] = sign * (level / 10.0) * 0.3; break;
-    case SHEAR_Y: m[3] = sign * (level / 10.0) * 0.3; break;
-    case TRANSLATE_X: m[2] = sign * (level / 10.0) * 0.45 * S; break;
-    case TRANSLATE_Y: m[5] = sign * (level / 10.0) * 0.45 * S; break;
-    default: break;
+    case POSTERIZE: a->value = 4 - (int)(part * 4); break;
+    case SOLARIZE: a->value = 256 - (int)(part * 256); break;
+    case SOLARIZE_ADD: a->value = (int)(part * 110); break;
+    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS: a->factor = (float)fmax(0.1, 1.0 + shift * 0.9); break;
+    case SHEAR_X: m[1] = shift * 0.3; break;
+    case SHEAR_Y: m[3] = shift * 0.3; break;
+    case TRANSLATE_X: m[2] = shift * 0.45 * S; break;
+    case TRANSLATE_Y: m[5] = shift * 0.45 * S; break;
     }
 }
 
@@ -1896,8 +1885,7 @@ void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed
     augment_argument(a, u.y >> 31 ? NO_AUGMENT : op, level, u.z >> 31, S);
 }
 
-// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. i, S*S and
-// the address divide by V
+// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. V divides i, S*S, the address
 template <int CH, int V>
 __device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i, unsigned S, bool mirrored) {
     for (int q = 0; mirrored && q < V; q++) {
@@ -1918,19 +1906,18 @@ __device__ inline uint8_t blend(int from, int to, float factor) {
 // Pillow's conversion of R, G, B to grey
 __device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16; }
 
-// Pillow's cubic through four values (a = -1), between v1 and v2. Written as a polynomial of d it gives
-// their very value where all four are equal; the caller truncates it
+// Pillow's cubic through four values (a = -1), between v1 and v2. Written as a polynomial of d it gives their very
+// value where all four are equal; the caller truncates it
 __device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
     return v1 + d * (v2 - v0 + d * (2.0f * (v0 - v1) + v2 - v3 + d * (v1 - v0 + v3 - v2)));
 }
 
-// Operations that map each value by itself become tables: tables[b, c, v] = what value v becomes in
-// channel c of image b.
+// Operations that map each value by itself become tables: tables[b, c, v] = what v becomes in channel c of image b
 //     AutoContrast: (v - min) * 255 / (max - min)     Brightness: blend(0, v)     Contrast: blend(mean grey, v)
 //     Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
 //     Posterize, Solarize, SolarizeAdd, Invert
-// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image.
-// Histograms are sums of integers, so their order does not matter. pixels and images divide by V
+// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. Histograms are sums of
+// integers, so their order does not matter. V divides pixels and images
 template <int CH, int V>
 __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, const ImageAugment* augments,
                                      unsigned pixels) {
@@ -1949,24 +1936,19 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
         for (unsigned i = t * V; i < pixels; i += 256 * V) {
             alignas(4) uint8_t x[V * CH];
             load_pixels<CH, V>(x, images + b * pixels * CH, i, 1, false);
-            for (int q = 0; q < V; q++) {
-                if (grey) { atomicAdd_block(&counts[0][luma(x + q * CH)], 1u); }
-                else { for (int c = 0; c < CH; c++) { atomicAdd_block(&counts[c][x[q * CH + c]], 1u); } }
-            }
+            for (int q = 0; grey && q < V; q++) { atomicAdd_block(&counts[0][luma(x + q * CH)], 1u); }
+            for (int k = 0; !grey && k < V * CH; k++) { atomicAdd_block(&counts[k % CH][x[k]], 1u); }
         }
         __syncthreads();
         if (op == CONTRAST ? t == 0 : t < CH) {
-            unsigned long long sum = 0;
-            unsigned below = 0, last = 0;
+            unsigned long long sum = 0, below = 0, last = 0;
             low[t] = high[t] = -1;
             for (int v = 0; v < 256; v++) {
                 const unsigned count = counts[t][v];
-                if (count > 0) {
-                    if (low[t] < 0) { low[t] = v; }
-                    high[t] = v;
-                    last = count;
-                }
-                if (op == EQUALIZE) { counts[t][v] = below; }
+                if (count > 0 && low[t] < 0) { low[t] = v; }
+                if (count > 0) { high[t] = v; }
+                last = count > 0 ? count : last;
+                if (op == EQUALIZE) { counts[t][v] = (unsigned)below; }
                 below += count;
                 for (int c = 0; op == CONTRAST && c < channels; c++) { sum += (unsigned long long)counts[c][v] * v; }
             }
@@ -1979,11 +1961,9 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
         int v = (int)t;
         if (op == AUTO_CONTRAST && high[c] > low[c]) {
             const double scale = 255.0 / (high[c] - low[c]);
-            v = (int)__dadd_rn(__dmul_rn((double)v, scale), -low[c] * scale);
-            v = v < 0 ? 0 : v > 255 ? 255 : v;
+            v = min(max((int)__dadd_rn(__dmul_rn((double)v, scale), -low[c] * scale), 0), 255);
         } else if (op == EQUALIZE && low[c] > 0) {
-            v = (int)((low[c] / 2 + counts[c][t]) / low[c]);
-            v = v > 255 ? 255 : v;
+            v = min((int)((low[c] / 2 + counts[c][t]) / low[c]), 255);
         } else if (op == INVERT) { v = 255 - v;
         } else if (op == POSTERIZE) { v &= 0xFF00 >> value;
         } else if (op == SOLARIZE) { v = v < value ? v : 255 - v;
@@ -1994,11 +1974,10 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
     }
 }
 
-// x (CH) = the input image (S, S, CH) at the place where an affine operation maps output pixel i,
-// bicubic; the fill colour where that is outside of the image
-template <int CH>
-__device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S,
-                                    bool mirrored, Pixel fill) {
+// x (CH) = the input image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the fill
+// colour where that is outside of the image
+template <int CH> __device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const double* m, unsigned i,
+                                                      int S, bool mirrored, Pixel fill) {
     const int row = (int)i / S, column = (int)i - row * S;
     const double h = row + 0.5, w = column + 0.5; // in fp32 the place would be off by 1e-5 pixels
     const double u = m[0] * w + m[1] * h + m[2], v = m[3] * w + m[4] * h + m[5];
@@ -2026,11 +2005,9 @@ __device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const doub
     }
 }
 
-// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13 rounded; the
-// border stays as it is
+// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13 rounded; the border stays
 template <int CH>
-__device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float factor, unsigned i, int S,
-                                   bool mirrored) {
+__device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float factor, unsigned i, int S, bool mirrored) {
     const int row = (int)i / S, column = (int)i - row * S;
     const uint8_t* p = image + ((size_t)row * S + (mirrored ? S - 1 - column : column)) * CH;
     const bool border = row == 0 || row == S - 1 || column == 0 || column == S - 1;
@@ -2044,8 +2021,8 @@ __device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float facto
 // out = one operation an image, as Pillow computes it. All threads of a block have the same operation.
 //     Color: blend(grey, image) of three channels, else the image      Sharpness: sharp_pixel
 //     Rotate, Shear, Translate: affine_pixel                           the others: tables
-// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first;
-// NULL: none. A block of 256 threads takes 256 * V pixels of an image; S*S, out and inp divide by V
+// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first; NULL: none. A
+// block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
 template <int CH, int V>
 __global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
                                const int* flips, Pixel fill, int S, unsigned image_blocks) {
@@ -2088,22 +2065,17 @@ void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const Imag
     kernelCheck();
 }
 
-// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n)
-// say so: those become 0. scratch is as large as images, tables (n, CH, 256). fill: what rotation,
-// shear and translation leave empty
+// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n) say so: those
+// become 0. scratch is as large as images, tables (n, CH, 256). fill: what rotation, shear and translation leave empty
 void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments,
                     int layers, size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
     uint8_t *inp = images, *out = scratch;
     for (int layer = 0; layer < layers; layer++, augments += n) {
         const int* mirror = layer == 0 ? flips : NULL;
-#define LAYER(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
-#define LAYER_OF(C) case C: if (S % 2 == 0) { LAYER(C, 4); } else { LAYER(C, 1); } break;
-        switch (CH) { LAYER_OF(1) LAYER_OF(2) LAYER_OF(3) LAYER_OF(4) }
-#undef LAYER_OF
-#undef LAYER
-        uint8_t* swap = inp;
-        inp = out;
-        out = swap;
+#define AUGMENT(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
+#define AUGMENT_OF(C) case C: if (S % 2 == 0) { AUGMENT(C, 4); } else { AUGMENT(C, 1); } break;
+        switch (CH) { AUGMENT_OF(1) AUGMENT_OF(2) AUGMENT_OF(3) AUGMENT_OF(4) }
+        std::swap(inp, out);
     }
     if (inp != images) { cudaCheck(cudaMemcpyAsync(images, inp, n * S * S * CH, cudaMemcpyDeviceToDevice, stream)); }
     cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
@@ -3965,17 +3937,16 @@ void log_cut(FILE* log, int step) {
 // ---- end shared: checkpoints -----------------------------------------------
 
 // ---- shared: image resize --------------------------------------------------
-// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic (a = -0.5) over a support that
-// grows with the shrinking (antialiasing), weights computed in double and rounded to 22 bits behind the
-// point, columns first, rounding to bytes between the two passes. (Pillow 13 differs where rows shrink
-// much more than columns: there it begins with the rows.) The host computes the weights and transposes
-// each image, so that a column of one channel is a run of bytes: in both passes a thread then makes
-// RESIZE_V neighbours, which share their weights.
+// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic over a support that grows with the
+// shrinking (antialiasing), weights computed in double and rounded to 22 bits behind the point, columns first,
+// rounded to bytes in between. (Pillow 13 begins with the rows where they shrink much more.) The host computes the
+// weights and transposes each image, so that a column of one channel is a run of bytes: in both passes a thread
+// makes RESIZE_V neighbours, which share their weights.
 #define RESIZE_V 64
 #define RESIZE_BITS 22
 
-// The part of an image that is wanted: a box of it is resized to full_height x full_width, of which a
-// window of S x S is kept and, where `mirror` says so, mirrored left to right.
+// The part of an image that is wanted: a box of it is resized to full_height x full_width, of which a window of
+// S x S is kept and, where `mirror` says so, mirrored left to right
 typedef struct {
     int top, left, height, width; // of the box
     size_t full_height, full_width, window_top, window_left;
@@ -3989,7 +3960,7 @@ typedef struct {
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
 // Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
-// pitch and row pitch are the number of rows and S * CH, rounded up to a multiple of RESIZE_V.
+// pitch and row pitch are the number of rows and S * CH, rounded up to a multiple of RESIZE_V
 typedef struct {
     size_t staged, resized;             // offsets in the staging buffer, in bytes
     size_t pixels, straight;            // offset from `staged`, offset from `resized`
@@ -4001,17 +3972,14 @@ typedef struct {
 
 // how many input pixels make output pixel `at`, when n pixels are resized to `full`; *first: the first one
 inline int resize_range(int n, size_t full, size_t at, int* first) {
-    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale;
-    const double center = (at + 0.5) * scale;
-    const int low = (int)(center - support + 0.5), high = (int)(center + support + 0.5);
-    *first = low > 0 ? low : 0;
-    return (high < n ? high : n) - *first;
+    const double scale = (double)n / full, support = 2.0 * std::max(scale, 1.0), center = (at + 0.5) * scale;
+    *first = std::max((int)(center - support + 0.5), 0);
+    return std::min((int)(center + support + 0.5), n) - *first;
 }
 
-// the most that resize_range returns: any further pixel would have the weight 0
+// the most of these: where resize_range returns more, the last pixel has the weight 0
 inline int resize_taps(int n, size_t full) {
-    const double scale = (double)n / full, support = scale < 1.0 ? 2.0 : 2.0 * scale;
-    return 2.0 * support < n ? (int)ceil(2.0 * support) : n;
+    return std::min((int)ceil(4.0 * std::max((double)n / full, 1.0)), n);
 }
 
 // Pillow's bicubic filter, and PyTorch's antialiased one: Keys' cubic, a = -0.5
@@ -4021,22 +3989,21 @@ inline double resize_filter(double x) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if
-// mirrored. `first` counts from input pixel `origin`
+// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored. `first`
+// counts from input pixel `origin`
 void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin,
                     bool mirror) {
-    const double scale = (double)n / full, inverse = 1.0 / (scale < 1.0 ? 1.0 : scale);
+    const double scale = (double)n / full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
         const double center = (window + i + 0.5) * scale;
-        int low, count = resize_range(n, full, window + i, &low);
-        double sum = 0.0;
-        if (count > taps) { count = taps; }
+        int low;
+        const int count = std::min(resize_range(n, full, window + i, &low), taps);
+        double sum = 0.0; // positive: the pixel at the centre outweighs the negative ones
         for (int k = 0; k < count; k++) { sum += resize_filter((k + low - center + 0.5) * inverse); }
         first[out] = low - origin;
         for (int k = 0; k < taps; k++) {
-            double w = k < count ? resize_filter((k + low - center + 0.5) * inverse) : 0.0;
-            if (sum != 0.0) { w /= sum; }
+            const double w = k < count ? resize_filter((k + low - center + 0.5) * inverse) / sum : 0.0;
             weights[(size_t)out * taps + k] = (int)(w * (1 << RESIZE_BITS) + (w < 0.0 ? -0.5 : 0.5));
         }
     }
@@ -4044,10 +4011,9 @@ void resize_weights(int* first, int* weights, int taps, int n, size_t full, size
 
 // how many input pixels a window of S output pixels needs; *first: the first one
 int resize_window(int n, size_t full, size_t window, int S, int* first) {
-    int last;
-    const int end = resize_range(n, full, window + S - 1, &last) + last;
+    int last, taps = resize_range(n, full, window + S - 1, &last);
     resize_range(n, full, window, first);
-    return end - *first;
+    return last + taps - *first;
 }
 
 // the task of a view; its caller sets where the data lie (staged, resized), and image
@@ -4069,21 +4035,15 @@ ResizeTask resize_task(const ImageView* v, int S, int CH) {
 
 // transposes a matrix of 8 x 8 bytes; byte `column` of r[row] is r[row] >> 8 * column
 __host__ __device__ inline void turn_8x8(uint64_t* r) {
-    for (int j = 0; j < 4; j++) {
-        const uint64_t x = (r[j] >> 32 ^ r[j+4]) & 0x00000000FFFFFFFFull;
-        r[j+4] ^= x;
-        r[j] ^= x << 32;
-    }
-    for (int q = 0; q < 4; q++) {
-        const int j = (q & 1) + (q & 2) * 2;
-        const uint64_t x = (r[j] >> 16 ^ r[j+2]) & 0x0000FFFF0000FFFFull;
-        r[j+2] ^= x;
-        r[j] ^= x << 16;
-    }
-    for (int j = 0; j < 8; j += 2) {
-        const uint64_t x = (r[j] >> 8 ^ r[j+1]) & 0x00FF00FF00FF00FFull;
-        r[j+1] ^= x;
-        r[j] ^= x << 8;
+    const uint64_t masks[3] = {0x00000000FFFFFFFFull, 0x0000FFFF0000FFFFull, 0x00FF00FF00FF00FFull};
+    for (int level = 0; level < 3; level++) {
+        const int side = 4 >> level; // exchanges the squares of this side off the diagonal
+        for (int q = 0; q < 4; q++) {
+            const int j = q + (q & -side);
+            const uint64_t x = (r[j] >> 8 * side ^ r[j + side]) & masks[level];
+            r[j + side] ^= x;
+            r[j] ^= x << 8 * side;
+        }
     }
 }
 
@@ -4106,11 +4066,9 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
 // the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
 void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S,
                   int CH) {
-    int* first = (int*)staged; // weights lie behind it
-    resize_weights(first, first + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column,
-                   v->mirror);
-    first += (size_t)S * (1 + t->column_taps);
-    resize_weights(first, first + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
+    int *x = (int*)staged, *y = x + (size_t)S * (1 + t->column_taps); // first; weights lie behind it
+    resize_weights(x, x + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
+    resize_weights(y, y + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
     const size_t stride = (size_t)width * CH, left = v->left + t->first_column;
     const uint8_t* needed = image + (v->top + t->first_row) * stride + left * CH;
     turn_bytes(staged + t->pixels, t->pitch, needed, stride, t->rows, (size_t)t->columns * CH);
@@ -4121,97 +4079,82 @@ typedef Pack<RESIZE_V, uint8_t> ResizeRun;
 __device__ inline void resize_run(ResizeRun* out, const uint8_t* pixels, size_t stride, const int* weights, int taps) {
     int sum[RESIZE_V];
     for (int j = 0; j < RESIZE_V; j++) { sum[j] = 1 << (RESIZE_BITS - 1); }
-    for (int k = 0; k < taps; k++) {
+    for (int k = 0; k < taps; k++, pixels += stride) {
         const ResizeRun& p = *(const ResizeRun*)pixels;
         const int w = weights[k];
         for (int j = 0; j < RESIZE_V; j++) { sum[j] += w * p.v[j]; }
-        pixels += stride;
     }
     for (int j = 0; j < RESIZE_V; j++) { out->v[j] = (uint8_t)min(max(sum[j] >> RESIZE_BITS, 0), 255); }
 }
 
-// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V
-// rows y of one x, c. Grid: threads of the largest task, tasks
+// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V rows y of
+// one x, c. Grid: threads of the largest task, tasks
 __global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks, int S, int CH) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < (size_t)S * CH * (t.pitch / RESIZE_V)) {
-        const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
-        const int* first = (const int*)(staging + t.staged);
-        const int* weights = first + S + (size_t)x * t.column_taps;
-        const uint8_t* pixels = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch + y;
-        uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
-        resize_run((ResizeRun*)out, pixels, (size_t)CH * t.pitch, weights, t.column_taps);
-    }
+    if (i >= (size_t)S * CH * (t.pitch / RESIZE_V)) { return; }
+    const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
+    const int* first = (const int*)(staging + t.staged);
+    const int* weights = first + S + (size_t)x * t.column_taps;
+    const uint8_t* pixels = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch + y;
+    uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
+    resize_run((ResizeRun*)out, pixels, (size_t)CH * t.pitch, weights, t.column_taps);
 }
 
 // straight[y][xc] = resized[xc][y]; a thread transposes 8 x 8 bytes
 __global__ void resize_turn_kernel(uint8_t* staging, const ResizeTask* tasks, int row_pitch) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < (size_t)(t.pitch / 8) * (row_pitch / 8)) {
-        const unsigned runs = row_pitch / 8, yb = (unsigned)i / runs, xb = (unsigned)i - yb * runs;
-        const uint8_t* in = staging + t.resized + (size_t)xb * 8 * t.pitch + yb * 8;
-        uint8_t* out = staging + t.resized + t.straight + (size_t)yb * 8 * row_pitch + xb * 8;
-        uint64_t r[8];
-        for (int j = 0; j < 8; j++) { r[j] = *(const uint64_t*)(in + (size_t)j * t.pitch); }
-        turn_8x8(r);
-        for (int j = 0; j < 8; j++) { *(uint64_t*)(out + (size_t)j * row_pitch) = r[j]; }
-    }
+    if (i >= (size_t)(t.pitch / 8) * (row_pitch / 8)) { return; }
+    const unsigned runs = row_pitch / 8, yb = (unsigned)i / runs, xb = (unsigned)i - yb * runs;
+    const uint8_t* in = staging + t.resized + (size_t)xb * 8 * t.pitch + yb * 8;
+    uint8_t* out = staging + t.resized + t.straight + (size_t)yb * 8 * row_pitch + xb * 8;
+    uint64_t r[8];
+    for (int j = 0; j < 8; j++) { r[j] = *(const uint64_t*)(in + (size_t)j * t.pitch); }
+    turn_8x8(r);
+    for (int j = 0; j < 8; j++) { *(uint64_t*)(out + (size_t)j * row_pitch) = r[j]; }
 }
 
-// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; a thread makes
-// RESIZE_V of one row. images (B, S, S, CH)
+// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; images (B, S, S, CH). A thread
+// makes RESIZE_V bytes of one row, written in packs of 16 where a row holds whole packs
 __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH,
                                    int row_pitch) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < (size_t)S * (row_pitch / RESIZE_V)) {
-        const unsigned runs = row_pitch / RESIZE_V, row = S * CH;
-        const unsigned y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
-        const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
-        const int* weights = first + S + (size_t)y * t.row_taps;
-        const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
-        ResizeRun bytes;
-        resize_run(&bytes, pixels, row_pitch, weights, t.row_taps);
-        uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
-        if (row % 16 == 0) {
-            for (unsigned j = 0; j < RESIZE_V && xc + j < row; j += 16) {
-                *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j);
-            }
-        } else {
-            for (unsigned j = 0; j < RESIZE_V && xc + j < row; j++) { out[j] = bytes.v[j]; }
-        }
-    }
+    if (i >= (size_t)S * (row_pitch / RESIZE_V)) { return; }
+    const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
+    const unsigned row = S * CH, n = min(row - xc, RESIZE_V), packed = row % 16 == 0 ? n : 0;
+    const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
+    const int* weights = first + S + (size_t)y * t.row_taps;
+    const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
+    ResizeRun bytes;
+    resize_run(&bytes, pixels, row_pitch, weights, t.row_taps);
+    uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
+    for (unsigned j = 0; j < packed; j += 16) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
+    for (unsigned j = packed; j < n; j++) { out[j] = bytes.v[j]; }
 }
 
-// The device's part, for n tasks whose weights and pixels are in staging; largest_pitch is that of
-// these tasks. n up to 65,535: a dimension of a grid
+#define RESIZE(kernel, threads, ...) do { \
+    kernel<<<dim3((unsigned)CEIL_DIV(threads, (size_t)128), n), 128, 0, stream>>>(__VA_ARGS__); \
+    kernelCheck(); } while (0)
+// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging; largest_pitch: of these
 void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch, int S, int CH,
                    cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
-    const dim3 columns((unsigned)CEIL_DIV(numel(S, CH, largest_pitch / RESIZE_V), (size_t)128), n); // blocks
-    const dim3 turns((unsigned)CEIL_DIV(numel(row_pitch / 8, largest_pitch / 8), (size_t)128), n);
-    const dim3 rows((unsigned)CEIL_DIV(numel(S, row_pitch / RESIZE_V), (size_t)128), n);
-    resize_columns_kernel<<<columns, 128, 0, stream>>>(staging, tasks, S, CH);
-    kernelCheck();
-    resize_turn_kernel<<<turns, 128, 0, stream>>>(staging, tasks, row_pitch);
-    kernelCheck();
-    resize_rows_kernel<<<rows, 128, 0, stream>>>(images, staging, tasks, S, CH, row_pitch);
-    kernelCheck();
+    RESIZE(resize_columns_kernel, numel(S, CH, largest_pitch / RESIZE_V), staging, tasks, S, CH);
+    RESIZE(resize_turn_kernel, numel(row_pitch / 8, largest_pitch / 8), staging, tasks, row_pitch);
+    RESIZE(resize_rows_kernel, numel(S, row_pitch / RESIZE_V), images, staging, tasks, S, CH, row_pitch);
 }
 // ---- end shared: image resize ----------------------------------------------
 
 // ---- shared: mixing --------------------------------------------------------
-// What every image classifier may do to the images of a training batch while it normalises them: random
-// erasing (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et
-// al., arXiv 1905.04899), as timm does them. The host draws what happens, by Philox from an image's
-// place in the epoch or from the batch's number; the model's own kernel that normalises the images
-// applies it: BatchAugment says what, erase_noise is what an erased pixel becomes.
+// What every image classifier may do to the images of a training batch while it normalises them: random erasing
+// (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et al., arXiv
+// 1905.04899), as timm does them. The host draws what happens, by Philox from an image's place in the epoch or
+// from the batch's number; the model's own kernel that normalises the images applies it
 typedef struct {
-    double erase;            // probability of erasing a box of an image
-    double mixup, cutmix;    // alpha of their beta distributions, 0: off
-    double mix, mix_cutmix;  // probabilities of mixing a batch, and of cutmix where both are on
+    double erase, mixup, cutmix; // probability of erasing a box of an image; alphas of beta distributions, 0: off
+    double mix, mix_cutmix;      // probabilities of mixing a batch, and of cutmix where both are on
 } MixOptions;
 
 #define ERASE_ATTEMPTS 10
@@ -4220,22 +4163,20 @@ unsigned long long erase_draw(unsigned long long place, int i) { return place <<
 
 // timm's RandomErasing: one box of 0.02 to 1/3 of the area, its sides' ratio log-uniform from 0.3 to 1/0.3
 EraseBox draw_erase(double probability, unsigned long long seed, unsigned epoch, unsigned long long place, int S) {
-    const EraseBox none = {0, 0, 0, 0};
-    if (uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) > probability) { return none; }
-    for (int attempt = 0; attempt < ERASE_ATTEMPTS; attempt++) {
+    const bool drawn = uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) <= probability;
+    for (int attempt = 0; drawn && attempt < ERASE_ATTEMPTS; attempt++) {
         const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
         const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S;
         const double ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
         const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
-        if (h < S && w < S) {
-            return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
-        }
+        if (h >= S || w >= S) { continue; }
+        return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
     }
-    return none;
+    return EraseBox{0, 0, 0, 0};
 }
 
-// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows
-// where alpha is small. *i counts the draws of this purpose and step
+// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows where
+// alpha is small. *i counts the draws of this purpose and step
 double draw_log_gamma(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
     const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
     for (;;) {
@@ -4253,14 +4194,13 @@ double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned 
     return 1.0 / (1.0 + exp(b - a));
 }
 
-// cutmix's box: the part inside the image of a square of (1 - lam) * S * S pixels about pixel (y, x).
-// a->lam becomes the part of the image outside of the box
+// cutmix's box, the part inside the image of a square of (1 - lam) * S * S pixels about (y, x); a->lam: the rest
 void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
     const int side = (int)(S * sqrt(1.0 - lam));
-    a->top = y - side / 2 > 0 ? y - side / 2 : 0;
-    a->left = x - side / 2 > 0 ? x - side / 2 : 0;
-    a->bottom = y + (side + 1) / 2 < S ? y + (side + 1) / 2 : S;
-    a->right = x + (side + 1) / 2 < S ? x + (side + 1) / 2 : S;
+    a->top = std::max(y - side / 2, 0);
+    a->left = std::max(x - side / 2, 0);
+    a->bottom = std::min(y + (side + 1) / 2, S);
+    a->right = std::min(x + (side + 1) / 2, S);
     a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
 }
 
@@ -4268,16 +4208,14 @@ void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
 void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, unsigned batch, int S) {
     unsigned long long i = (unsigned long long)rank << 32;
     const uint4 u = philox(seed, RNG_MIX, batch, i++);
-    a->lam = 1.0f;
+    const bool mixed = (o->mixup > 0.0 || o->cutmix > 0.0) && uniform(u.x) < o->mix;
     a->cut = o->cutmix > 0.0 && (o->mixup == 0.0 || uniform(u.y) < o->mix_cutmix);
-    if ((o->mixup == 0.0 && o->cutmix == 0.0) || uniform(u.x) >= o->mix) { return; }
-    const double lam = draw_beta(a->cut ? o->cutmix : o->mixup, seed, batch, &i);
+    const double lam = mixed ? draw_beta(a->cut ? o->cutmix : o->mixup, seed, batch, &i) : 1.0;
     a->lam = (float)lam;
-    if (a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
+    if (mixed && a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
 }
 
-// What random erasing puts at a pixel and channel of the image at `place`: a normal draw (Box and
-// Muller). The four words of one Philox serve four channels
+// Box and Muller; the four words of one Philox serve four channels
 __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel,
                                     unsigned c) {
     const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
@@ -4288,8 +4226,8 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 // ---- end shared: mixing ----------------------------------------------------
 
 // ---- shared: shard reader --------------------------------------------------
-// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by
-// threads that read the next batch while the device computes this one. Its words:
+// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by threads that read
+// the next batch while the device computes this one. No memory but the list of jobs grows with the batch. Words:
 //
 //   batch   the records of a training step. Two are planned at most: one is copied, the other is read
 //   job     a record of a batch, which a thread reads, checks and stages: writes to its place in a slot
@@ -4299,8 +4237,6 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 //   batch      | job 0 | job 1 | job 2 | job 3 | job 4 | job 5 |
 //   pieces     |       0       |           1           |   2   |    in the next batch: 3, 4, ...
 //   slot 1     | job 2 | job 3 | job 4 | free |
-//
-// So neither pinned memory nor staging memory on the device grows with the batch.
 #define PIECE_BYTES ((size_t)32 << 20)
 #define PIECE_SLOTS 4
 #define MAX_PIECE_JOBS 16384 // a dimension of a grid has 65,535 blocks at most
@@ -4308,26 +4244,21 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 
 typedef struct {
     Shard* shards;     // (num_shards)
-    unsigned* begin;   // (num_shards + 1): the number of each shard's first image
+    unsigned* begin;   // (num_shards): the number of each shard's first image
     int num_shards;
     unsigned images;
     uint32_t crc;      // of the headers: says which data these are
     bool verified;     // all records have been compared with their checksums
 } ShardSet;
-
 typedef struct {
     const Shard* shard;
     const ShardEntry* entry;
     const uint8_t* record;
-    unsigned number;       // of the image in its shard
-    uint32_t crc;          // of the record, as read
+    size_t bytes;          // of the record
     size_t piece, offset;  // where it is staged: piece, counted over the run, and byte of the slot
+    uint32_t crc;          // of the record, as read
 } ReadJob;
-
-typedef struct {
-    size_t first, jobs, bytes, left; // first job, how many jobs and staged bytes, jobs not done yet
-} ReadPiece;
-
+typedef struct { size_t first, jobs, bytes, left; } ReadPiece; // first job, number of jobs, bytes, jobs to be done
 typedef struct {
     ReadJob* jobs;         // (max_jobs)
     ReadPiece* pieces;     // (max_jobs)
@@ -4337,24 +4268,18 @@ typedef struct {
 // A trainer's loader is a Reader and what it needs beyond that
 struct Reader {
     ShardSet set;
-    size_t piece_bytes;
+    size_t piece_bytes, pieces; // bytes of a slot; pieces planned
     ReadBatch read[2];     // batch b of those planned is read[b % 2]
     uint8_t* slots[PIECE_SLOTS];      // pinned, of piece_bytes each
     cudaEvent_t emptied[PIECE_SLOTS]; // the slot has been copied to the device
-    size_t pieces;         // planned
     pthread_t threads[MAX_READERS];
     int num_threads, device;
-    // shared with the threads, under the lock
-    pthread_mutex_t lock;
+    pthread_mutex_t lock;  // of what follows, which the threads share
     pthread_cond_t changed;
     size_t planned, next_batch, next_job; // batches planned; the job that is to be read next
     size_t issued;         // pieces whose copy to the device has been asked for
     bool stop;
 };
-
-inline size_t record_bytes(const Shard* s, const ShardEntry* e) {
-    return numel(e->height, e->width, s->header->channels) + e->annotation_bytes;
-}
 
 // what a loader defines: writes job i of a batch to its place in a slot. Several threads call it at once
 void stage_record(const Reader* r, const ReadBatch* b, size_t i, uint8_t* staged);
@@ -4365,52 +4290,47 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     const size_t n = strlen(base);
     char folder[4200];
     unsigned found = 0, number;
-    snprintf(folder, sizeof(folder), "%.*s", (int)(base - prefix), prefix);
-    DIR* directory = opendir(slash != NULL ? folder : ".");
+    snprintf(folder, sizeof(folder), "%.*s.", (int)(base - prefix), prefix);
+    DIR* directory = opendir(folder);
     *end = 0;
     for (const struct dirent* e; directory != NULL && (e = readdir(directory)) != NULL; ) {
         int used = 0;
-        const bool begins = strncmp(e->d_name, base, n) == 0;
-        if (!begins || sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) != 1) { continue; }
-        if (used != 10 || e->d_name[n + 10] != 0) { continue; }
-        found++;
-        *end = number >= *end ? number + 1 : *end;
+        if (strncmp(e->d_name, base, n) == 0 && sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) == 1
+            && used == 10 && e->d_name[n + 10] == 0) {
+            found++;
+            *end = std::max(*end, number + 1);
+        }
     }
     if (directory != NULL) { closedir(directory); }
     return found;
 }
 
-// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of
-// PREFIX_00000.bin, PREFIX_00001.bin, ..., which must all be there and agree with one another. Both at
-// once are an error: which of them is meant must not be guessed. Records of up to 1 GiB are verified
-// here; those of a larger set, each when it is read
+// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of PREFIX_00000.bin, ..., which
+// must all be there and agree. Both at once are an error: which is meant must not be guessed. Records of a set of up
+// to 1 GiB are verified here; those of a larger one, each when it is read
 ShardSet shards_open(const char* path) {
     char name[4300];
     struct stat info;
-    unsigned found = 0, end = 0;
+    unsigned end = 0;
+    uint64_t bytes = 0;
     const size_t length = strlen(path);
     require(length < 4096, "the name of the data has %zu characters, 4095 are allowed: %.80s...", length, path);
-    const char* form = "%s";
-    if (stat(path, &info) != 0 || !S_ISREG(info.st_mode)) {
-        found = shards_count(path, &end);
-        snprintf(name, sizeof(name), "%s.bin", path);
-        const bool single = stat(name, &info) == 0;
-        require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name of the "
-                "first, or move it away to use the others", name, found, path, end - 1);
-        form = found > 0 ? "%s_%05d.bin" : single ? "%s.bin" : "%s";
-    }
+    const bool file = stat(path, &info) == 0 && S_ISREG(info.st_mode);
+    const unsigned found = file ? 0 : shards_count(path, &end);
+    snprintf(name, sizeof(name), "%s.bin", path);
+    const bool single = !file && stat(name, &info) == 0;
+    require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name of the first, "
+            "or move it away to use the others", name, found, path, end - 1);
+    const char* form = found > 0 ? "%s_%05d.bin" : single ? "%s.bin" : "%s";
     ShardSet set = {};
     set.num_shards = found > 0 ? (int)end : 1;
-    set.shards = (Shard*)malloc(set.num_shards * sizeof(Shard));
-    set.begin = (unsigned*)malloc((set.num_shards + 1) * sizeof(unsigned));
-    require(set.shards != NULL && set.begin != NULL, "out of host memory for %d shards", set.num_shards);
-    uint64_t bytes = 0, images = 0;
+    set.shards = host_new<Shard>(set.num_shards, "shards");
+    set.begin = host_new<unsigned>(set.num_shards, "shards");
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
-        const bool there = stat(name, &info) == 0;
-        require(found == 0 || there, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script "
-                "that makes them again", name, found, path, end - 1);
-        bytes += there ? (uint64_t)info.st_size : 0;
+        if (stat(name, &info) == 0) { bytes += (uint64_t)info.st_size; continue; }
+        require(found == 0, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script that makes "
+                "them again", name, found, path, end - 1);
     }
     snprintf(name, sizeof(name), "%s.part", path);
     require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run "
@@ -4423,40 +4343,37 @@ ShardSet shards_open(const char* path) {
         const size_t same = (const char*)&h->index_offset - (const char*)&h->classes; // from classes to std
         require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, mean %g and "
                 "standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must agree: make them "
-                "again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
-                set.shards[0].file.path, h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
-        set.begin[i] = (unsigned)images;
-        images += h->images;
-        require(images <= UINT_MAX, "%s has more than %u images; use fewer shards", path, UINT_MAX);
+                "again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0], set.shards[0].file.path,
+                h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
+        set.begin[i] = set.images;
+        require(h->images <= UINT_MAX - set.images, "%s has more than %u images; use fewer shards", path, UINT_MAX);
+        set.images += h->images;
         set.crc = i == 0 ? h->crc : crc_32(set.crc, &h->crc, sizeof(h->crc));
     }
-    set.images = set.begin[set.num_shards] = (unsigned)images;
     return set;
 }
 
 // the shard that image i of a set is in; *number: which one of that shard it is
 const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
-    int s = set->num_shards - 1;
-    while (set->begin[s] > i) { s--; }
+    const size_t s = std::upper_bound(set->begin, set->begin + set->num_shards, i) - set->begin - 1;
     *number = i - set->begin[s];
     return &set->shards[s];
 }
 
-// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns
-// false. The lock is held before and after
+// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns false. The
+// lock is held before and after
 bool reader_work(Reader* r, size_t last) {
-    ReadBatch* b = &r->read[r->next_batch % 2];
-    if (r->next_batch == r->planned) { return false; }
     const size_t i = r->next_job;
+    ReadBatch* b = &r->read[r->next_batch % 2];
     ReadJob* job = &b->jobs[i];
-    if (job->piece > last || job->piece >= r->issued + PIECE_SLOTS) { return false; }
+    if (r->next_batch == r->planned || job->piece > last || job->piece >= r->issued + PIECE_SLOTS) { return false; }
     if (++r->next_job == b->num_jobs) {
         r->next_job = 0;
         r->next_batch++;
     }
     pthread_mutex_unlock(&r->lock);
     const size_t slot = job->piece % PIECE_SLOTS;
-    job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, record_bytes(job->shard, job->entry));
+    job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
     if (job->piece >= PIECE_SLOTS) { cudaCheck(cudaEventSynchronize(r->emptied[slot])); }
     stage_record(r, b, i, r->slots[slot] + job->offset);
     pthread_mutex_lock(&r->lock);
@@ -4473,12 +4390,18 @@ void* reader_thread(void* argument) {
     return NULL;
 }
 
+// gives a field that the threads share another value, and wakes them
+template <class T> void reader_set(Reader* r, T* field, T value) {
+    pthread_mutex_lock(&r->lock);
+    *field = value;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+}
+
 // set and piece_bytes say what is read; threads 0: reader_wait reads alone
 void reader_start(Reader* r, size_t max_jobs, int threads) {
     for (ReadBatch& b : r->read) {
-        b.jobs = (ReadJob*)calloc(max_jobs, sizeof(ReadJob));
-        b.pieces = (ReadPiece*)calloc(max_jobs, sizeof(ReadPiece));
-        require(b.jobs != NULL && b.pieces != NULL, "out of host memory for a batch of %zu images", max_jobs);
+        b = ReadBatch{host_new<ReadJob>(max_jobs, "a batch"), host_new<ReadPiece>(max_jobs, "a batch"), 0, 0, 0};
     }
     for (int i = 0; i < PIECE_SLOTS; i++) {
         cudaCheck(cudaMallocHost((void**)&r->slots[i], r->piece_bytes));
@@ -4493,14 +4416,11 @@ void reader_start(Reader* r, size_t max_jobs, int threads) {
     }
 }
 
-// Ends the threads and gives back the memory, but not the shards. The device has copied what it was asked to
+// ends the threads and gives back the memory, but not the shards; the device has copied what it was asked to
 void reader_close(Reader* r) {
-    pthread_mutex_lock(&r->lock);
-    r->stop = true;
-    pthread_cond_broadcast(&r->changed);
-    pthread_mutex_unlock(&r->lock);
+    reader_set(r, &r->stop, true);
     for (int i = 0; i < r->num_threads; i++) { pthread_join(r->threads[i], NULL); }
-    for (int i = 0; i < PIECE_SLOTS; i++) { cudaCheck(cudaFreeHost(r->slots[i])); }
+    for (uint8_t* slot : r->slots) { cudaCheck(cudaFreeHost(slot)); }
     for (const ReadBatch& b : r->read) {
         free(b.jobs);
         free(b.pieces);
@@ -4510,53 +4430,44 @@ void reader_close(Reader* r) {
 // begins to plan the next batch: reader_add adds its jobs, and reader_go gives them to the threads
 ReadBatch* reader_plan(Reader* r) {
     ReadBatch* b = &r->read[r->planned % 2];
-    b->first_piece = r->pieces;
-    b->num_jobs = b->num_pieces = 0;
+    *b = ReadBatch{b->jobs, b->pieces, 0, 0, r->pieces};
     return b;
 }
 
-// Adds a job: image `number` of a shard, of which `bytes` are staged. Returns whether a piece begins with
-// it: where the last one has no room for these bytes and, behind all that is staged, `behind` more
+// Adds a job: image `number` of a shard, of which `bytes` are staged. Returns whether a piece begins with it: where
+// the last one has no room for these bytes and, behind all that is staged, `behind` more
 bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, size_t bytes, size_t behind) {
     const ShardEntry* e = &shard->entries[number];
     const uint8_t* record = shard->file.data + e->offset;
-    const ReadPiece* last = &b->pieces[b->num_pieces - 1];
-    const bool begins = b->num_pieces == 0 || last->jobs == MAX_PIECE_JOBS
-                        || last->bytes + bytes + behind > r->piece_bytes;
-    if (begins) { b->pieces[b->num_pieces++] = ReadPiece{b->num_jobs, 0, 0, 0}; }
+    const size_t record_bytes = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
     ReadPiece* p = &b->pieces[b->num_pieces - 1];
-    const size_t piece = b->first_piece + b->num_pieces - 1;
-    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, number, 0, piece, p->bytes};
+    const bool begins = b->num_pieces == 0 || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes;
+    if (begins) { *(p = &b->pieces[b->num_pieces++]) = ReadPiece{b->num_jobs, 0, 0, 0}; }
+    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, record_bytes, b->first_piece + b->num_pieces - 1, p->bytes, 0};
     p->left = ++p->jobs;
     p->bytes += bytes;
     if (!r->set.verified) { // the system begins to read the record from disk; a thread will find it in memory
         const uintptr_t page = (uintptr_t)record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)record + record_bytes(shard, e) - page, MADV_WILLNEED);
+        madvise((void*)page, (uintptr_t)record + record_bytes - page, MADV_WILLNEED);
     }
     return begins;
 }
 
 void reader_go(Reader* r, const ReadBatch* b) {
     r->pieces += b->num_pieces;
-    pthread_mutex_lock(&r->lock);
-    r->planned++;
-    pthread_cond_broadcast(&r->changed);
-    pthread_mutex_unlock(&r->lock);
+    reader_set(r, &r->planned, r->planned + 1);
 }
 
-// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller
-// reads too. Pieces are waited for in order; each wait is followed by reader_copied
+// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads too.
+// Pieces are waited for in order; each wait is followed by reader_copied
 const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
     const ReadPiece* piece = &b->pieces[p];
     pthread_mutex_lock(&r->lock);
-    while (piece->left > 0) {
-        if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); }
-    }
+    while (piece->left > 0) { if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); } }
     pthread_mutex_unlock(&r->lock);
-    for (size_t i = piece->first; i < piece->first + piece->jobs; i++) {
-        const ReadJob* job = &b->jobs[i];
-        require(job->crc == job->entry->crc, "%s: checksum of image %u is %08x, expected %08x: it is damaged; write "
-                "the shard again", job->shard->file.path, job->number, job->crc, job->entry->crc);
+    for (const ReadJob* job = b->jobs + piece->first; job < b->jobs + piece->first + piece->jobs; job++) {
+        require(job->crc == job->entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is damaged; write "
+                "the shard again", job->shard->file.path, job->entry - job->shard->entries, job->crc, job->entry->crc);
     }
     return r->slots[(b->first_piece + p) % PIECE_SLOTS];
 }
@@ -4564,23 +4475,16 @@ const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
 // piece p of a batch has been copied when the stream has done all that it was asked to until now
 void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream) {
     cudaCheck(cudaEventRecord(r->emptied[(b->first_piece + p) % PIECE_SLOTS], stream));
-    pthread_mutex_lock(&r->lock);
-    r->issued++;
-    pthread_cond_broadcast(&r->changed);
-    pthread_mutex_unlock(&r->lock);
+    reader_set(r, &r->issued, r->issued + 1);
 }
 // ---- end shared: shard reader ----------------------------------------------
 
 // ---- shared: image batches -------------------------------------------------
-// The loader of a classifier: which images a batch holds, what part of each is wanted, and how they
-// come to the device. A batch is a function of (seed, its number) alone. The shard reader stages its
-// images; the loader's stream copies them to the device, piece by piece, and resizes them there if it
-// must, while the step before computes.
-//
-// Images that are resized need scratch memory. A group, images in a row of one piece, is resized at
-// once; the groups of a piece use the same scratch at the end of the memory, and a group is so small
-// that its scratch stays in the device's cache:
-//
+// The loader of a classifier: which images a batch holds, what part of each is wanted, and how they come to the
+// device. A batch is a function of (seed, its number) alone. The shard reader stages its images; the loader's stream
+// copies them to the device, piece by piece, and resizes them there if it must, while the step before computes.
+// A group, images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the end of
+// the memory, and are so small that it stays in the device's cache:
 //   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct {
     size_t B, S, CH, ranks, rank;
@@ -4594,23 +4498,15 @@ typedef struct {
     float smoothing;        // training: of labels
     MixOptions mix;         // training
 } LoaderOptions;
-
-// What a model defines: changes the bytes of training images (batch->images, batch->flips) on the
-// stream, or nothing. Augmenter is the model's own type, for what it needs. By then the device has done
-// what the last call asked for
-
-// What the loader fills, all of it on the device
-typedef struct {
+typedef struct { // what the loader fills, all of it on the device
     uint8_t* images;     // (B, S, S, CH)
     int *labels, *flips; // (B)
     uint8_t* staging;    // where images are resized: loader_staging_bytes
     ResizeTask* tasks;   // (B), where images are resized
     EraseBox* erased;    // (B), where images are erased
-    Augmenter* augmenter;
+    Augmenter* augmenter; // for model_augment, which may do nothing
 } LoaderTarget;
-
-// Beside the jobs of a batch: what the loader planned for its images
-typedef struct {
+typedef struct { // beside the jobs of a batch: what the loader planned for its images
     Batch batch;           // as the model will see it
     ResizeTask* tasks;     // (B) in pinned memory, and behind them
     EraseBox* erased;      // (B)
@@ -4623,8 +4519,7 @@ struct Loader : Reader {
     LoaderTarget target;
     bool resizes;           // else all images are S x S and only copied
     unsigned* order;        // (images) of the current epoch
-    long long epoch;        // whose order it is; -1: that of the files
-    long long ahead;        // number of the batch that is being read; -1: none
+    long long epoch, ahead; // whose order it is, -1: that of the files; the batch that is being read, -1: none
     ImageBatch batches[2];  // beside read[2]
     const ImageBatch* current; // was brought to the device last
     size_t group_bytes;     // most scratch of a group
@@ -4632,28 +4527,21 @@ struct Loader : Reader {
     cudaEvent_t released;   // the target may be written again
 };
 
-// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
-// image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre. Philox(seed,
-// RNG_CROP, epoch, 16 * place + attempt) gives area, ratio, top and left
+// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the image's, a ratio
+// of 3/4 to 4/3; after ten attempts that do not fit, the centre
 ImageView random_crop(int height, int width, double scale, unsigned long long seed, unsigned epoch, size_t place) {
-    const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width;
-    ImageView v = {0, 0, height, width, 0, 0, 0, 0, false};
+    const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width, ratio = (double)width / height;
     for (int attempt = 0; attempt < 10; attempt++) {
         const uint4 u = philox(seed, RNG_CROP, epoch, 16 * (unsigned long long)place + attempt);
         const double wanted = (scale + (1.0 - scale) * uniform(u.x)) * area;
-        const double ratio = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
-        const double w = rint(sqrt(wanted * ratio)), h = rint(sqrt(wanted / ratio));
-        if (w >= 1.0 && h >= 1.0 && w <= width && h <= height) {
-            v.top = draw_below(u.z, height - (int)h + 1);
-            v.left = draw_below(u.w, width - (int)w + 1);
-            return ImageView{v.top, v.left, (int)h, (int)w, 0, 0, 0, 0, false};
+        const double r = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
+        const int w = (int)rint(sqrt(wanted * r)), h = (int)rint(sqrt(wanted / r));
+        if (w >= 1 && h >= 1 && w <= width && h <= height) {
+            return ImageView{draw_below(u.z, height - h + 1), draw_below(u.w, width - w + 1), h, w, 0, 0, 0, 0, false};
         }
     }
-    if ((double)width / height < low) { v.height = (int)rint(width / low); }
-    else if ((double)width / height > high) { v.width = (int)rint(height * high); }
-    v.top = (height - v.height) / 2;
-    v.left = (width - v.width) / 2;
-    return v;
+    const int h = ratio < low ? (int)rint(width / low) : height, w = ratio > high ? (int)rint(height * high) : width;
+    return ImageView{(height - h) / 2, (width - w) / 2, h, w, 0, 0, 0, 0, false};
 }
 
 // The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes
@@ -4680,38 +4568,33 @@ ImageView loader_view(const LoaderOptions* o, const ShardEntry* e, unsigned epoc
     return v;
 }
 
-// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
-// takes. 0: all images are of the model's size, and nothing is resized
+// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image takes. 0: all
+// images are of the model's size, and nothing is resized
 size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     const bool crops = o->training && o->crop;
-    bool resizes = o->training ? o->crop : floor(o->S / o->crop_pct) != o->S;
+    bool resizes = crops || (!o->training && floor(o->S / o->crop_pct) != o->S);
     size_t largest = PIECE_BYTES;
-    for (int s = 0; s < set->num_shards; s++) {
-        for (unsigned i = 0; i < set->shards[s].header->images; i++) {
-            const ShardEntry* e = &set->shards[s].entries[i];
+    for (const Shard* s = set->shards; s < set->shards + set->num_shards; s++) {
+        for (const ShardEntry* e = s->entries; e < s->entries + s->header->images; e++) {
             ImageView v = center_crop(e->height, e->width, o->S, o->crop_pct);
             if (crops) { v = ImageView{0, 0, (int)e->height, (int)e->width, o->S, o->S, 0, 0, false}; } // the largest
             const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
-            const size_t bytes = t.staged_bytes + t.scratch_bytes;
-            largest = bytes > largest ? bytes : largest;
+            largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
             resizes = resizes || e->height != o->S || e->width != o->S;
         }
     }
     return resizes ? largest : 0;
 }
 
-// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: of the epoch's
-// permutation, each image `repeats` times in a row, every rank takes each ranks-th, and floor(images /
-// 256) * 256 / ranks of them
+// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: of the epoch's permutation, each
+// image `repeats` times in a row, every rank takes each ranks-th, and floor(images / 256) * 256 / ranks of them
 size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
-    if (repeats == 1) { return images / ranks; }
-    const size_t all = CEIL_DIV(images * repeats, ranks);
     const size_t chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
-    return chosen < all ? chosen : all;
+    return repeats == 1 ? images / ranks : std::min(chosen, CEIL_DIV(images * repeats, ranks));
 }
 
-// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the
-// epoch. Random choices depend on the place, and one image stands at `repeats` places in a row
+// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the epoch. Random
+// choices depend on the place, and one image stands at `repeats` places in a row
 size_t loader_place(const LoaderOptions* o, size_t batch, size_t i) {
     return o->repeats > 1 ? (batch * o->B + i) * o->ranks + o->rank : (batch * o->ranks + o->rank) * o->B + i;
 }
@@ -4721,10 +4604,9 @@ unsigned loader_image(const LoaderOptions* o, const unsigned* order, unsigned im
     return order[o->training ? place % ((size_t)images * o->repeats) / o->repeats : place];
 }
 
-// Opens the shards and checks that they suit a classifier with these options
+// opens the shards and checks that they suit a classifier with these options
 Loader* loader_open(const char* path, LoaderOptions o) {
-    Loader* loader = (Loader*)calloc(1, sizeof(Loader));
-    require(loader != NULL, "out of host memory for a loader");
+    Loader* loader = host_new<Loader>(1, "the loader");
     loader->set = shards_open(path);
     loader->options = o;
     loader->epoch = loader->ahead = -1;
@@ -4732,27 +4614,23 @@ Loader* loader_open(const char* path, LoaderOptions o) {
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
     require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path, h->channels,
             o.CH);
-    const bool suits = o.classes == 0 || h->classes == (unsigned)o.classes;
-    require(suits, "%s has %u classes, the model %d; set -classes", path, h->classes, o.classes);
-    loader->piece_bytes = loader_staging_bytes(&loader->set, &o);
-    loader->resizes = loader->piece_bytes > 0;
-    if (!loader->resizes) { // a piece is a batch, or PIECE_BYTES of it, or one image
-        const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
-        loader->piece_bytes = batch < PIECE_BYTES ? batch : image < PIECE_BYTES ? PIECE_BYTES : image;
-    }
+    require(o.classes == 0 || h->classes == (unsigned)o.classes, "%s has %u classes, the model %d; set -classes",
+            path, h->classes, o.classes);
+    const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
+    const size_t staging = loader_staging_bytes(&loader->set, &o);
+    loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
+    loader->piece_bytes = loader->resizes ? staging : std::min(batch, std::max(image, PIECE_BYTES));
     return loader;
 }
 
 uint32_t loader_crc(const Loader* loader) { return loader->set.crc; }
 size_t loader_images(const Loader* loader) { return loader->set.images; }
-
-// images that all ranks together train on in an epoch
+size_t loader_first(const Loader* loader) { return loader->ahead < 0 ? 0 : (size_t)loader->ahead; }
 size_t loader_epoch(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     return o->ranks * loader_epoch_images(loader->set.images, o->repeats, o->ranks);
 }
 
-// batches of a rank's epoch, or of its part of an evaluation
 size_t loader_batches(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     if (o->training) { return loader_epoch(loader) / o->ranks / (o->B * o->accumulation) * o->accumulation; }
@@ -4760,13 +4638,9 @@ size_t loader_batches(const Loader* loader) {
     return all > o->rank ? CEIL_DIV(all - o->rank, o->ranks) : 0;
 }
 
-// number of the next batch. Batches come in a row, from any first one on; those of evaluations count on
-size_t loader_first(const Loader* loader) { return loader->ahead < 0 ? 0 : (size_t)loader->ahead; }
-
 void loader_print(const Loader* loader, const char* what) {
     const ShardSet* set = &loader->set;
-    const char* plural = set->num_shards > 1 ? "s" : "";
-    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards, plural,
+    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards, set->num_shards > 1 ? "s" : "",
            loader->resizes ? "resized on the device" : "of the model's size");
 }
 
@@ -4775,8 +4649,7 @@ void loader_begin(Loader* loader, LoaderTarget target, int threads) {
     const size_t B = loader->options.B;
     const PixelStats stats = *(const PixelStats*)loader->set.shards[0].header->mean; // mean, then std
     loader->target = target;
-    loader->order = (unsigned*)malloc(loader->set.images * sizeof(unsigned));
-    require(loader->order != NULL, "out of host memory for the order of %u images", loader->set.images);
+    loader->order = host_new<unsigned>(loader->set.images, "the order of images");
     for (unsigned i = 0; i < loader->set.images; i++) { loader->order[i] = i; }
     for (ImageBatch& b : loader->batches) {
         b.batch = Batch{target.images, target.labels, target.flips, 0, stats, loader->options.smoothing, {}, loader};
@@ -4794,7 +4667,6 @@ void loader_begin(Loader* loader, LoaderTarget target, int threads) {
     if (loader->group_bytes == 0) { loader->group_bytes = (size_t)properties.l2CacheSize; }
 }
 
-// ends the threads and gives back the loader's memory; NULL: does nothing
 void loader_close(Loader* loader) {
     if (loader == NULL) { return; }
     if (loader->order != NULL) { // it was started
@@ -4806,39 +4678,32 @@ void loader_close(Loader* loader) {
     free(loader);
 }
 
-// What a thread does with a record: it becomes weights and transposed pixels, or is copied
+// what a thread does with a record: it becomes weights and transposed pixels, or is copied
 void stage_record(const Reader* r, const ReadBatch* read, size_t i, uint8_t* staged) {
     const Loader* loader = static_cast<const Loader*>(r);
     const LoaderOptions* o = &loader->options;
     const ReadJob* job = &read->jobs[i];
-    if (loader->resizes) {
-        const ImageBatch* b = &loader->batches[read - loader->read];
-        const BatchAugment* a = &b->batch.augment;
-        const ImageView v = loader_view(o, job->entry, a->epoch, a->place + i * a->place_step);
-        resize_stage(staged, &b->tasks[i], &v, job->record, job->entry->width, (int)o->S, (int)o->CH);
-    } else {
-        memcpy(staged, job->record, numel(o->S, o->S, o->CH));
-    }
+    const ImageBatch* b = &loader->batches[read - loader->read];
+    const BatchAugment* a = &b->batch.augment;
+    if (!loader->resizes) { memcpy(staged, job->record, numel(o->S, o->S, o->CH)); return; }
+    const ImageView v = loader_view(o, job->entry, a->epoch, a->place + i * a->place_step);
+    resize_stage(staged, &b->tasks[i], &v, job->record, job->entry->width, (int)o->S, (int)o->CH);
 }
 
 // what holds for a whole batch (`number` counts those of this rank's run): its place, how it is mixed
 void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     const LoaderOptions* o = &loader->options;
     BatchAugment* a = &batch->augment;
-    const size_t batches = loader_batches(loader), in_epoch = number % batches, images = loader->set.images;
-    *a = BatchAugment{};
-    a->erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
-    a->seed = o->seed;
-    a->epoch = (unsigned)(number / batches);
-    a->place = loader_place(o, in_epoch, 0);
-    a->place_step = loader_place(o, in_epoch, 1) - a->place;
-    batch->n = o->training || images - a->place > o->B ? o->B : images - a->place;
-    a->n = (int)batch->n;
-    a->lam = 1.0f;
+    const size_t batches = loader_batches(loader), images = loader->set.images;
+    const size_t place = loader_place(o, number % batches, 0), step = loader_place(o, number % batches, 1) - place;
+    const unsigned epoch = (unsigned)(number / batches);
+    const EraseBox* erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
+    batch->n = o->training ? o->B : std::min(o->B, images - place);
+    *a = BatchAugment{erased, o->seed, place, step, epoch, (int)batch->n, 1.0f, false, 0, 0, 0, 0};
     if (!o->training) { return; }
     draw_mix(a, &o->mix, o->seed, (unsigned)number, (int)o->S);
-    if (loader->epoch != (long long)a->epoch) { shuffle(loader->order, (unsigned)images, o->seed, a->epoch); }
-    loader->epoch = a->epoch;
+    if (loader->epoch != (long long)epoch) { shuffle(loader->order, (unsigned)images, o->seed, epoch); }
+    loader->epoch = epoch;
 }
 
 // plans the images of a batch and gives them to the threads
@@ -4852,20 +4717,19 @@ void loader_plan(Loader* loader, size_t number) {
     loader_plan_batch(loader, &b->batch, number);
     for (size_t i = 0; i < b->batch.n; i++) {
         const size_t place = a->place + i * a->place_step;
-        const unsigned image = loader_image(o, loader->order, loader->set.images, place);
         unsigned in_shard;
+        const unsigned image = loader_image(o, loader->order, loader->set.images, place);
         const Shard* shard = set_image(&loader->set, image, &in_shard);
         const ShardEntry* e = &shard->entries[in_shard];
         const ImageView v = loader_view(o, e, a->epoch, place);
         b->labels[i] = e->label;
         b->flips[i] = !loader->resizes && v.mirror;
         if (a->erased != NULL) { b->erased[i] = draw_erase(o->mix.erase, o->seed, a->epoch, place, (int)o->S); }
-        ResizeTask t = {};
-        if (loader->resizes) { t = resize_task(&v, (int)o->S, (int)o->CH); }
-        else { t.staged_bytes = numel(o->S, o->S, o->CH); }
+        ResizeTask t = loader->resizes ? resize_task(&v, (int)o->S, (int)o->CH) : ResizeTask{};
+        if (!loader->resizes) { t.staged_bytes = numel(o->S, o->S, o->CH); }
         if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
         group += t.scratch_bytes;
-        most = group > most ? group : most;
+        most = std::max(most, group);
         const bool begins = reader_add(loader, read, shard, in_shard, t.staged_bytes, most); // a piece
         if (begins) { group = most = t.scratch_bytes; }
         assert(read->pieces[read->num_pieces - 1].bytes + most <= loader->piece_bytes);
@@ -4878,10 +4742,9 @@ void loader_plan(Loader* loader, size_t number) {
     reader_go(loader, read);
 }
 
-// Copies piece p of a batch from its slot to the device, and resizes it group by group
+// copies piece p of a batch from its slot to the device, and resizes it group by group
 void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const uint8_t* slot = reader_wait(loader, read, p);
-    const cudaStream_t stream = loader->stream;
     const LoaderTarget* to = &loader->target;
     const ReadPiece* piece = &read->pieces[p];
     const ResizeTask* tasks = loader->batches[read - loader->read].tasks;
@@ -4889,20 +4752,20 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const int S = (int)loader->options.S, CH = (int)loader->options.CH;
     if (!loader->resizes) {
         uint8_t* images = to->images + numel(first, S, S, CH);
-        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, stream));
-        reader_copied(loader, read, p, stream);
+        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, loader->stream));
+        reader_copied(loader, read, p, loader->stream);
     }
     for (size_t i = first, end; loader->resizes && i < last; i = end) {
         int pitch = tasks[i].pitch; // the largest of the group
         for (end = i + 1; end < last; end++) {
             const ResizeTask* t = &tasks[end];
             if (t->resized + t->scratch_bytes == loader->piece_bytes) { break; } // the first image of a group
-            pitch = t->pitch > pitch ? t->pitch : pitch;
+            pitch = std::max(pitch, t->pitch);
         }
         const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, stream));
-        if (end == last) { reader_copied(loader, read, p, stream); }
-        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, stream);
+        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, loader->stream));
+        if (end == last) { reader_copied(loader, read, p, loader->stream); }
+        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
     }
 }
 
@@ -4931,37 +4794,35 @@ void loader_batch(Loader* loader, size_t number) {
     loader->current = b;
 }
 
-// the batch that loader_batch brought last; what main_stream does next finds it on the device
 const Batch* loader_take(const Loader* loader) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
     return &loader->current->batch;
 }
 
-// the batch may be overwritten when main_stream has done all that it was asked to
 void batch_used(const Batch* batch) {
     if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
 }
 // ---- end shared: image batches ---------------------------------------------
 
 // ---- shared: image classifiers ---------------------------------------------
-// What trainers of image classifiers have in common beside the loader: their flags, loss, predictions, and a batch to look at
+// What trainers of image classifiers share beside the loader: flags, loss, predictions, and a batch to look at
 #define IMAGE_SETTINGS(X) \
-    X(f, smoothing,   "-smoothing", 0.0,   0, 0.999999,  SAME, "label smoothing") \
-    X(i, flip,        "-flip",     0,      0, 1,         SAME, "1: mirror half of the training images") \
-    X(i, crop,        "-crop",     0,      0, 1,         SAME, "1: random resized crops of the training images") \
-    X(f, crop_scale,  "-scale",    0.08,   0.0001, 1,    SAME, "smallest area of a random crop") \
-    X(f, crop_pct,    "-crop_pct", 1.0,    0.25, 1,      SAME, "evaluation: part of the resized shorter side that is taken") \
-    X(i, repeats,     "-repeats",  1,      1, 1024,      SAME, "repeated augmentation: times that an image is shown in a row") \
-    X(f, erase,       "-reprob",   0.0,    0, 1,         SAME, "random erasing: probability") \
-    X(f, mixup,       "-mixup",    0.0,    0, 1000,      SAME, "mixup: alpha of the beta distribution, 0: off") \
-    X(f, cutmix,      "-cutmix",   0.0,    0, 1000,      SAME, "cutmix: alpha of the beta distribution, 0: off") \
-    X(f, mix,         "-mixup_prob", 1.0,  0, 1,         SAME, "probability that a batch is mixed") \
-    X(f, mix_switch,  "-mixup_switch", 0.5, 0, 1,        SAME, "probability of cutmix where mixup is on too")
+    X(f, smoothing,  "-smoothing", 0.0, 0, 0.999999, SAME, "label smoothing") \
+    X(i, flip,       "-flip", 0, 0, 1, SAME, "1: mirror half of the training images") \
+    X(i, crop,       "-crop", 0, 0, 1, SAME, "1: random resized crops of the training images") \
+    X(f, crop_scale, "-scale", 0.08, 0.0001, 1, SAME, "smallest area of a random crop") \
+    X(f, crop_pct,   "-crop_pct", 1.0, 0.25, 1, SAME, "evaluation: part of the resized shorter side that is taken") \
+    X(i, repeats,    "-repeats", 1, 1, 1024, SAME, "repeated augmentation: times that an image is shown in a row") \
+    X(f, erase,      "-reprob", 0.0, 0, 1, SAME, "random erasing: probability") \
+    X(f, mixup,      "-mixup", 0.0, 0, 1000, SAME, "mixup: alpha of the beta distribution, 0: off") \
+    X(f, cutmix,     "-cutmix", 0.0, 0, 1000, SAME, "cutmix: alpha of the beta distribution, 0: off") \
+    X(f, mix,        "-mixup_prob", 1.0, 0, 1, SAME, "probability that a batch is mixed") \
+    X(f, mix_switch, "-mixup_switch", 0.5, 0, 1, SAME, "probability of cutmix where mixup is on too")
 struct ImageData {
     IMAGE_SETTINGS(FIELD)
     LoaderTarget target; // what the loader fills
-    float* losses;       // (B)
-    int* ranks;          // (B)
+    float* losses;       // (B) of cross_entropy, as ranks (B)
+    int* ranks;
 };
 
 int image_options(Model* model, Option* options, int n) {
@@ -4975,14 +4836,14 @@ void plan_images(Model* model, Augmenter* augmenter) {
     Plan* plan = &model->plan;
     ImageData* d = model->images;
     LoaderTarget* t = &d->target;
-    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B * sizeof(ResizeTask) : 0;
-    const size_t pixels = numel(B, model->H, model->W, model->CH);
+    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0;
     t->augmenter = augmenter;
-    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images, pixels);
+    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images,
+             numel(B, model->H, model->W, model->CH));
     plan_add(plan, SCRATCH, "next labels", "", "(B)", &t->labels, B * sizeof(int));
     plan_add(plan, SCRATCH, "flips", "", "(B)", &t->flips, B * sizeof(int));
     plan_add(plan, SCRATCH, "image staging", "", "bytes", &t->staging, model->staging_bytes);
-    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks);
+    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks * sizeof(ResizeTask));
     plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, d->erase > 0.0 ? B * sizeof(EraseBox) : 0);
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
@@ -4992,16 +4853,15 @@ Loader* loader_new(const char* path, Model* model, bool training) {
     const Settings* s = model->s;
     const ImageData* d = model->images;
     const bool alone = s->predict != NULL; // every rank predicts all images; only rank 0 prints
-    require(path != NULL, "%s images are missing; give them with %s", training ? "training" : "validation", training ? "-i" : "-j");
+    require(path != NULL, "%s images are missing; give them with %s", training ? "training" : "validation",
+            training ? "-i" : "-j");
     require(model->H == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", s->size);
-    const LoaderOptions options = {
-        model->B, model->H, model->CH, alone ? (size_t)1 : (size_t)num_ranks, alone ? (size_t)0 : (size_t)rank, model->seed,
-        training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, training ? d->repeats : 1, (size_t)s->accumulation,
-        alone ? 0 : (int)model->V, training ? (float)d->smoothing : 0.0f,
-        MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}};
-    Loader* loader = loader_open(path, options);
-    const size_t staging = loader->resizes ? loader->piece_bytes : 0;
-    if (model->staging_bytes < staging) { model->staging_bytes = staging; }
+    Loader* loader = loader_open(path, LoaderOptions{
+        model->B, model->H, model->CH, alone ? (size_t)1 : (size_t)num_ranks, alone ? (size_t)0 : (size_t)rank,
+        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, training ? d->repeats : 1,
+        (size_t)s->accumulation, alone ? 0 : (int)model->V, training ? (float)d->smoothing : 0.0f,
+        MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
+    if (loader->resizes) { model->staging_bytes = std::max(model->staging_bytes, loader->piece_bytes); }
     return loader;
 }
 
@@ -5016,17 +4876,19 @@ void classifier_loss(Model* model, floatX* logits, const int* labels, const Batc
 // scores = sums over the images of an evaluation, as means, in the units that are printed
 void mean_scores(const Model* model, size_t images, double* scores) {
     const StepResult r = model_result(model);
-    for (int i = 0; model_eval_metrics[i].name != NULL; i++) { scores[i] = model_eval_metrics[i].unit * (r.sums[i] / images); }
+    for (int i = 0; model_eval_metrics[i].name != NULL; i++) {
+        scores[i] = model_eval_metrics[i].unit * (r.sums[i] / images);
+    }
 }
 
-// prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V), in double; of two
-// classes with the same logit the lower comes first
+// prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V), in double;
+// of two classes with the same logit the lower comes first
 static void print_best(size_t image, const floatX* logits, size_t V) {
     size_t best[6], found = 0;
     double sum = 0.0;
     for (size_t v = 0; v < V; v++) {
-        require(isfinite((float)logits[v]), "image %zu: the logit of class %zu is not finite; the weights are damaged, or too "
-                "large for " PRECISION_NAME, image, v);
+        require(isfinite((float)logits[v]), "image %zu: the logit of class %zu is not finite; the weights are damaged, "
+                "or too large for " PRECISION_NAME, image, v);
         size_t place = found; // among the best so far
         for (; place > 0 && (float)logits[v] > (float)logits[best[place-1]]; place--) { best[place] = best[place-1]; }
         best[place] = v;
@@ -5048,18 +4910,19 @@ void predict(Model* model, Loader* loader) {
         loader_batch(loader, number);
         const Batch* batch = loader_take(loader);
         const floatX* on_device = model_predict(model, batch);
-        cudaCheck(cudaMemcpyAsync(logits, on_device, batch->n * V * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream));
         cudaCheck(cudaStreamSynchronize(main_stream));
+        cudaCheck(cudaMemcpy(logits, on_device, batch->n * V * sizeof(floatX), cudaMemcpyDeviceToHost));
         for (size_t b = 0; b < batch->n; b++) { print_best(number * model->B + b, logits + b * V, V); }
     }
     free(logits);
 }
 
-// Writes up to 64 images of a training batch as the model gets them, normalised: image (n, CH, H, W), label (n), and mean and
-// std (CH) of the normalisation. data/sheet.py draws the file
+// Writes up to 64 images of a training batch as the model gets them, normalised: image (n, CH, H, W), label (n), and
+// mean and std (CH) of the normalisation. data/sheet.py draws the file
 void write_sheet(Model* model, Loader* loader, size_t number) {
-    const size_t n = model->B < 64 ? model->B : 64, H = model->H, W = model->W, CH = model->CH, per_image = numel(CH, H, W);
-    float *images = host_new<float>(n * per_image, "images"), *pixels = host_new<float>(per_image, "an image"), labels[64];
+    const size_t H = model->H, W = model->W, CH = model->CH, n = std::min<size_t>(model->B, 64), pixels = H * W;
+    float *images = host_new<float>(n * pixels * CH, "images"), *of_image = host_new<float>(pixels * CH, "an image");
+    float labels[64];
     int numbers[64];
     loader_batch(loader, number);
     const Batch* batch = loader_take(loader);
@@ -5068,8 +4931,8 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     cudaCheck(cudaMemcpy(numbers, batch->labels, n * sizeof(int), cudaMemcpyDeviceToHost));
     for (size_t b = 0; b < n; b++) {
         labels[b] = (float)numbers[b];
-        model_pixels(model, b, pixels);
-        for (size_t i = 0; i < per_image; i++) { images[b * per_image + i % CH * H*W + i / CH] = pixels[i]; }
+        model_pixels(model, b, of_image);
+        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = of_image[i]; }
     }
     const StMetadata metadata = {"format", "pt"};
     const StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4}, {"label", "F32", {n}, 0, 0, 1},
@@ -5078,7 +4941,7 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     if (rank == 0) { safetensors_write(model->s->sheet, &metadata, 1, tensors, data, 4); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
-    free(pixels);
+    free(of_image);
 }
 // ---- end shared: image classifiers -----------------------------------------
 

@@ -257,7 +257,7 @@ static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t
     LoaderTarget target = {};
     Augmenter augmenter = {}; // nothing is augmented here
     target.augmenter = &augmenter;
-    Loader* loader = loader_new(path, o);
+    Loader* loader = loader_open(path, o);
     const ShardSet set = loader->set;
     const bool resizes = loader->resizes;
     Shard* last = &loader->set.shards[set.num_shards - 1];
@@ -283,14 +283,15 @@ static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t
     size_t erased = 0;
     uint8_t *images = (uint8_t*)malloc(o.B * pixels), *expected = (uint8_t*)malloc(pixels);
     int *labels = (int*)malloc(o.B * sizeof(int)), *flips = (int*)malloc(o.B * sizeof(int));
-    loader_start(loader, target, readers);
+    loader_begin(loader, target, readers);
     const size_t batches = loader_batches(loader);
     check(loader_first(loader) == 0, "the first batch of a loader");
     Difference difference = {};
     bool right = true;
     for (size_t batch = first; batch < first + count; batch++) {
-        const size_t n = loader_batch(loader, batch);
+        loader_batch(loader, batch);
         const Batch* taken = loader_take(loader);
+        const size_t n = taken->n;
         cudaCheck(cudaStreamSynchronize(main_stream));
         const BatchAugment a = taken->augment;
         BatchAugment mix = {};
@@ -298,13 +299,13 @@ static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t
         if (o.training) { draw_mix(&mix, &o.mix, o.seed, (unsigned)batch, (int)o.S); }
         if (a.erased != NULL) { cudaCheck(cudaMemcpy(boxes, a.erased, n * sizeof(EraseBox), cudaMemcpyDeviceToHost)); }
         right = right && a.lam == mix.lam && (mix.lam == 1.0f || (a.cut == mix.cut && a.top == mix.top && a.right == mix.right));
-        right = right && taken->n == n && loader_first(loader) == batch + 1 && a.erased == target.erased && a.n == (int)n &&
+        right = right && loader_first(loader) == batch + 1 && a.erased == target.erased && a.n == (int)n &&
                 a.place == loader_place(&o, batch % batches, 0) && a.place_step == loader_place(&o, batch % batches, 1) - a.place &&
                 taken->stats.mean[0] == 0.5f && taken->stats.std[0] == 0.25f && taken->images == target.images;
         cudaCheck(cudaMemcpy(images, target.images, n * pixels, cudaMemcpyDeviceToHost));
         cudaCheck(cudaMemcpy(labels, target.labels, n * sizeof(int), cudaMemcpyDeviceToHost));
         cudaCheck(cudaMemcpy(flips, target.flips, n * sizeof(int), cudaMemcpyDeviceToHost));
-        loader_release(loader);
+        batch_used(taken);
         sums[batch - first] = crc_32(crc_32(crc_32(0, images, n * pixels), labels, n * sizeof(int)), flips, n * sizeof(int));
         for (size_t i = 0; compare && i < n; i++) {
             unsigned number, *order = (unsigned*)malloc(set.images * sizeof(unsigned));
@@ -355,7 +356,7 @@ static void test_loader(bool quick) {
     }
     set = shards_open(in_folder("equal")); // equal.bin
     check(set.num_shards == 1 && set.images == 50, "a shard without a number");
-    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, {}};
+    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, 0.0f, {}};
     LoaderOptions variants[6] = {o, o, o, o, o, o};
     variants[1].repeats = 3;
     variants[1].mix = MixOptions{0.5, 0.8, 1.0, 0.9, 0.5};
@@ -417,7 +418,7 @@ static void refused(const char* path, int how, int code, const char* pattern) {
         close(ends[0]);
         uint32_t sums[32];
         if (how != READ_NONE) {
-            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, {}};
+            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, 0.0f, {}};
             run_loader(sums, path, o, 0, 9, 2, true, false, true, how == READ_DAMAGED ? 17 : -1);
         } else {
             shards_open(path);
