@@ -5110,6 +5110,7 @@ double seconds(void) {
 // begins at a multiple of 128 elements
 struct Scratch {
     double* norm_partial;
+    float* buffers;               // of the host, while their moving average is evaluated
     DropScratch drop;
     size_t drop_tiles, drop_list; // of the selections that run together, at most
     float* stats_exact;           // (num_parameters), -stats: gradients of the exact inputs
@@ -5541,8 +5542,8 @@ static bool in_set(const TensorSet* set, const Parameter* p) {
     return (p->kind == BUFFER ? set->buffers : p->kind == FROZEN ? set->frozen : set->trained) != NULL;
 }
 
-static TensorSet weights_set(const Model* model, const char* prefix) {
-    return TensorSet{prefix, model->master, model->fixed, model->fixed + model->num_frozen};
+static TensorSet weights_set(const Model* model) {
+    return TensorSet{"", model->master, model->fixed, model->fixed + model->num_frozen};
 }
 
 // The states of a checkpoint: those of the optimizer under the names that torch.optim has for them
@@ -5553,11 +5554,6 @@ static int state_sets(const Model* model, TensorSet sets[3]) {
     if (model->v != NULL) { sets[n++] = TensorSet{"exp_avg_sq.", model->v, NULL, NULL}; }
     if (model->ema != NULL) { sets[n++] = TensorSet{"ema.", model->ema, NULL, model->buffers_ema}; }
     return n;
-}
-
-static void print_tensor(const char* path, const char* name, const char* found, const StTensor* t) {
-    fprintf(stderr, "%s: %s: %s", path, name, found);
-    if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
 }
 
 // Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
@@ -5576,7 +5572,8 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
             && memcmp(t->shape, p.shape, p.dims * sizeof(size_t)) == 0;
         if (fits && values != NULL) { memcpy(values + p.offset, safetensors_data(st, t), p.n * sizeof(float)); }
         if (fits) { continue; }
-        print_tensor(st->file.path, name, t != NULL ? "found " : "missing", t);
+        fprintf(stderr, "%s: %s: %s", st->file.path, name, t != NULL ? "found " : "missing");
+        if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
         fprintf(stderr, ", expected ");
         print_shape(stderr, "F32", p.shape, p.dims);
         fprintf(stderr, "\n");
@@ -5586,7 +5583,8 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
         const StTensor* t = &st->tensors[i];
         const bool counts = strstr(t->name, "num_batches_tracked") != NULL; // PyTorch's batch norms; unused
         if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0 || counts) { continue; }
-        print_tensor(st->file.path, t->name, "found ", t);
+        fprintf(stderr, "%s: %s: found ", st->file.path, t->name);
+        print_shape(stderr, t->dtype, t->shape, t->dims);
         fprintf(stderr, ", expected no such tensor\n");
         wrong++;
     }
@@ -5671,7 +5669,7 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
 // writes
 void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int num_metadata) {
     char path[PATH_MAX];
-    TensorSet weights = weights_set(model, ""), sets[3];
+    TensorSet weights = weights_set(model), sets[3];
     const int num_sets = state_sets(model, sets);
     checkpoint_path(path, sizeof(path), model->s->output, "model", step);
     write_tensors(model, path, metadata, num_metadata, &weights, 1);
@@ -5684,7 +5682,7 @@ void write_checkpoint(const Model* model, int step, const StMetadata* metadata, 
 // an entry of the metadata. All ranks call, rank 0 writes
 void write_best(const Model* model, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     char path[PATH_MAX];
-    const TensorSet weights = weights_set(model, "");
+    const TensorSet weights = weights_set(model);
     path_in(path, model->s->output, "best.safetensors");
     double stands = rank == 0 && checkpoint_best_stands(path, metadata, num_metadata, best);
     ranks_sum(&stands, 1); // only rank 0 may see the file
@@ -5762,26 +5760,7 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step) {
     }
 }
 
-// a and b (n) change places, n a multiple of VEC. A thread moves VEC elements
-__global__ void swap_kernel(float* a, float* b, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i < n) {
-        float va[VEC], vb[VEC];
-        load<VEC>(va, a + i);
-        load<VEC>(vb, b + i);
-        store<VEC>(a + i, vb);
-        store<VEC>(b + i, va);
-    }
-}
-
-static void swap_buffers(Model* model) {
-    const size_t n = model->num_buffers, blocks = CEIL_DIV(n, (size_t)256 * VEC);
-    if (model->buffers_ema == NULL) { return; }
-    swap_kernel<<<blocks, 256, 0, main_stream>>>(model->fixed + model->num_frozen, model->buffers_ema, n);
-    kernelCheck();
-}
-
-// The gradients have been used: their memory keeps the weights
+// The gradients have been used: their memory keeps the weights. The host keeps the buffers
 void ema_enter(Model* model) {
     const size_t n = model->shard_n, bytes = model->num_parameters * sizeof(floatX);
     floatX *params = model->params_memory, *shard = params + model->shard_begin;
@@ -5789,14 +5768,21 @@ void ema_enter(Model* model) {
     round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(shard, model->ema, n);
     kernelCheck();
     if (model->s->sharded && num_ranks > 1) { ranks_gather(params, shard, n * sizeof(floatX)); }
-    swap_buffers(model);
+    if (model->num_buffers == 0) { return; }
+    float* buffers = model->fixed + model->num_frozen;
+    model->scratch->buffers = host_new<float>(model->num_buffers, "buffers");
+    to_host(model->scratch->buffers, buffers, model->num_buffers);
+    const size_t buffer_bytes = model->num_buffers * sizeof(float);
+    cudaCheck(cudaMemcpyAsync(buffers, model->buffers_ema, buffer_bytes, cudaMemcpyDeviceToDevice, main_stream));
 }
 
 void ema_leave(Model* model) {
     const size_t bytes = model->num_parameters * sizeof(floatX);
     floatX* params = model->params_memory;
     cudaCheck(cudaMemcpyAsync(params, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
-    swap_buffers(model);
+    if (model->num_buffers == 0) { return; }
+    to_device(model->fixed + model->num_frozen, model->scratch->buffers, model->num_buffers);
+    free(model->scratch->buffers);
 }
 
 StepResult model_result(const Model* model) {
@@ -5812,32 +5798,29 @@ StepResult model_result(const Model* model) {
     return result;
 }
 
-template <class T> static bool all_finite(const void* device, size_t n) {
-    T* host = host_new<T>(n, "a tensor");
-    to_host(host, (const T*)device, n);
-    bool finite = true;
-    for (size_t i = 0; i < n; i++) { finite = finite && isfinite((float)host[i]); }
+static bool finite(const void* device, int bits, size_t n) {
+    uint8_t* host = host_new<uint8_t>(n * bits / 8, "a tensor");
+    to_host(host, (const uint8_t*)device, n * bits / 8);
+    bool all = true;
+    for (size_t i = 0; i < n; i++) { all = all && isfinite(bits == FP32 ? ((float*)host)[i] : (float)((floatX*)host)[i]); }
     free(host);
-    return finite;
+    return all;
 }
 
 static bool activation_finite(const Activation* a) {
     if (!a->cached || a->bits < 16) { return true; }
-    if (a->dropped) { return all_finite<floatX>(a->dropit.values, a->dropit.k); }
-    return a->bits == FP32 ? all_finite<float>(a->data, a->n) : all_finite<floatX>(a->data, a->n);
+    return a->dropped ? finite(a->dropit.values, FLOATX, a->dropit.k) : finite(a->data, a->bits, a->n);
 }
 
-// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are
-// stored
+// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
 void first_not_finite(const Model* model, char name[128]) {
+    snprintf(name, 128, "no stored tensor");
     for (const Parameter& p : model->parameters) {
-        const bool finite = p.kind == BUFFER ? all_finite<float>(*p.buffer, p.n) : all_finite<floatX>(*p.param, p.n);
-        if (finite) { continue; }
+        if (p.kind == BUFFER ? finite(*p.buffer, FP32, p.n) : finite(*p.param, FLOATX, p.n)) { continue; }
         snprintf(name, 128, "parameter %s", p.name);
         return;
     }
-    // lines of one copy before the first of several, then the copies of all lines, then the other lines
-    // of one copy
+    // lines of one copy before the first of several, then the copies of all lines, then the other lines of one copy
     for (int copy = -1; copy <= MAX_COPIES + 1; copy++) {
         bool several = false;
         for (const Activation* a : model->activations) {
@@ -5849,11 +5832,10 @@ void first_not_finite(const Model* model, char name[128]) {
         }
     }
     for (const Parameter& p : model->parameters) {
-        if (!is_trained(&p) || all_finite<float>(*p.grad, p.n)) { continue; }
+        if (!is_trained(&p) || finite(*p.grad, FP32, p.n)) { continue; }
         snprintf(name, 128, "gradient of %s", p.name);
         return;
     }
-    snprintf(name, 128, "no stored tensor");
 }
 // ---- end shared: model state -----------------------------------------------
 
