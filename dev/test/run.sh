@@ -20,7 +20,7 @@ tsan=build/cpu-fp32-tsan
 dumps=dev/reference/dumps
 workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
 
-not_run() { echo "not run: $1" | tee -a $logs/not_run; }
+not_run() { [ ${#names[@]} -gt 0 ] || echo "not run: $1" >>$logs/not_run; }
 
 wanted() { # wanted NAME: is it one of the names that were asked for?
     local pattern
@@ -55,7 +55,7 @@ build() {
         variant=$(echo "$directory" | grep -o '[at]san$')
         precision=$(echo "$directory" | grep -o 'bf16\|fp32' | tr a-z A-Z)
         # shellcheck disable=SC2086
-        $cpu -j "$cores" PRECISION="$precision" ${variant:+VARIANT=$variant} $targets || return 1
+        $cpu -j "$cores" PRECISION="$precision" ${variant:+VARIANT=$variant} $targets >$logs/build.log || return 1
     done
 }
 
