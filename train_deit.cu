@@ -339,7 +339,7 @@ typedef struct { enum { CONSTANT, NORMAL, UNIFORM } kind; double scale; } Init; 
 Init constant_init(double value), normal_init(double deviation), uniform_init(size_t fan_in);
 typedef struct {
     char name[96];
-    int line, kind, dims, copy, copies;
+    int kind, dims, copy, copies;
     bool added; // over the ranks, in this step
     Init init;
     size_t shape[4], n, offset; // offset: in the memory of parameters, gradients, moments and masters
@@ -433,7 +433,7 @@ struct Common {
     size_t staging_bytes;        // for images that are resized on the device; 0: none are
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
-    int num_parameter_lines, num_lines; // of the tables
+    int num_lines;               // of the table of activations
     size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
@@ -5146,11 +5146,9 @@ bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAI
 
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
                                             const char* name, int copy, int copies, int kind, Init init, Dims... dims) {
-    if (copy == 0) { model->num_parameter_lines++; }
     if (numel(dims...) == 0) { return; }
     Parameter p = {};
     snprintf(p.name, sizeof(p.name), name, copy);
-    p.line = model->num_parameter_lines - 1;
     p.kind = kind;
     p.init = init;
     p.copy = copy;
@@ -5432,7 +5430,7 @@ void plan_model(Model* model) {
     Scratch* s = model->scratch;
     memset(plan->bytes, 0, sizeof(plan->bytes));
     plan->lines.n = model->parameters.n = model->activations.n = 0;
-    model->num_parameter_lines = model->num_lines = 0;
+    model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5526,10 +5524,11 @@ static void set_parameters(Model* model, const float* values) {
     if (model->buffers_ema != NULL) { to_device(model->buffers_ema, values + rounded_n, buffers); }
 }
 
-// out (p->n) = initial values of a tensor
+// out (p->n) = initial values of a tensor. Its name keys the random stream, so that the other tensors do not matter
 void initial_values(const Model* model, const Parameter* p, float* out) {
+    const uint32_t stream = crc_32(0, p->name, strlen(p->name));
     for (size_t i = 0; i < p->n; i++) {
-        const uint4 u = philox(model->seed, RNG_INIT, p->line, p->copy * p->n + i);
+        const uint4 u = philox(model->seed, RNG_INIT, stream, i);
         double x = 1.0;
         if (p->init.kind == Init::NORMAL) { x = normal(u); }
         if (p->init.kind == Init::UNIFORM) { x = 2.0 * uniform(u.x) - 1.0; }
