@@ -3314,10 +3314,8 @@ void device_open(void) {
 // ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: random --------------------------------------------------------
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as in
-// dev/reference/rng.py
-__host__ __device__ inline uint4 philox(
-        unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
+// dev/reference/rng.py has the same
+__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
     unsigned c0 = (unsigned)i, c1 = (unsigned)(i >> 32), c2 = step, c3 = purpose;
     for (int round = 0; round < 10; round++) {
@@ -3357,24 +3355,20 @@ struct Allocation {
     void** pointer;
 };
 
-static void plan_line(Plan* plan, Allocation a, void** shared) {
+template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
+                                 T** pointer, size_t bytes, size_t dense, T** shared) {
+    Allocation a = {name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer};
     for (int i = 0; shared != NULL && i < plan->lines.n; i++) {
         const Allocation* line = &plan->lines.of[i];
-        if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
+        if (line->pointer == (void**)shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // the memory that is shared
+    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // of the shared memory
     const size_t more = a.bytes > *had ? a.bytes - *had : 0;
     plan->bytes[a.category] += more;
     *had += more;
     if (a.shares >= 0) { a.bytes = 0; }
     plan->lines.push(a);
-}
-
-template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
-                                 T** pointer, size_t bytes, size_t dense, T** shared) {
-    bytes = align_up(bytes);
-    plan_line(plan, Allocation{name, part, shape, category, -1, false, bytes, dense, (void**)pointer}, (void**)shared);
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
@@ -3387,10 +3381,9 @@ size_t plan_total(const Plan* plan) {
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
 void plan_allocate(Plan* plan) {
-    char* next[NUM_CATEGORIES];
+    char* next[NUM_CATEGORIES] = {};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
         const size_t bytes = plan->bytes[c];
-        next[c] = NULL;
         if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
         plan->blocks[c] = next[c];
         const bool updated = c != CACHED && c != SCRATCH; // with its padding
@@ -3486,8 +3479,8 @@ typedef struct {
 struct Safetensors {
     MappedFile file;
     StTensor* tensors;
-    StMetadata metadata[ST_MAX_METADATA];
-    int num_tensors, num_metadata;
+    List<StMetadata> metadata;
+    int num_tensors;
     size_t data_offset, at; // where the header ends and the data begin; the byte that is parsed next
 };
 
@@ -3498,9 +3491,8 @@ void st_check(const Safetensors* st, bool valid, const char* what) {
 
 // the character that comes next, -1 behind the header
 int st_peek(const Safetensors* st) { return st->at < st->data_offset ? st->file.data[st->at] : -1; }
-
 void st_skip_space(Safetensors* st) {
-    for (int c; (c = st_peek(st)) == ' ' || c == '\t' || c == '\r' || c == '\n'; ) { st->at++; }
+    while (st_peek(st) > 0 && strchr(" \t\r\n", st_peek(st)) != NULL) { st->at++; }
 }
 
 // skips white space; takes c and returns true if it comes next
@@ -3551,8 +3543,7 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
     for (; st_element(st, "[]", n); n++) {
         st_check(st, n < most, "too many numbers in a list");
         st_skip_space(st);
-        const size_t start = st->at;
-        size_t v = 0;
+        size_t v = 0, start = st->at;
         for (int c; (c = st_peek(st)) >= '0' && c <= '9'; st->at++) {
             st_check(st, v <= (SIZE_MAX - (c - '0')) / 10, "number too large");
             v = v * 10 + (c - '0');
@@ -3591,19 +3582,20 @@ void crc_without_digits(char text[9], const MappedFile* file, size_t digits) {
 
 void st_metadata(Safetensors* st) {
     for (int i = 0; st_element(st, "{}", i); i++) {
-        st_check(st, st->num_metadata < ST_MAX_METADATA, "too many metadata entries");
-        StMetadata* m = &st->metadata[st->num_metadata++];
-        st_string(st, m->key, sizeof(m->key));
+        StMetadata m;
+        st_check(st, st->metadata.n < ST_MAX_METADATA, "too many metadata entries");
+        st_string(st, m.key, sizeof(m.key));
         st_expect(st, ':');
-        st_string(st, m->value, sizeof(m->value));
-        if (strcmp(m->key, "crc32") != 0) { continue; }
+        st_string(st, m.value, sizeof(m.value));
+        st->metadata.push(m);
+        if (strcmp(m.key, "crc32") != 0) { continue; }
         const size_t at = st->at - 9; // before the digits and their closing quote
-        const bool eight = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0;
+        const bool eight = strlen(m.value) == 8 && memcmp(st->file.data + at, m.value, 8) == 0;
         st_check(st, eight, "crc32 is not of eight digits");
         char actual[9];
         crc_without_digits(actual, &st->file, at);
-        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; "
-                "take another copy", st->file.path, actual, m->value);
+        require(strcmp(actual, m.value) == 0, "%s has the checksum %s, its header says %s: it is damaged; take "
+                "another copy", st->file.path, actual, m.value);
     }
 }
 
@@ -3614,16 +3606,23 @@ size_t st_numel(const StTensor* t) {
     return n;
 }
 
-bool st_before(const StTensor& a, const StTensor& b) {
-    return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
+// NULL: there is no such tensor
+const StTensor* safetensors_find(const Safetensors* st, const char* name) {
+    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
+        if (strcmp(t->name, name) == 0) { return t; }
+    }
+    return NULL;
 }
+bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 
 // in the order of their offsets, the tensors must follow one another from first to last byte
 void st_check_tensors(Safetensors* st) {
     static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8},
         {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
-    std::stable_sort(st->tensors, st->tensors + st->num_tensors, st_before);
+    std::stable_sort(st->tensors, st->tensors + st->num_tensors, [](const StTensor& a, const StTensor& b) {
+        return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
+    });
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
@@ -3635,18 +3634,14 @@ void st_check_tensors(Safetensors* st) {
                 "to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
                 "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
         end = t->end;
-        for (int j = 0; j < i; j++) {
-            require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
-        }
+        require(safetensors_find(st, t->name) == t, "%s: tensor %s appears twice", path, t->name);
     }
     require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
 }
 
 // NULL: there is no such entry
 const char* safetensors_metadata(const Safetensors* st, const char* key) {
-    for (const StMetadata* m = st->metadata; m < st->metadata + st->num_metadata; m++) {
-        if (strcmp(m->key, key) == 0) { return m->value; }
-    }
+    for (const StMetadata& m : st->metadata) { if (strcmp(m.key, key) == 0) { return m.value; } }
     return NULL;
 }
 
@@ -3682,19 +3677,11 @@ Safetensors* safetensors_open(const char* path) {
 
 void safetensors_close(Safetensors* st) {
     munmap((void*)st->file.data, st->file.bytes);
+    free(st->metadata.of);
     free(st->tensors);
     free(st);
 }
 
-// NULL: there is no such tensor
-const StTensor* safetensors_find(const Safetensors* st, const char* name) {
-    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
-        if (strcmp(t->name, name) == 0) { return t; }
-    }
-    return NULL;
-}
-
-bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
@@ -3851,10 +3838,9 @@ void checkpoint_path(char* path, size_t size, const char* directory, const char*
 // Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
 bool checkpoint_file_whole(const char* path) {
     const size_t before = strlen(ST_BEFORE_DIGITS), digits = 8 + before; // 8: the length of the header
-    struct stat info;
+    struct stat s;
     char actual[9];
-    const bool there = stat(path, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 64 && access(path, R_OK) == 0;
-    if (!there) { return false; }
+    if (stat(path, &s) != 0 || !S_ISREG(s.st_mode) || s.st_size <= 64 || access(path, R_OK) != 0) { return false; }
     const MappedFile file = map_file(path, "");
     crc_without_digits(actual, &file, digits);
     const bool ours = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0;
@@ -4427,15 +4413,9 @@ void reader_close(Reader* r) {
     }
 }
 
-// begins to plan the next batch: reader_add adds its jobs, and reader_go gives them to the threads
-ReadBatch* reader_plan(Reader* r) {
-    ReadBatch* b = &r->read[r->planned % 2];
-    *b = ReadBatch{b->jobs, b->pieces, 0, 0, r->pieces};
-    return b;
-}
-
-// Adds a job: image `number` of a shard, of which `bytes` are staged. Returns whether a piece begins with it: where
-// the last one has no room for these bytes and, behind all that is staged, `behind` more
+// Adds a job to a batch that is planned, read[planned % 2]: image `number` of a shard, of which `bytes` are
+// staged. Returns whether a piece begins with it: where the last one has no room for these bytes and,
+// behind all that is staged, `behind` more
 bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, size_t bytes, size_t behind) {
     const ShardEntry* e = &shard->entries[number];
     const uint8_t* record = shard->file.data + e->offset;
@@ -4451,11 +4431,6 @@ bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, si
         madvise((void*)page, (uintptr_t)record + record_bytes - page, MADV_WILLNEED);
     }
     return begins;
-}
-
-void reader_go(Reader* r, const ReadBatch* b) {
-    r->pieces += b->num_pieces;
-    reader_set(r, &r->planned, r->planned + 1);
 }
 
 // Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads too.
@@ -4709,10 +4684,11 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
 // plans the images of a batch and gives them to the threads
 void loader_plan(Loader* loader, size_t number) {
     const LoaderOptions* o = &loader->options;
-    ReadBatch* read = reader_plan(loader);
-    ImageBatch* b = &loader->batches[read - loader->read];
+    ReadBatch* read = &loader->read[loader->planned % 2];
+    ImageBatch* b = &loader->batches[loader->planned % 2];
     const BatchAugment* a = &b->batch.augment;
     size_t group = 0, most = 0; // scratch of the group so far, and of the largest group of the piece
+    *read = ReadBatch{read->jobs, read->pieces, 0, 0, loader->pieces};
     cudaCheck(cudaEventSynchronize(b->copied)); // the device may still read its pinned memory
     loader_plan_batch(loader, &b->batch, number);
     for (size_t i = 0; i < b->batch.n; i++) {
@@ -4739,7 +4715,13 @@ void loader_plan(Loader* loader, size_t number) {
         b->tasks[i] = t;
     }
     loader->ahead = (long long)number;
-    reader_go(loader, read);
+    loader->pieces += read->num_pieces;
+    reader_set(loader, &loader->planned, loader->planned + 1);
+}
+
+// device = host (n), in pinned memory
+template <class T> static void upload(T* device, const T* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, stream));
 }
 
 // copies piece p of a batch from its slot to the device, and resizes it group by group
@@ -4751,8 +4733,7 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const size_t first = piece->first, last = first + piece->jobs;
     const int S = (int)loader->options.S, CH = (int)loader->options.CH;
     if (!loader->resizes) {
-        uint8_t* images = to->images + numel(first, S, S, CH);
-        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, loader->stream));
+        upload(to->images + numel(first, S, S, CH), slot, piece->bytes, loader->stream);
         reader_copied(loader, read, p, loader->stream);
     }
     for (size_t i = first, end; loader->resizes && i < last; i = end) {
@@ -4763,7 +4744,7 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
             pitch = std::max(pitch, t->pitch);
         }
         const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, loader->stream));
+        upload(to->staging + at, slot + at, bytes, loader->stream);
         if (end == last) { reader_copied(loader, read, p, loader->stream); }
         resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
     }
@@ -4780,14 +4761,10 @@ void loader_batch(Loader* loader, size_t number) {
     const cudaStream_t stream = loader->stream;
     loader_plan(loader, number + 1);
     cudaCheck(cudaStreamWaitEvent(stream, loader->released, 0));
-    cudaCheck(cudaMemcpyAsync(to->labels, b->labels, n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    cudaCheck(cudaMemcpyAsync(to->flips, b->flips, n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    if (loader->resizes) {
-        cudaCheck(cudaMemcpyAsync(to->tasks, b->tasks, n * sizeof(ResizeTask), cudaMemcpyHostToDevice, stream));
-    }
-    if (b->batch.augment.erased != NULL) {
-        cudaCheck(cudaMemcpyAsync(to->erased, b->erased, n * sizeof(EraseBox), cudaMemcpyHostToDevice, stream));
-    }
+    upload(to->labels, b->labels, n, stream);
+    upload(to->flips, b->flips, n, stream);
+    if (loader->resizes) { upload(to->tasks, b->tasks, n, stream); }
+    if (b->batch.augment.erased != NULL) { upload(to->erased, b->erased, n, stream); }
     for (size_t p = 0; p < read->num_pieces; p++) { loader_copy_piece(loader, read, p); }
     if (loader->options.training) { model_augment(to->augmenter, &b->batch, stream); }
     cudaCheck(cudaEventRecord(b->copied, stream));
