@@ -3237,20 +3237,18 @@ void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
     ncclCheck(ncclGroupStart());
     for (int i = 0; i < n; i++) {
-        ncclCheck(ncclAllReduce(pieces[i], pieces[i], sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
+        float* p = pieces[i];
+        ncclCheck(ncclAllReduce(p, p, sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
 }
-
 void ranks_wait(void) {
     if (num_ranks > 1) { cudaCheck(cudaStreamWaitEvent(main_stream, gradients_reduced, 0)); }
 }
-
 void ranks_gather(void* full, const void* part, size_t bytes) {
     ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
 }
-
 void ranks_broadcast(void* device, size_t bytes) {
     if (num_ranks > 1) { ncclCheck(ncclBroadcast(device, device, bytes, ncclUint8, 0, nccl_comm, main_stream)); }
 }
@@ -3260,10 +3258,8 @@ void ranks_sum(double* values, int n) {
     if (num_ranks == 1) { return; }
     double* all = host_new<double>(numel(num_ranks, n), "sums");
     mpiCheck(MPI_Allgather(values, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD));
-    for (int i = 0; i < n; i++) {
-        values[i] = 0.0;
-        for (int r = 0; r < num_ranks; r++) { values[i] += all[r * n + i]; }
-    }
+    memset(values, 0, n * sizeof(double));
+    for (int i = 0; i < n * num_ranks; i++) { values[i % n] += all[i]; }
     free(all);
 }
 
@@ -3291,8 +3287,7 @@ void ranks_agree(uint32_t, const char*) {}
 void device_open(void) {
     int device, devices = 0;
     cudaDeviceProp properties;
-    bool started = false;
-    for (const char* s : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}) { started |= getenv(s) != NULL; }
+    const bool started = getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK");
     const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // without PMIx, each would train alone
     require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot "
             "find each other; start with srun --mpi=pmix", tasks);
@@ -3384,11 +3379,10 @@ size_t plan_total(const Plan* plan) {
 void plan_allocate(Plan* plan) {
     char* next[NUM_CATEGORIES] = {};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
-        const size_t bytes = plan->bytes[c];
+        const size_t bytes = plan->bytes[c], zeros = c == CACHED || c == SCRATCH ? 0 : bytes; // with padding
         if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
+        if (zeros > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, zeros, main_stream)); }
         plan->blocks[c] = next[c];
-        const bool updated = c != CACHED && c != SCRATCH; // with its padding
-        if (updated && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
     }
     for (Allocation& a : plan->lines) { // a line shares with one before it
         *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
@@ -3486,8 +3480,8 @@ struct Safetensors {
 };
 
 void st_check(const Safetensors* st, bool valid, const char* what) {
-    const char* path = st->file.path;
-    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", path, what, st->at);
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path,
+            what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3503,7 +3497,6 @@ bool st_take(Safetensors* st, char c) {
     st->at += found;
     return found;
 }
-
 void st_expect(Safetensors* st, char c) {
     char what[] = "expected '?'";
     what[10] = c;
@@ -3655,8 +3648,7 @@ Safetensors* safetensors_open(const char* path) {
     const uint64_t length = *(const uint64_t*)st->file.data;
     require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, "
             "the file has %zu; it is truncated or of another format", path, length, bytes);
-    st->at = 8;
-    st->data_offset = 8 + length;
+    st->data_offset = (st->at = 8) + length;
     for (int i = 0; st_element(st, "{}", i); i++) {
         StTensor t = {};
         st_string(st, t.name, sizeof(t.name));
@@ -3693,7 +3685,6 @@ void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
     for (int d = 0; d < dims; d++) { fprintf(out, "%s%zu", d > 0 ? ", " : "", shape[d]); }
     fprintf(out, ")");
 }
-
 void path_in(char path[PATH_MAX], const char* directory, const char* name) {
     const bool fits = snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX;
     require(fits, "the name of the directory is too long: %.80s...", directory);
@@ -3714,10 +3705,10 @@ void write_file(const char* path, const List<FilePart>& parts) {
         }
     }
     if (!written || fsync(fd) != 0 || close(fd) != 0 || rename(temporary, path) != 0) {
-        const int reason = errno;
+        const char* reason = strerror(errno);
         unlink(temporary);
-        errno = reason;
-        fail("cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
+        fail("cannot write %s: %s; what was written before is whole. Make room or choose another directory",
+             path, reason);
     }
     char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
     if (slash != NULL) { slash[1] = 0; }
@@ -3831,8 +3822,7 @@ Shard shard_open(const char* path, bool verify = true) {
 // A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
 // last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
-    const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
-    const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
+    const char* end = kind[0] == 'D' ? "" : kind[0] == 's' ? "_00000.safetensors" : ".safetensors";
     snprintf(path, size, "%s/%s_%08d%s", directory, kind, step, end);
 }
 
@@ -3855,7 +3845,7 @@ int checkpoint_newest(const char* directory, int below) {
     DIR* d = opendir(directory);
     for (struct dirent* e; d != NULL && (e = readdir(d)) != NULL; ) {
         const bool done = sscanf(e->d_name, "DONE_%8d%n", &step, &end) == 1 && e->d_name[end] == 0;
-        if (done && step < below && step > newest) { newest = step; }
+        if (done && step < below) { newest = std::max(newest, step); }
     }
     if (d != NULL) { closedir(d); }
     return newest;
@@ -3869,8 +3859,8 @@ int checkpoint_find(const char* directory) {
         checkpoint_path(model, sizeof(model), directory, "model", step);
         checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
-        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step,
-                directory);
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
+                step, directory);
     }
     require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
     return -1;
@@ -3914,10 +3904,8 @@ void log_cut(FILE* log, int step) {
     int s;
     long end = 0;
     rewind(log);
-    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step) {
-        if (strchr(line, '\n') == NULL) { break; } // the program was killed while it wrote the line
-        end = ftell(log);
-    }
+    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step
+           && strchr(line, '\n') != NULL) { end = ftell(log); } // else the program was killed in the line
     const bool cut = ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0;
     require(cut, "cannot cut main.log back to step %d: %m", step);
 }
@@ -4108,10 +4096,9 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
     const unsigned row = S * CH, n = min(row - xc, RESIZE_V), packed = row % 16 == 0 ? n : 0;
     const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
-    const int* weights = first + S + (size_t)y * t.row_taps;
     const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
     ResizeRun bytes;
-    resize_run(&bytes, pixels, row_pitch, weights, t.row_taps);
+    resize_run(&bytes, pixels, row_pitch, first + S + (size_t)y * t.row_taps, t.row_taps);
     uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
     for (unsigned j = 0; j < packed; j += 16) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
     for (unsigned j = packed; j < n; j++) { out[j] = bytes.v[j]; }
@@ -4210,12 +4197,10 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 // ---- shared: shard reader --------------------------------------------------
 // Threads bring records (an image's bytes and annotations) from mapped files to pinned memory, the next
 // batch while the device computes this one. Only the list of jobs grows with the batch. Words:
-//
 //   batch   the records of a training step. Two are planned at most: one is copied, the other is read
 //   job     a record of a batch, which a thread reads, checks and stages: writes to its place in a slot
 //   piece   jobs in a row of one batch that fit in a slot together; copied when all of them are done
 //   slot    one of four pinned buffers. Piece p goes to slot p % 4 when piece p - 4 has been copied
-//
 //   batch      | job 0 | job 1 | job 2 | job 3 | job 4 | job 5 |
 //   pieces     |       0       |           1           |   2   |    in the next batch: 3, 4, ...
 //   slot 1     | job 2 | job 3 | job 4 | free |
@@ -4349,10 +4334,8 @@ bool reader_work(Reader* r, size_t last) {
     ReadBatch* b = &r->read[r->next_batch % 2];
     ReadJob* job = &b->jobs[i];
     if (r->next_batch == r->planned || job->piece > last || job->piece >= r->issued + PIECE_SLOTS) { return false; }
-    if (++r->next_job == b->num_jobs) {
-        r->next_job = 0;
-        r->next_batch++;
-    }
+    r->next_job = (i + 1) % b->num_jobs;
+    r->next_batch += r->next_job == 0;
     pthread_mutex_unlock(&r->lock);
     const size_t slot = job->piece % PIECE_SLOTS;
     job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
@@ -4383,7 +4366,8 @@ template <class T> void reader_set(Reader* r, T* field, T value) {
 // set and piece_bytes say what is read; threads 0: reader_wait reads alone
 void reader_start(Reader* r, size_t max_jobs, int threads) {
     for (ReadBatch& b : r->read) {
-        b = ReadBatch{host_new<ReadJob>(max_jobs, "a batch"), host_new<ReadPiece>(max_jobs, "a batch"), 0, 0, 0};
+        b.jobs = host_new<ReadJob>(max_jobs, "a batch");
+        b.pieces = host_new<ReadPiece>(max_jobs, "a batch");
     }
     for (int i = 0; i < PIECE_SLOTS; i++) {
         cudaCheck(cudaMallocHost((void**)&r->slots[i], r->piece_bytes));
@@ -4559,7 +4543,7 @@ size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
 }
 
 // Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: each image of the
-// epoch's permutation stands `repeats` times in a row, of which a rank takes each ranks-th, and only so many
+// permutation stands `repeats` times in a row; of these a rank takes each ranks-th, up to `chosen`
 size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
     const size_t chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
     return repeats == 1 ? images / ranks : std::min(chosen, CEIL_DIV(images * repeats, ranks));
@@ -4602,7 +4586,6 @@ size_t loader_epoch(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     return o->ranks * loader_epoch_images(loader->set.images, o->repeats, o->ranks);
 }
-
 size_t loader_batches(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     if (o->training) { return loader_epoch(loader) / o->ranks / (o->B * o->accumulation) * o->accumulation; }
@@ -4772,7 +4755,6 @@ const Batch* loader_take(const Loader* loader) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
     return &loader->current->batch;
 }
-
 void batch_used(const Batch* batch) {
     if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
 }
@@ -4810,15 +4792,14 @@ void plan_images(Model* model, Augmenter* augmenter) {
     Plan* plan = &model->plan;
     ImageData* d = model->images;
     LoaderTarget* t = &d->target;
-    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0;
+    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0, erased = d->erase > 0.0 ? B : 0;
     t->augmenter = augmenter;
-    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images,
-             numel(B, model->H, model->W, model->CH));
+    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images, B * model->H * model->W * model->CH);
     plan_add(plan, SCRATCH, "next labels", "", "(B)", &t->labels, B * sizeof(int));
     plan_add(plan, SCRATCH, "flips", "", "(B)", &t->flips, B * sizeof(int));
     plan_add(plan, SCRATCH, "image staging", "", "bytes", &t->staging, model->staging_bytes);
     plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks * sizeof(ResizeTask));
-    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, d->erase > 0.0 ? B * sizeof(EraseBox) : 0);
+    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, erased * sizeof(EraseBox));
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
 }
@@ -4872,7 +4853,8 @@ static void print_best(size_t image, const floatX* logits, size_t V) {
     for (size_t v = 0; v < V; v++) { sum += exp((double)(float)logits[v] - largest); }
     printf("image %zu:", image);
     for (size_t i = 0; i < found; i++) {
-        printf("%s %zu %.6f", i > 0 ? "," : "", best[i], exp((double)(float)logits[best[i]] - largest) / sum);
+        const double p = exp((double)(float)logits[best[i]] - largest) / sum;
+        printf("%s %zu %.6f", i > 0 ? "," : "", best[i], p);
     }
     printf("\n");
 }
@@ -4895,7 +4877,7 @@ void predict(Model* model, Loader* loader) {
 // label (n), and mean and std (CH) of the normalisation. data/sheet.py draws the file
 void write_sheet(Model* model, Loader* loader, size_t number) {
     const size_t H = model->H, W = model->W, CH = model->CH, n = std::min<size_t>(model->B, 64), pixels = H * W;
-    float *images = host_new<float>(n * pixels * CH, "images"), *of_image = host_new<float>(pixels * CH, "an image");
+    float *images = host_new<float>(n * pixels * CH, "images"), *one = host_new<float>(pixels * CH, "an image");
     float labels[64];
     int numbers[64];
     loader_batch(loader, number);
@@ -4905,8 +4887,8 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     cudaCheck(cudaMemcpy(numbers, batch->labels, n * sizeof(int), cudaMemcpyDeviceToHost));
     for (size_t b = 0; b < n; b++) {
         labels[b] = (float)numbers[b];
-        model_pixels(model, b, of_image);
-        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = of_image[i]; }
+        model_pixels(model, b, one);
+        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = one[i]; }
     }
     const StMetadata metadata = {"format", "pt"};
     const StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4}, {"label", "F32", {n}, 0, 0, 1},
@@ -4915,7 +4897,7 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     if (rank == 0) { safetensors_write(model->s->sheet, &metadata, 1, tensors, data, 4); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
-    free(of_image);
+    free(one);
 }
 // ---- end shared: image classifiers -----------------------------------------
 
