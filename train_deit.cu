@@ -3351,8 +3351,8 @@ struct Allocation {
     void** pointer;
 };
 
-template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
-                                 T** pointer, size_t bytes, size_t dense, T** shared) {
+template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part,
+                                 const char* shape, T** pointer, size_t bytes, size_t dense, T** shared) {
     Allocation a = {name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer};
     for (int i = 0; shared != NULL && i < plan->lines.n; i++) {
         const Allocation* line = &plan->lines.of[i];
@@ -3379,7 +3379,7 @@ size_t plan_total(const Plan* plan) {
 void plan_allocate(Plan* plan) {
     char* next[NUM_CATEGORIES] = {};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
-        const size_t bytes = plan->bytes[c], zeros = c == CACHED || c == SCRATCH ? 0 : bytes; // with padding
+        const size_t bytes = plan->bytes[c], zeros = c == CACHED || c == SCRATCH ? 0 : bytes;
         if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
         if (zeros > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, zeros, main_stream)); }
         plan->blocks[c] = next[c];
@@ -3624,8 +3624,8 @@ void st_check_tensors(Safetensors* st) {
         for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
         require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
         const bool within = t->begin == end && t->end >= end && t->end <= bytes;
-        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu "
-                "to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie "
+        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes "
+                "%zu to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie "
                 "outside); write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
         end = t->end;
         require(safetensors_find(st, t->name) == t, "%s: tensor %s appears twice", path, t->name);
@@ -3707,8 +3707,8 @@ void write_file(const char* path, const List<FilePart>& parts) {
     if (!written || fsync(fd) != 0 || close(fd) != 0 || rename(temporary, path) != 0) {
         const char* reason = strerror(errno);
         unlink(temporary);
-        fail("cannot write %s: %s; what was written before is whole. Make room or choose another directory",
-             path, reason);
+        fail("cannot write %s: %s; what was written before is whole. Make room or choose another "
+             "directory", path, reason);
     }
     char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
     if (slash != NULL) { slash[1] = 0; }
@@ -3785,8 +3785,8 @@ Shard shard_open(const char* path, bool verify = true) {
     shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
     shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at "
                 "%zu, expected %zu and %zu", h->header_bytes, h->index_offset, size, size);
-    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
-                bytes, h->file_bytes);
+    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or "
+                "damaged", bytes, h->file_bytes);
     shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, "
                 "too %s for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
     const size_t index_bytes = h->images * sizeof(ShardEntry);
@@ -3905,15 +3905,15 @@ void log_cut(FILE* log, int step) {
     long end = 0;
     rewind(log);
     while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step
-           && strchr(line, '\n') != NULL) { end = ftell(log); } // else the program was killed in the line
+           && strchr(line, '\n') != NULL) { end = ftell(log); } // else the program was killed in it
     const bool cut = ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0;
     require(cut, "cannot cut main.log back to step %d: %m", step);
 }
 // ---- end shared: checkpoints -----------------------------------------------
 
 // ---- shared: image resize --------------------------------------------------
-// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic over a support that grows with the
-// shrinking, weights in double rounded to 22 bits behind the point, columns first, bytes in between.
+// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic over a support that grows with
+// the shrinking, weights in double rounded to 22 bits behind the point, columns first, bytes in between.
 // (Pillow 13 begins with the rows where they shrink much more.) The host computes weights and transposes
 // each image: a column of one channel is a run of bytes, of which a thread makes RESIZE_V at a time
 #define RESIZE_V 64
@@ -3929,7 +3929,7 @@ typedef struct {
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
 //
 //   staged:   first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels
-//             of the columns, int                    of the rows, int                    (columns, CH, pitch)
+//             int, of the columns                    int, of the rows                    transposed
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
 // Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
@@ -3963,8 +3963,8 @@ inline double resize_filter(double x) {
 
 // first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored.
 // `first` counts from input pixel `origin`
-void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin,
-                    bool mirror) {
+void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S,
+                    int origin, bool mirror) {
     const double scale = (double)n / full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
@@ -4036,8 +4036,8 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
 }
 
 // the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
-void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S,
-                  int CH) {
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image,
+                  int width, int S, int CH) {
     int *x = (int*)staged, *y = x + (size_t)S * (1 + t->column_taps); // first; weights lie behind it
     resize_weights(x, x + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
     resize_weights(y, y + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
@@ -4066,10 +4066,10 @@ __global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks,
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
     if (i >= (size_t)S * CH * runs) { return; }
-    const int *first = (const int*)(staging + t.staged), *weights = first + S + (size_t)x * t.column_taps;
+    const int *first = (const int*)(staging + t.staged), *w = first + S + (size_t)x * t.column_taps;
     const uint8_t* column = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch;
     uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
-    resize_run((ResizeRun*)out, column + y, (size_t)CH * t.pitch, weights, t.column_taps);
+    resize_run((ResizeRun*)out, column + y, (size_t)CH * t.pitch, w, t.column_taps);
 }
 
 // straight[y][xc] = resized[xc][y]; a thread transposes 8 x 8 bytes
@@ -4088,8 +4088,8 @@ __global__ void resize_turn_kernel(uint8_t* staging, const ResizeTask* tasks, in
 
 // images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; images (B, S, S, CH).
 // A thread makes RESIZE_V bytes of one row, written in packs of 16 where a row holds whole packs
-__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH,
-                                   int row_pitch) {
+__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks,
+                                   int S, int CH, int row_pitch) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)S * (row_pitch / RESIZE_V)) { return; }
@@ -4108,8 +4108,8 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     kernel<<<dim3((unsigned)CEIL_DIV(threads, (size_t)128), n), 128, 0, stream>>>(__VA_ARGS__); \
     kernelCheck(); } while (0)
 // the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging
-void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch, int S, int CH,
-                   cudaStream_t stream) {
+void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch,
+                   int S, int CH, cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
     RESIZE(resize_columns_kernel, numel(S, CH, largest_pitch / RESIZE_V), staging, tasks, S, CH);
     RESIZE(resize_turn_kernel, numel(row_pitch / 8, largest_pitch / 8), staging, tasks, row_pitch);
@@ -4185,8 +4185,8 @@ void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, uns
 }
 
 // Box and Muller; the four words of one Philox serve four channels
-__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel,
-                                    unsigned c) {
+__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place,
+                                    unsigned pixel, unsigned c) {
     const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
     const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f; // 2^-32
     const float turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f;            // 2 pi 2^-32
@@ -4273,8 +4273,8 @@ unsigned shards_count(const char* prefix, unsigned* end) {
 }
 
 // Opens a data set. path is a file, or PREFIX of a single PREFIX.bin or of PREFIX_00000.bin, ..., all of
-// which must be there and agree; both at once are an error. Of a set of up to 1 GiB, records are verified here;
-// of a larger one, each when it is read
+// which must be there and agree; both at once are an error. Of a set of up to 1 GiB, records are
+// verified here; of a larger one, each when it is read
 ShardSet shards_open(const char* path) {
     char name[4300];
     struct stat info;
@@ -4308,9 +4308,9 @@ ShardSet shards_open(const char* path) {
         set.shards[i] = shard_open(strdup(name), set.verified);
         const ShardHeader *h = set.shards[i].header, *h0 = set.shards[0].header;
         const size_t same = offsetof(ShardHeader, index_offset) - offsetof(ShardHeader, classes);
-        require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, mean "
-                "%g and standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must agree: "
-                "make them again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
+        require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, "
+                "mean %g and standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must "
+                "agree: make them again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
                 set.shards[0].file.path, h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
         set.begin[i] = set.images;
         require(h->images <= UINT_MAX - set.images, "%s has more than %u images; use fewer shards", path, UINT_MAX);
@@ -4422,8 +4422,8 @@ const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
     pthread_mutex_unlock(&r->lock);
     for (size_t i = piece->first; i < piece->first + piece->jobs; i++) {
         const ReadJob j = b->jobs[i];
-        require(j.crc == j.entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is damaged; write "
-                "the shard again", j.shard->file.path, j.entry - j.shard->entries, j.crc, j.entry->crc);
+        require(j.crc == j.entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is "
+                "damaged; write the shard again", j.shard->file.path, j.entry - j.shard->entries, j.crc, j.entry->crc);
     }
     return r->slots[(b->first_piece + p) % PIECE_SLOTS];
 }
@@ -4436,11 +4436,11 @@ void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream)
 // ---- end shared: shard reader ----------------------------------------------
 
 // ---- shared: image batches -------------------------------------------------
-// The loader of a classifier: which images a batch holds, and what part of each is wanted, follow from seed
-// and batch number alone. The shard reader stages the images; the loader's stream copies them to the device,
-// piece by piece, and resizes them if it must, while the step before computes. A group, images in a row of
-// one piece, is resized at once. The groups of a piece use the same scratch at the end of the memory, so
-// little that it stays in the device's cache:
+// The loader of a classifier: which images a batch holds, and what part of each is wanted, follow from
+// seed and batch number alone. The shard reader stages the images; the loader's stream copies them to
+// the device, piece by piece, and resizes them if it must, while the step before computes. A group,
+// images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the
+// end of the memory, so little that it stays in the device's cache:
 //   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct {
     size_t B, S, CH, ranks, rank;
@@ -4533,7 +4533,7 @@ size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     for (const Shard* s = set->shards; s < set->shards + set->num_shards; s++) {
         for (const ShardEntry* e = s->entries; e < s->entries + s->header->images; e++) {
             ImageView v = center_crop(e->height, e->width, o->S, o->crop_pct);
-            if (crops) { v = ImageView{0, 0, v.height, v.width, o->S, o->S, 0, 0, false}; } // the largest
+            if (crops) { v = ImageView{0, 0, v.height, v.width, o->S, o->S, 0, 0, false}; }
             const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
             largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
             resizes = resizes || e->height != o->S || e->width != o->S;
@@ -4570,8 +4570,8 @@ Loader* loader_open(const char* path, LoaderOptions o) {
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
     require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path,
             h->channels, o.CH);
-    require(o.classes == 0 || (int)h->classes == o.classes, "%s has %u classes, the model %d; set -classes",
-            path, h->classes, o.classes);
+    require(o.classes == 0 || (int)h->classes == o.classes, "%s has %u classes, the model %d; set "
+            "-classes", path, h->classes, o.classes);
     const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
     const size_t staging = loader_staging_bytes(&loader->set, &o);
     loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
@@ -4595,8 +4595,8 @@ size_t loader_batches(const Loader* loader) {
 
 void loader_print(const Loader* loader, const char* what) {
     const ShardSet* set = &loader->set;
-    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards, set->num_shards > 1 ? "s" : "",
-           loader->resizes ? "resized on the device" : "of the model's size");
+    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards,
+           set->num_shards > 1 ? "s" : "", loader->resizes ? "resized on the device" : "of the model's size");
 }
 
 // allocates what batches need, and starts the threads
@@ -4650,7 +4650,8 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     const LoaderOptions* o = &loader->options;
     BatchAugment* a = &batch->augment;
     const size_t batches = loader_batches(loader), images = loader->set.images;
-    const size_t n = number % batches, place = loader_place(o, n, 0), step = loader_place(o, n, 1) - place;
+    const size_t at = number % batches;
+    const size_t place = loader_place(o, at, 0), step = loader_place(o, at, 1) - place;
     const unsigned epoch = (unsigned)(number / batches);
     const EraseBox* erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
     batch->n = o->training ? o->B : std::min(o->B, images - place);
@@ -4813,9 +4814,9 @@ Loader* loader_new(const char* path, Model* model, bool training) {
     require(model->H == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", s->size);
     Loader* loader = loader_open(path, LoaderOptions{
         model->B, model->H, model->CH, (size_t)(alone ? 1 : num_ranks), (size_t)(alone ? 0 : rank),
-        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, training ? d->repeats : 1,
-        (size_t)s->accumulation, alone ? 0 : (int)model->V, training ? (float)d->smoothing : 0.0f,
-        MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
+        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct,
+        training ? d->repeats : 1, (size_t)s->accumulation, alone ? 0 : (int)model->V,
+        training ? (float)d->smoothing : 0.0f, MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
     if (loader->resizes) { model->staging_bytes = std::max(model->staging_bytes, loader->piece_bytes); }
     return loader;
 }
@@ -4824,8 +4825,8 @@ void loader_start(Loader* loader, Model* model) { loader_begin(loader, model->im
 
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale) {
     const ImageData* d = model->images;
-    cross_entropy(model->result, d->losses, d->ranks, logits, labels, (int)batch->n, (int)model->V, batch->smoothing,
-                  batch->augment.lam, scale);
+    cross_entropy(model->result, d->losses, d->ranks, logits, labels, (int)batch->n, (int)model->V,
+                  batch->smoothing, batch->augment.lam, scale);
 }
 
 // scores = sums over the images of an evaluation, as means, in the units that are printed
