@@ -319,6 +319,18 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
+// All flags but these say what a run computes: a resumed run must have the same
+static void test_flags_of_a_run(void) {
+    const char* any[] = {"-recipe", "-i", "-j", "-o", "-x", "-stats", "-r", "-w", "-predict", "-sheet", "-threads", "-z", "-n", "-keep",
+                         "-y", "-v", "-eval", "-plan"};
+    Model* model = small_model("");
+    for (int i = 0; i < model->num_options; i++) {
+        bool may_change = false;
+        for (const char* flag : any) { may_change = may_change || strcmp(flag, model->options[i].flag) == 0; }
+        check(model->options[i].resume == (may_change ? ANY : SAME), "%s of a resumed run", model->options[i].flag);
+    }
+}
+
 int main(void) {
     device_open();
     fixture = safetensors_open("dev/reference/fixtures/recipes.safetensors");
@@ -332,6 +344,7 @@ int main(void) {
     test_flops();
     test_initial_values();
     test_masked();
+    test_flags_of_a_run();
     for (int i = 0; i < 4; i++) { test_drop_path(i); }
     test_schedule_by_steps();
     printf("%d passed, %d failed\n", passed, failed);
