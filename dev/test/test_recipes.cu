@@ -319,7 +319,7 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
-// All flags but these say what a run computes: a resumed run must have the same
+// All flags but these say what a run computes: a resumed run must have the same. Those that are not neutral stand in the metadata
 static void test_flags_of_a_run(void) {
     const char* any[] = {"-recipe", "-i", "-j", "-o", "-x", "-stats", "-r", "-w", "-predict", "-sheet", "-threads", "-z", "-n", "-keep",
                          "-y", "-v", "-eval", "-plan"};
@@ -329,6 +329,11 @@ static void test_flags_of_a_run(void) {
         for (const char* flag : any) { may_change = may_change || strcmp(flag, model->options[i].flag) == 0; }
         check(model->options[i].resume == (may_change ? ANY : SAME), "%s of a resumed run", model->options[i].flag);
     }
+    StMetadata metadata[MAX_OPTIONS];
+    model = small_model("-clip 1 -mixup 0 -v 3 -reprob 0.5");
+    const int n = options_metadata(model, metadata, 0);
+    check(n == 2 && strcmp(metadata[0].key, "-clip") == 0 && strcmp(metadata[0].value, "1") == 0 &&
+          strcmp(metadata[1].key, "-reprob") == 0 && strcmp(metadata[1].value, "0.5") == 0, "%d flags in the metadata", n);
 }
 
 int main(void) {
