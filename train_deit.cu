@@ -191,11 +191,9 @@ template <class T> struct List {
 // ---- end shared: base ------------------------------------------------------
 
 // ---- shared: interface -----------------------------------------------------
-// What stands behind main(): the types and functions that a model and the training loop use, as a table
-// of contents
+// What stands behind main(), as a table of contents: types and functions that a model and the loop use
 
-// Several GPUs: a rank is a process with a GPU of its own; all hold the same weights and take different
-// images
+// Several GPUs: a rank is a process with a GPU of its own; ranks have the same weights and other images
 void device_open(void);                                // joins the other ranks, chooses the GPU
 void ranks_close(void);
 void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients; main_stream does not wait
@@ -209,7 +207,8 @@ void ranks_agree(uint32_t value, const char* what);    // ends the run unless al
 // step, i) gives the same four words everywhere
 enum { RNG_INIT = 1, RNG_SHUFFLE, RNG_DROPIT, RNG_AUGMENT, RNG_CROP, RNG_RANDAUGMENT, RNG_ERASE, RNG_MIX,
        RNG_DROP_PATH };
-__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i);
+typedef unsigned long long u64;
+__host__ __device__ inline uint4 philox(u64 seed, unsigned purpose, unsigned step, u64 i);
 double uniform(unsigned u); // in (0, 1)
 double normal(uint4 u);     // by Box and Muller
 int draw_below(unsigned u, int n); // 0 to n-1
@@ -217,7 +216,7 @@ int draw_below(unsigned u, int n); // 0 to n-1
 // Memory: every byte on the device is a line of the plan. The lines are added up before anything is
 // allocated, and then allocated by one cudaMalloc a category; nothing is allocated later
 enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
-static const char* const category_names[NUM_CATEGORIES] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
+static const char* const category_names[] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
 struct Allocation;
 typedef struct {
     List<Allocation> lines;
@@ -268,17 +267,14 @@ size_t column_sum_scratch(size_t rows, size_t OC);
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC);
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC);
 
-// What a step or an evaluation adds up on the device, over its images; model_train_metrics has the names
-// of the sums
+// What a step or an evaluation adds up on the device, over its images
 #define MAX_METRICS 16
 typedef struct {
-    double sums[MAX_METRICS];
+    double sums[MAX_METRICS]; // as model_train_metrics names them
     unsigned not_finite; // NaNs and Infs that DropIT met
     float norm;          // of all gradients, before clipping
 } StepResult;
-// a number that is printed: the mean of a sum over images, times unit (100 for percent), with so many
-// digits
-typedef struct { const char* name; double unit; int digits; } Metric;
+typedef struct { const char* name; double unit; int digits; } Metric; // unit: 100 for percent
 typedef struct {
     bool adamw; // else SGD with momentum
     double learning_rate, beta1, beta2, eps, weight_decay, momentum;
@@ -290,11 +286,11 @@ typedef struct {
 typedef struct { int top, left, height, width; } EraseBox; // height 0: nothing is erased
 typedef struct {
     const EraseBox* erased;  // (n), NULL: none
-    unsigned long long seed, place, place_step; // place of the first image in the epoch, and distance of the next
+    u64 seed, place, place_step; // place of the first image in the epoch, and distance of the next
     unsigned epoch;
     int n;
     float lam;               // weight of image b and of its label; 1: no mixing with image n-1-b
-    bool cut;                // cutmix: a box has the other image's pixels; else mixup: all are a weighted mean
+    bool cut;                // cutmix: a box has the other image's pixels; else mixup: a weighted mean
     int top, bottom, left, right;
 } BatchAugment;
 typedef struct { float mean[4], std[4]; } PixelStats;
@@ -310,8 +306,7 @@ typedef struct { // what the loader has brought to the device
     const Loader* loader;
 } Batch;
 // normal noise of a pixel and channel that random erasing puts in place of the image's
-__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel,
-                                    unsigned c);
+__device__ inline float erase_noise(u64 seed, unsigned epoch, u64 place, unsigned pixel, unsigned c);
 struct Model;
 Loader* loader_new(const char* path, Model* model, bool training); // opens and checks the shards
 void loader_start(Loader* loader, Model* model);  // once memory is allocated: threads begin to read ahead
@@ -362,7 +357,7 @@ void gradients_done(Model* model, int copy);
 //   type:  bits of an element: FLOATX, FP32, BYTE or BIT
 //   level: the tensor is recomputed, and not cached, at -r level and above. NEVER: always cached
 //   KEEP:  stored dense, as it is
-//   DROP:  the input of a layer that the backward pass reads for the weight gradient alone: stored by DropIT
+//   DROP:  the input of a layer, read by the backward pass for the weight gradient alone: by DropIT
 //   ALL:   the same, but the published DropIT leaves it dense; DROP under -g_all 1
 enum { BIT = 1, BYTE = 8, FP32 = 32, FLOATX = 8 * sizeof(floatX) };
 enum { KEEP, DROP, ALL };
@@ -378,7 +373,7 @@ typedef struct {
     int id;               // among the dropped tensors
     size_t gradient, gradient_n; // -stats: where its weight gradient lies in the memory of gradients
     char* data;           // cached and not dropped
-    char* batch;          // dropped: the whole tensor until its elements are chosen; copies share it, but for -stats
+    char* batch;          // dropped: the whole tensor until its elements are chosen; copies share it
     char* chunk;          // recomputed or dropped: what the passes work on; copies share it
     Dropped dropit;
 } Activation;
@@ -400,9 +395,8 @@ void drop_activations(const Model* model, std::initializer_list<const Activation
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC);
 
-// Flags, one line each: X(type, field, flag, default, least, most, resume, help). Types: i int, f
-// double, s string. The defaults are neutral: model_defaults says what a model trains with. SAME: a
-// resumed run must have the same value
+// Flags: X(type, field, flag, default, least, most, resume, help). Types: i int, f double, s string. The
+// defaults are neutral: model_defaults says what a model wants. SAME: a resumed run must have the value
 #define MAX_OPTIONS 96
 enum { ANY, SAME };
 typedef struct Option {
@@ -421,8 +415,8 @@ typedef struct Option {
 #define OPTION(type, field, flag, value, least, most, resume, help) \
     s->field = value; \
     add_option(options, n++, flag, *#type, &s->field, help, least, most, resume);
-void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help, double least,
-                double most, int resume);
+void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help,
+                double least, double most, int resume);
 
 // What every model has; a trainer's Model is this and its own tensors
 struct Common {
@@ -446,7 +440,7 @@ struct Common {
     floatX* params_memory;       // (num_parameters + num_frozen)
     float* grads_memory;         // (num_parameters)
     float *master, *m, *v, *ema; // (shard_n); in fp32 master is the shard in params_memory
-    float *fixed, *buffers_ema;  // (num_frozen + num_buffers) in fp32; (num_buffers), their moving average
+    float *fixed, *buffers_ema;  // (num_frozen + num_buffers) in fp32; (num_buffers)
     float* partial;              // of column sums
     struct Scratch* scratch;     // of loader, loss, optimizer and DropIT
     StepResult* result;
@@ -490,18 +484,17 @@ const char* model_defaults(const char* name);            // flags that stand bef
 void model_configure(Model* model);                      // what the flags say: H, W, CH, V and its own
 void model_plan(Model* model);                           // its tables, its scratch
 void model_print(const Model* model);                    // says in a line what it is
-// Forward pass, loss and backward pass of a whole batch: gradients += those of scale * loss, result +=
-// the sums
+// forward pass, loss and backward pass of a batch: gradients += those of scale * loss, result += sums
 void model_train(Model* model, const Batch* batch, float scale);
 void model_evaluate(Model* model, const Batch* batch);   // without DropIT; result += the sums
 floatX* model_predict(Model* model, const Batch* batch); // classifiers: the logits (n, V)
 void model_input(Model* model, const Batch* batch);      // normalised, erased, mixed: the first tensor
 void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (H, W, CH)
-void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: of training images
+void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: bytes of images
 void model_check_file(const Safetensors* st);            // refuses weights of what it does not train
 double model_flops(const Model* model, size_t n);        // of the products of a training step on n images
 void model_scores(const Model* model, size_t images, double* scores); // of an evaluation
-extern const Metric model_train_metrics[];               // a step's sums: the loss first; a NULL name ends them
+extern const Metric model_train_metrics[];               // a step's sums: the loss first, NULL last
 extern const Metric model_eval_metrics[];                // an evaluation's scores
 extern const int model_best_metric;                      // of these: best.safetensors has the largest
 extern const char* const model_recipes[][2];             // name, flags; {NULL, NULL} ends them
@@ -553,13 +546,13 @@ static const struct {
 // X(name, type, copies, shape of copy l, level, cache), as the interface explains
 #define ACTIVATIONS(X) \
     X(patches,   FLOATX, 1,   (B, T-1, CH*P*P), NEVER, ALL)  /* input of the patch embedding */ \
-    X(residual,  FLOATX, L+1, (B, T, C),        NEVER, KEEP) /* input of each block, output of the last */ \
+    X(residual,  FLOATX, L+1, (B, T, C),        NEVER, KEEP) /* input of a block, output of the last */ \
     X(ln1_mean,  FP32,   L,   (B, T),           3,     KEEP) \
     X(ln1_rstd,  FP32,   L,   (B, T),           3,     KEEP) \
     X(ln1,       FLOATX, L,   (B, T, C),        1,     DROP) /* input of the qkv linear */ \
     X(qkv,       FLOATX, L,   (B, T, 3*C),      2,     KEEP) /* input of attention */ \
     X(lse,       FP32,   L,   (B, NH, T),       3,     KEEP) /* log-sum-exp of the rows of scores */ \
-    X(atty,      FLOATX, L,   (B, T, C),        3,     DROP) /* output of attention, input of the projection */ \
+    X(atty,      FLOATX, L,   (B, T, C),        3,     DROP) /* input of the projection */ \
     X(residual2, FLOATX, L,   (B, T, C),        3,     KEEP) /* residual after attention */ \
     X(ln2_mean,  FP32,   L,   (B, T),           3,     KEEP) \
     X(ln2_rstd,  FP32,   L,   (B, T),           3,     KEEP) \
@@ -580,7 +573,7 @@ static const struct {
 #define DEIT_SETTINGS(X) \
     X(i, patch,     "-patch",     0,      0, 65535, SAME, "patch size, 0: the model's") \
     X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block; 0: off") \
-    X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment as timm names it: none, rand-m9-mstd0.5-inc1")
+    X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment: none, rand-m9-mstd0.5-inc1 (timm's names)")
 
 // Attention of one chunk of images, as batched matrix products over (image, head) with softmax between
 // them. No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of
@@ -595,23 +588,12 @@ typedef struct {
     floatX* dscores; // (images, NH, T, ld) gradient of scores; in fp32 the same memory as dprobs
     void** pointers; // (NUM_ATTENTION_POINTERS, images*NH) where each head's matrices begin
 } Attention;
-enum { PTR_Q, PTR_K, PTR_V, PTR_OUT, PTR_SCORES, PTR_PROBS, PTR_DQ, PTR_DK, PTR_DV, PTR_DPROBS, PTR_DSCORES,
-       NUM_ATTENTION_POINTERS };
+enum { PTR_Q, PTR_K, PTR_V, PTR_OUT, PTR_SCORES, PTR_PROBS, PTR_DQ, PTR_DK, PTR_DV, PTR_DPROBS,
+       PTR_DSCORES, NUM_ATTENTION_POINTERS };
 
-// RandAugment: what the host draws for each image, and what the device needs to apply it
-typedef struct RandAugment {
-    int layers;    // operations an image, each applied with probability 1/2; 0: none
-    int magnitude; // 0 to 10
-    double magnitude_std;
-} RandAugment;
-struct Augmenter {
-    RandAugment options;
-    size_t S, CH;
-    struct ImageAugment *augments, *host_augments; // (layers, B); the second is pinned memory of the host
-    uint8_t *images, *tables;                      // (B, S, S, CH), (B, CH, 256)
-};
-void parse_augment(RandAugment* o, const char* text); // "rand-m9-mstd0.5-inc1" or "none"
-void augment_plan(Plan* plan, Augmenter* a, RandAugment options, size_t B, size_t S, size_t CH);
+// RandAugment by its name in timm, and its memory
+Augmenter* augment_new(const char* name);
+void augment_plan(Plan* plan, Augmenter* a, size_t B, size_t S, size_t CH);
 
 struct Model : Common {
     struct { DEIT_SETTINGS(FIELD) } own; // the flags
@@ -627,12 +609,12 @@ struct Model : Common {
 #define X(name, ...) Activation name[MAX_COPIES + 1];
     struct { ACTIVATIONS(X) } acts;
 #undef X
-    float* drop_path_scales; // (L, 2, B) of attention and mlp, under drop-path: written in the forward pass
+    float* drop_path_scales; // (L, 2, B) of attention and mlp, written in the forward pass
     // scratch
     int* labels; // (B)
     floatX *tokens, *dresidual, *dbranch, *dqkv, *dfch, *dlnf;
     Attention attention;
-    Augmenter augment;
+    Augmenter* augment;
 };
 
 // ----------------------------------------------------------------------------
@@ -649,15 +631,15 @@ void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size
 // in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps). out (rows, C), mean and rstd (rows); row r of
 // inp begins at inp + r*stride. keep: DropIT's masking of out
 template <class Keep = KeepAll> void layernorm_forward(
-    floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias, size_t rows,
-    size_t C, size_t stride, Keep keep = Keep());
+    floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+    size_t rows, size_t C, size_t stride, Keep keep = Keep());
 // dinp += its gradient, since dinp is that of the residual stream. partial holds 2 *
 // column_sum_scratch(rows, C) floats
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
                         const floatX* inp, const floatX* weight, const float* mean, const float* rstd, size_t rows,
                         size_t C, size_t stride);
 template <class Keep = KeepAll> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep = Keep());
-void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // in place: dinp *= derivative of F.gelu at inp
+void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // dinp *= derivative of F.gelu at inp
 // in PyTorch: F.scaled_dot_product_attention(q, k, v). out (images, T, C), lse (images, NH, T), qkv
 // (images, T, 3C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images);
@@ -665,7 +647,7 @@ void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* ls
 // drop-path (stochastic depth): out = scales[image] * x + residual, with scales (L, 2, B) of 0 or 1 / (1
 // - rate)
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth);
-void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first);
+void drop_path_scales(float* scales, int L, int B, double last, u64 seed, unsigned step, unsigned first);
 void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
                size_t per_image);
 
@@ -706,20 +688,20 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     if (training) { scales = branch_scales(model, l, 0, b0), scales2 = branch_scales(model, l, 1, b0); }
 #define AT(type, name) ((type*)activation_at(&a->name[l], b0, recompute))
 #define NOW(name) computed(&a->name[l], recompute)
-    floatX *residual = AT(floatX, residual), *residual2 = AT(floatX, residual2), *ln1 = AT(floatX, ln1);
-    floatX *qkv = AT(floatX, qkv), *atty = AT(floatX, atty), *ln2 = AT(floatX, ln2), *fch = AT(floatX, fch);
-    floatX* gelu = AT(floatX, fch_gelu);
+    floatX *residual = AT(floatX, residual), *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv);
+    floatX *atty = AT(floatX, atty), *residual2 = AT(floatX, residual2), *ln2 = AT(floatX, ln2);
+    floatX *fch = AT(floatX, fch), *gelu = AT(floatX, fch_gelu);
     const Activation* masked = recompute && a->fch_gelu[l].masked ? &a->fch_gelu[l] : NULL;
     if (NOW(ln1)) {
-        norm_forward(&a->ln1[l], ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w[l], p->ln1b[l],
-                     b0, rows, C, recompute);
+        norm_forward(&a->ln1[l], ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w[l],
+                     p->ln1b[l], b0, rows, C, recompute);
     }
     if (NOW(qkv)) { linear_forward(qkv, ln1, p->qkvw[l], p->qkvb[l], NULL, rows, C, 3*C); }
     if (NOW(atty)) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
     if (NOW(residual2)) { branch_forward(residual2, atty, p->projw[l], p->projb[l], residual, scales, nb, T, C, C); }
     if (NOW(ln2)) {
-        norm_forward(&a->ln2[l], ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w[l], p->ln2b[l],
-                     b0, rows, C, recompute);
+        norm_forward(&a->ln2[l], ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w[l],
+                     p->ln2b[l], b0, rows, C, recompute);
     }
     if (NOW(fch)) { linear_forward(fch, ln2, p->fc1w[l], p->fc1b[l], NULL, rows, C, 4*C); }
     if (masked != NULL) { gelu_forward(gelu, fch, rows * 4*C, keep_largest(masked, b0)); }
@@ -751,8 +733,11 @@ void model_forward(Model* model, size_t n, bool training) {
                          model->pass, (unsigned)(rank * model->B));
     }
     for (int l = 0; l < c.depth; l++) {
-        for (size_t b0 = 0; b0 < n; b0 += I) { block_forward(model, l, b0, std::min(n - b0, I), false, training); }
-        if (training) { drop_activations(model, {&a->ln1[l], &a->atty[l], &a->ln2[l], &a->fch_gelu[l]}); }
+        for (size_t b0 = 0; b0 < n; b0 += I) {
+            block_forward(model, l, b0, std::min(n - b0, I), false, training);
+        }
+        if (!training) { continue; }
+        drop_activations(model, {&a->ln1[l], &a->atty[l], &a->ln2[l], &a->fch_gelu[l]});
     }
     // the head reads the class token alone, so the last norm is taken of that row only: rows T*C apart
     floatX* lnf = (floatX*)activation_at(a->lnf, 0, false);
@@ -840,7 +825,7 @@ void model_input(Model* model, const Batch* batch) {
 #define CLASSIFIER_METRICS {{"loss", 1.0, 6}, {"top1", 100.0, 2}, {"top5", 100.0, 2}, {NULL, 0.0, 0}}
 const Metric model_train_metrics[] = CLASSIFIER_METRICS, model_eval_metrics[] = CLASSIFIER_METRICS;
 const int model_best_metric = 1; // top1
-void model_scores(const Model* model, size_t images, double* scores) { mean_scores(model, images, scores); }
+void model_scores(const Model* model, size_t n, double* scores) { mean_scores(model, n, scores); }
 
 void model_train(Model* model, const Batch* batch, float scale) {
     model_input(model, batch);
@@ -915,7 +900,7 @@ void model_plan(Model* model) {
     t->ld = (int)(CEIL_DIV(T, (size_t)VEC) * VEC);
     t->max_images = (int)I;
     const size_t squares = I * NH * T * t->ld;
-    const bool fp32 = sizeof(floatX) == sizeof(float); // then probs and dscores take the places of scores and dprobs
+    const bool fp32 = sizeof(floatX) == sizeof(float); // then probs and scores share memory, dscores and dprobs
     plan_add(plan, SCRATCH, "scores", "", "(I, NH, T, T) fp32", &t->scores, squares * sizeof(float));
     plan_add(plan, SCRATCH, "dprobs", "", "(I, NH, T, T) fp32", &t->dprobs, squares * sizeof(float));
     plan_add(plan, SCRATCH, "probs", "", "(I, NH, T, T)", &t->probs, squares * sizeof(floatX), 0,
@@ -924,8 +909,8 @@ void model_plan(Model* model) {
              fp32 ? (floatX**)&t->dprobs : NULL);
     plan_add(plan, SCRATCH, "head pointers", "", "(11, I, NH)", &t->pointers,
              NUM_ATTENTION_POINTERS * I * NH * sizeof(void*));
-    plan_images(model, &model->augment);
-    augment_plan(plan, &model->augment, model->augment.options, B, model->H, CH);
+    plan_images(model, model->augment);
+    augment_plan(plan, model->augment, B, model->H, CH);
 }
 
 int model_options(Model* model, Option* options, int n) {
@@ -945,12 +930,12 @@ const char* model_defaults(const char*) {
 // -unscale_lr is 0. timm's "sgd" is Nesterov's. That code asks timm for ten epochs of cool-down and then
 // ends without them, so -cooldown is 0. Gamma is the user's choice (-g), as there. No command for ViT-B
 // is published: its two recipes are DeiT's with that model
-#define RECIPE " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5 -cooldown 0" \
-    " -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25 -mixup 0.8 -cutmix 1" \
-    " -smoothing 0.1"
+#define RECIPE " -drop_path 0.1 -ema 0.99996 -schedule epoch -warmup_epochs 5 -warmup_lr 1e-6 -min_lr 1e-5" \
+    " -cooldown 0 -crop 1 -crop_pct 0.875 -repeats 3 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 0.25" \
+    " -mixup 0.8 -cutmix 1 -smoothing 0.1"
 #define RECIPE_IMAGENET " -b 512 -e 300 -opt adamw -l 5e-4 -unscale_lr 0 -wd 0.05 -classes 1000" RECIPE
-#define RECIPE_CIFAR100 " -b 384 -e 1000 -opt sgd -momentum 0.9 -nesterov 1 -l 0.01 -unscale_lr 1 -wd 1e-4" \
-    " -classes 100" RECIPE
+#define RECIPE_CIFAR100 " -b 384 -e 1000 -opt sgd -momentum 0.9 -nesterov 1 -l 0.01 -unscale_lr 1" \
+    " -wd 1e-4 -classes 100" RECIPE
 const char* const model_recipes[][2] = {
     {"deit_ti_imagenet", "-m deit_tiny" RECIPE_IMAGENET},
     {"deit_s_cifar100",  "-m deit_small" RECIPE_CIFAR100},
@@ -963,31 +948,31 @@ const char* const model_recipes[][2] = {
 // the tokens of an image, and what can be wrong with a configuration
 void deit_shape(Model* model) {
     const size_t P = model->config.patch_size;
-    require(P > 0 && model->H % P == 0 && model->W % P == 0, "an image of %zu x %zu pixels does not divide into "
-            "patches of %zu; change -size or -patch", model->H, model->W, P);
-    require(model->config.depth <= MAX_COPIES, "the model has %d blocks, this program was built for %d; raise "
-            "MAX_COPIES", model->config.depth, MAX_COPIES);
+    require(P > 0 && model->H % P == 0 && model->W % P == 0, "an image of %zu x %zu pixels does not divide "
+            "into patches of %zu; change -size or -patch", model->H, model->W, P);
+    require(model->config.depth <= MAX_COPIES, "the model has %d blocks, this program was built for %d; "
+            "raise MAX_COPIES", model->config.depth, MAX_COPIES);
     model->T = (model->H / P) * (model->W / P) + 1;
 }
 
 void model_configure(Model* model) {
     DeitConfig* c = &model->config;
-    for (const auto& preset : deit_presets) { if (strcmp(model->name, preset.name) == 0) { *c = preset.config; } }
+    for (const auto& p : deit_presets) { if (strcmp(model->name, p.name) == 0) { *c = p.config; } }
     require(c->depth > 0, "-m %s is not a model; choose one of " MODEL_NAMES, model->name);
     if (model->own.patch > 0) { c->patch_size = model->own.patch; }
     if (model->H == 0) { model->H = model->W = c->image_size; }
     if (model->CH == 0) { model->CH = c->image_channels; }
     if (model->V == 0) { model->V = c->num_classes; }
     deit_shape(model);
-    parse_augment(&model->augment.options, model->own.augment);
+    model->augment = augment_new(model->own.augment);
 }
 
 // ---- shared: training ------------------------------------------------------
 // Behind main() for the functions below: checkpoints, files, flags
 int checkpoint_newest(const char* directory, int below); // step with a DONE file; -1: none
-int checkpoint_find(const char* directory);              // the newest whose files are whole; -1: there is none
+int checkpoint_find(const char* directory);              // the newest whose files are whole; -1: none
 void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int n);
-void read_checkpoint(Model* model, int step, StMetadata* metadata, int n); // refuses a run with other flags
+void read_checkpoint(Model* model, int step, StMetadata* metadata, int n); // refuses other flags
 void write_best(const Model* model, const StMetadata* metadata, int n, const StMetadata* best);
 void log_cut(FILE* log, int step); // cuts main.log behind the lines of this step
 #define set_value(entry, ...) snprintf((entry)->value, sizeof((entry)->value), __VA_ARGS__)
@@ -1005,58 +990,58 @@ void predict(Model* model, Loader* loader);
 // The flags of all trainers; those of one model follow them. A recipe stands for some of them; -h prints
 // all
 #define SETTINGS(X) \
-    X(s, recipe,         "-recipe",    NULL, 0, 0, ANY, "published settings as defaults, listed below") \
-    X(s, model,          "-m",         DEFAULT_MODEL, 0, 0, SAME, "model: " MODEL_NAMES) \
-    X(s, size,           "-size",      "0", 0, 0, SAME, "image size, N or HxW; 0: the model's") \
-    X(i, chans,          "-chans",     0, 0, 4, SAME, "image channels, 0: the model's") \
-    X(i, classes,        "-classes",   0, 0, 1 << 24, SAME, "classes, 0: the model's") \
-    X(s, train_path,     "-i",         NULL, 0, 0, ANY, "training images: a shard, or the prefix of a set") \
-    X(s, val_path,       "-j",         NULL, 0, 0, ANY, "validation images: a shard or a prefix") \
-    X(s, output,         "-o",         NULL, 0, 0, ANY, "output directory, for main.log and checkpoints") \
-    X(i, B,              "-b",         32, 1, 1 << 20, SAME, "batch size, of each rank") \
-    X(i, accumulation,   "-a",         1, 1, 1 << 20, SAME, "gradient accumulation: batches a step") \
-    X(i, epochs,         "-e",         1, 1, 1 << 20, SAME, "epochs") \
-    X(i, max_steps,      "-x",         0, 0, 2e9, ANY, "stop after this many steps, 0: after the epochs") \
-    X(f, lr,             "-l",         1e-3, 0, 1e6, SAME, "learning rate") \
-    X(s, optimizer,      "-opt",       "sgd", 0, 0, SAME, "optimizer: adamw, sgd") \
-    X(f, weight_decay,   "-wd",        0.0, 0, 1e6, SAME, "weight decay") \
-    X(i, decay_all,      "-wd_all",    0, 0, 1, SAME, "1: weight decay also on norms and biases") \
-    X(f, beta1,          "-beta1",     0.9, 0, 0.999999, SAME, "AdamW: decay of the first moment") \
-    X(f, beta2,          "-beta2",     0.999, 0, 0.9999999, SAME, "AdamW: decay of the second moment") \
-    X(f, momentum,       "-momentum",  0.9, 0, 0.999999, SAME, "SGD: momentum") \
-    X(i, nesterov,       "-nesterov",  0, 0, 1, SAME, "SGD: 1: Nesterov's momentum") \
-    X(i, unscale_lr,     "-unscale_lr", 1, 0, 1, SAME, "0: -l is for 512 images a step, and scales with them") \
-    X(s, schedule,       "-schedule",  "step", 0, 0, SAME, "learning rate by step, or by epoch as timm's scripts") \
-    X(i, warmup,         "-warmup",    0, 0, 2e9, SAME, "steps of linear warm-up before the cosine") \
-    X(i, warmup_epochs,  "-warmup_epochs", 0, 0, 1 << 20, SAME, "the same in epochs; above 0 they replace -warmup") \
-    X(f, warmup_lr,      "-warmup_lr", 0.0, 0, 1e6, SAME, "learning rate at which the warm-up begins") \
-    X(f, min_lr,         "-min_lr",    0.0, 0, 1e6, SAME, "learning rate at which the cosine ends") \
-    X(i, cooldown,       "-cooldown",  0, 0, 1 << 20, SAME, "epochs at -min_lr after the -e epochs") \
-    X(f, ema,            "-ema",       0.0, 0, 0.9999999, SAME, "decay of a moving average of the weights; 0: none") \
-    X(f, clip,           "-clip",      0.0, 0, 1e30, SAME, "largest norm of the gradient, 0: no clipping") \
-    X(f, gamma,          "-g",         0.0, 0, 0.99999999, SAME, "DropIT: fraction of each cached input to drop") \
-    X(s, strategy,       "-s",         "mink", 0, 0, SAME, "DropIT: mink, fastmink, random") \
-    X(i, drop_all,       "-g_all",     0, 0, 1, SAME, "DropIT: 1: also in " HELP_DROP_ALL) \
-    X(i, stats,          "-stats",     0, 0, 2e9, ANY, "DropIT: report what is kept every N steps, 0: never") \
-    X(i, recompute,      "-r",         0, 0, NEVER - 1, ANY, "backward pass recomputes: " HELP_RECOMPUTE) \
-    X(i, chunk,          "-chunk",     32, 1, 1 << 20, SAME, "MiB of the widest tensor in a chunk of images") \
-    X(s, weights,        "-w",         NULL, 0, 0, ANY, "initial weights: " HELP_WEIGHTS " or a checkpoint's") \
-    X(s, predict,        "-predict",   NULL, 0, 0, ANY, "print predictions for this shard and exit") \
-    X(s, sheet,          "-sheet",     NULL, 0, 0, ANY, "write the first batch (for data/sheet.py) and exit") \
-    X(i, threads,        "-threads",   2, 0, 64, ANY, "threads that read images ahead") \
-    X(i, sharded,        "-z",         0, 0, 1, ANY, "1: split the optimizer's states over ranks (ZeRO-1)") \
-    X(i, save_every,     "-n",         0, 0, 2e9, ANY, "write a checkpoint every N steps; 0: never") \
-    X(i, keep,           "-keep",      0, 0, 2e9, ANY, "keep the newest N checkpoints, 0: all") \
-    X(i, resume,         "-y",         0, 0, 1, ANY, "1: resume from the newest checkpoint in -o") \
-    X(i, evaluate_every, "-v",         1, 0, 1 << 20, ANY, "evaluate every N epochs; 0: only at the end") \
-    X(i, evaluate_only,  "-eval",      0, 0, 1, ANY, "1: evaluate only") \
-    X(i, seed,           "-seed",      1, 0, 2e9, SAME, "seed of all random choices") \
-    X(s, plan,           "-plan",      "0", 0, 0, ANY, "1: print the memory plan; 24GiB: and the largest batch")
+    X(s, recipe, "-recipe", NULL, 0, 0, ANY, "published settings as defaults, listed below") \
+    X(s, model, "-m", DEFAULT_MODEL, 0, 0, SAME, "model: " MODEL_NAMES) \
+    X(s, size, "-size", "0", 0, 0, SAME, "image size, N or HxW; 0: the model's") \
+    X(i, chans, "-chans", 0, 0, 4, SAME, "image channels, 0: the model's") \
+    X(i, classes, "-classes", 0, 0, 1 << 24, SAME, "classes, 0: the model's") \
+    X(s, train_path, "-i", NULL, 0, 0, ANY, "training images: a shard, or the prefix of a set") \
+    X(s, val_path, "-j", NULL, 0, 0, ANY, "validation images: a shard or a prefix") \
+    X(s, output, "-o", NULL, 0, 0, ANY, "output directory, for main.log and checkpoints") \
+    X(i, B, "-b", 32, 1, 1 << 20, SAME, "batch size, of each rank") \
+    X(i, accumulation, "-a", 1, 1, 1 << 20, SAME, "gradient accumulation: batches a step") \
+    X(i, epochs, "-e", 1, 1, 1 << 20, SAME, "epochs") \
+    X(i, max_steps, "-x", 0, 0, 2e9, ANY, "stop after this many steps, 0: after the epochs") \
+    X(f, lr, "-l", 1e-3, 0, 1e6, SAME, "learning rate") \
+    X(s, optimizer, "-opt", "sgd", 0, 0, SAME, "optimizer: adamw, sgd") \
+    X(f, weight_decay, "-wd", 0.0, 0, 1e6, SAME, "weight decay") \
+    X(i, decay_all, "-wd_all", 0, 0, 1, SAME, "1: weight decay also on norms and biases") \
+    X(f, beta1, "-beta1", 0.9, 0, 0.999999, SAME, "AdamW: decay of the first moment") \
+    X(f, beta2, "-beta2", 0.999, 0, 0.9999999, SAME, "AdamW: decay of the second moment") \
+    X(f, momentum, "-momentum", 0.9, 0, 0.999999, SAME, "SGD: momentum") \
+    X(i, nesterov, "-nesterov", 0, 0, 1, SAME, "SGD: 1: Nesterov's momentum") \
+    X(i, unscale_lr, "-unscale_lr", 1, 0, 1, SAME, "0: -l is for 512 images a step, and scales") \
+    X(s, schedule, "-schedule", "step", 0, 0, SAME, "learning rate by step, or by epoch as timm's scripts") \
+    X(i, warmup, "-warmup", 0, 0, 2e9, SAME, "steps of linear warm-up before the cosine") \
+    X(i, warmup_epochs, "-warmup_epochs", 0, 0, 1 << 20, SAME, "the same in epochs; above 0 they replace -warmup") \
+    X(f, warmup_lr, "-warmup_lr", 0.0, 0, 1e6, SAME, "learning rate at which the warm-up begins") \
+    X(f, min_lr, "-min_lr", 0.0, 0, 1e6, SAME, "learning rate at which the cosine ends") \
+    X(i, cooldown, "-cooldown", 0, 0, 1 << 20, SAME, "epochs at -min_lr after the -e epochs") \
+    X(f, ema, "-ema", 0.0, 0, 0.9999999, SAME, "decay of the weights' moving average; 0: none") \
+    X(f, clip, "-clip", 0.0, 0, 1e30, SAME, "largest norm of the gradient, 0: no clipping") \
+    X(f, gamma, "-g", 0.0, 0, 0.99999999, SAME, "DropIT: fraction of each cached input to drop") \
+    X(s, strategy, "-s", "mink", 0, 0, SAME, "DropIT: mink, fastmink, random") \
+    X(i, drop_all, "-g_all", 0, 0, 1, SAME, "DropIT: 1: also in " HELP_DROP_ALL) \
+    X(i, stats, "-stats", 0, 0, 2e9, ANY, "DropIT: report what is kept every N steps, 0: never") \
+    X(i, recompute, "-r", 0, 0, NEVER - 1, ANY, "backward pass recomputes: " HELP_RECOMPUTE) \
+    X(i, chunk, "-chunk", 32, 1, 1 << 20, SAME, "MiB of the widest tensor in a chunk of images") \
+    X(s, weights, "-w", NULL, 0, 0, ANY, "initial weights: " HELP_WEIGHTS " or a checkpoint's") \
+    X(s, predict, "-predict", NULL, 0, 0, ANY, "print predictions for this shard and exit") \
+    X(s, sheet, "-sheet", NULL, 0, 0, ANY, "write the first batch (for data/sheet.py) and exit") \
+    X(i, threads, "-threads", 2, 0, 64, ANY, "threads that read images ahead") \
+    X(i, sharded, "-z", 0, 0, 1, ANY, "1: split the optimizer's states over ranks (ZeRO-1)") \
+    X(i, save_every, "-n", 0, 0, 2e9, ANY, "write a checkpoint every N steps; 0: never") \
+    X(i, keep, "-keep", 0, 0, 2e9, ANY, "keep the newest N checkpoints, 0: all") \
+    X(i, resume, "-y", 0, 0, 1, ANY, "1: resume from the newest checkpoint in -o") \
+    X(i, evaluate_every, "-v", 1, 0, 1 << 20, ANY, "evaluate every N epochs; 0: only at the end") \
+    X(i, evaluate_only, "-eval", 0, 0, 1, ANY, "1: evaluate only") \
+    X(i, seed, "-seed", 1, 0, 2e9, SAME, "seed of all random choices") \
+    X(s, plan, "-plan", "0", 0, 0, ANY, "1: print the memory plan; 24GiB: and the largest batch")
 struct Settings { SETTINGS(FIELD) };
 
 // A run of the program: what it reads, where it begins, what it writes
 enum { TRAIN, EVALUATE, PREDICT, SHEET };
-enum { FORMAT, STEP, RUN, PRECISION, DATA, RANKS, BEST_STEP, BEST, FIRST_FLAG }; // entries of the metadata
+enum { FORMAT, STEP, RUN, DATA, RANKS, PRECISION, BEST_STEP, BEST, FIRST_FLAG }; // of the metadata
 typedef struct {
     int task;
     Loader *train, *val;
@@ -1072,7 +1057,7 @@ typedef struct {
     OptimizerConfig optimizer;
     Schedule schedule;
     size_t loaded;                   // batches brought to the device
-    double start, timed, printed;    // when the step began; ms of all steps but the first; when a step was printed
+    double start, timed, printed;    // when the step began; ms of steps; when one was printed
     FILE* log;
     double scores[MAX_METRICS];      // of the last evaluation
 } Run;
@@ -1106,16 +1091,17 @@ void training_step(Run* run, Model* model, int step, double rate, bool evaluates
     model_update(model, run->optimizer, rate, step + 1);
 }
 
-// a name and a value for each metric: for people or, with the prefix of its key (tr, e or none), for main.log
+// name and value of each metric: for people or, with a prefix of the key (tr, e or none), for main.log
 void print_metrics(FILE* out, const Metric* metric, const double* values, const char* prefix) {
     for (const Metric* m = metric; m->name != NULL; m++) {
-        const char* key = strcmp(m->name, "loss") != 0 ? m->name : metric == model_train_metrics ? "l" : "tel";
+        const char* loss = metric == model_train_metrics ? "l" : "tel";
+        const char* key = strcmp(m->name, "loss") == 0 ? loss : m->name;
         if (prefix == NULL) { fprintf(out, " | %s %.*f", m->name, m->digits, values[m - metric]); }
         else { fprintf(out, " %s%s:%.9g", prefix, key, values[m - metric]); }
     }
 }
 
-// A line of the step in main.log, and on stdout: of each step where one takes long, else of a few in a second
+// a line of the step in main.log, and on stdout: of each step where one takes long, else a few a second
 void report_step(Run* run, const Model* model, const StepResult* r, int step, int steps, double rate) {
     const double now = seconds(), ms = 1e3 * (now - run->start), images = (double)run->step_images;
     const int done = step - run->first_step; // steps before this one: the first is not counted
@@ -1136,8 +1122,8 @@ void report_step(Run* run, const Model* model, const StepResult* r, int step, in
     print_metrics(stdout, m, values, NULL);
     const int left = (int)(1e-3 * (done > 0 ? run->timed / done : ms) * (steps - 1 - step));
     const double flops = model_flops(model, run->step_images / num_ranks);
-    printf(" | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | %.3g TFLOP/s | left %d:%02d\n", r->norm, rate, ms,
-           1e3 * images / ms, 1e-9 * flops / ms, left / 60, left % 60);
+    printf(" | norm %7.4f | lr %.2e | %8.2f ms | %6.0f img/s | %.3g TFLOP/s | left %d:%02d\n", r->norm, rate,
+           ms, 1e3 * images / ms, 1e-9 * flops / ms, left / 60, left % 60);
 }
 
 // of the weights, or of their moving average
@@ -1188,8 +1174,9 @@ void train(Run* run, Model* model) {
     run->start = seconds();
     if (run->first_step >= steps) { evaluate(model, run->val, run->scores); }
     for (int step = run->first_step; step < steps; step++) {
-        const bool epoch_ends = s->evaluate_every > 0 && (step + 1) % (s->evaluate_every * run->epoch_steps) == 0;
-        const bool planned = step + 1 == scheduled || epoch_ends, last = step + 1 == steps; // -x makes a step the last
+        const size_t every = s->evaluate_every * run->epoch_steps;
+        const bool last = step + 1 == steps; // of the schedule, or of -x
+        const bool planned = step + 1 == scheduled || (every > 0 && (step + 1) % every == 0);
         const double rate = learning_rate_at(&run->schedule, step);
         model->stats_now = s->stats > 0 && step % s->stats == 0;
         training_step(run, model, step, rate, planned || last);
@@ -1198,9 +1185,9 @@ void train(Run* run, Model* model) {
         if (!isfinite(r.sums[0]) || r.not_finite > 0) {
             char name[128];
             first_not_finite(model, name);
-            fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not is: %s. "
-                 "Lower the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images, r.not_finite,
-                 name);
+            fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not "
+                 "is: %s. Lower the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images,
+                 r.not_finite, name);
         }
         const bool saves = s->save_every > 0 && ((step + 1) % s->save_every == 0 || last);
         if (planned || last || saves) { share_buffers(model); }
@@ -1230,13 +1217,14 @@ FILE* log_open(const char* output, int resumed_step, const Plan* plan) {
 // what the flags say of optimizer and schedule
 void run_schedule(Run* run, const Model* model) {
     const Settings* s = model->s;
-    run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay, s->momentum,
-                                     s->clip, s->nesterov == 1};
+    run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay,
+                                     s->momentum, s->clip, s->nesterov == 1};
     const bool by_epochs = strcmp(s->schedule, "epoch") == 0;
     const int unit = by_epochs ? 1 : (int)run->epoch_steps;
     const int warmup = by_epochs || s->warmup_epochs > 0 ? s->warmup_epochs * unit : s->warmup;
     const double lr = s->unscale_lr ? s->lr : s->lr * run->step_images / 512.0;
-    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit, (int)run->epoch_steps};
+    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit,
+                             (int)run->epoch_steps};
 }
 
 // reads and checks all that the user gave; nothing is written yet
@@ -1254,18 +1242,21 @@ void run_open(Run* run, Model* model) {
     const size_t images = training ? loader_epoch(run->train) : 0;
     run->step_images = numel(s->B, num_ranks, s->accumulation);
     run->epoch_steps = images / run->step_images;
-    require(!training || run->epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one step "
-            "(-b %d x %d ranks x -a %d)", s->train_path, images, run->step_images, s->B, num_ranks, s->accumulation);
-    require(run->task != TRAIN || s->output == NULL || s->resume || checkpoint_newest(s->output, INT_MAX) < 0,
-            "%s holds checkpoints of another run; resume it with -y 1 or choose another -o", s->output);
+    require(!training || run->epoch_steps > 0, "%s has %zu images in an epoch, fewer than the %zu of one "
+            "step (-b %d x %d ranks x -a %d)", s->train_path, images, run->step_images, s->B, num_ranks,
+            s->accumulation);
+    const bool fresh = run->task == TRAIN && s->output != NULL && !s->resume;
+    require(!fresh || checkpoint_newest(s->output, INT_MAX) < 0, "%s holds checkpoints of another run; resume it "
+            "with -y 1 or choose another -o", s->output);
     const int found = training && s->resume ? checkpoint_find(s->output) : -1;
     ranks_agree((uint32_t)found, "newest checkpoints");
     run->resumed = found >= 0;
     run->first_step = run->resumed ? found : 0;
-    const StMetadata first[FIRST_FLAG] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"precision", PRECISION_NAME},
-                                          {"data", ""}, {"ranks", ""}, {"best_step", ""}, {"", ""}};
+    const StMetadata first[FIRST_FLAG] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"data", ""}, {"ranks", ""},
+                                          {"precision", PRECISION_NAME}, {"best_step", ""}, {"", ""}};
+    const char* best = model_eval_metrics[model_best_metric].name;
     memcpy(run->metadata, first, sizeof(first));
-    snprintf(run->metadata[BEST].key, sizeof(first[0].key), "best_%s", model_eval_metrics[model_best_metric].name);
+    snprintf(run->metadata[BEST].key, sizeof(first[0].key), "best_%s", best);
     set_value(&run->metadata[DATA], "%08x", training ? loader_crc(run->train) : 0);
     set_value(&run->metadata[RANKS], "%d", num_ranks);
     run->num_metadata = options_metadata(model, run->metadata, FIRST_FLAG);
@@ -1280,7 +1271,8 @@ void run_begin(Run* run, Model* model) {
         read_checkpoint(model, run->first_step, run->metadata, FIRST_FLAG);
         model->pass = (unsigned)(run->first_step * s->accumulation);
     } else {
-        if (run->weights != NULL) { load_parameters(model, run->weights, ""); } else { init_parameters(model); }
+        if (run->weights != NULL) { load_parameters(model, run->weights, ""); }
+        else { init_parameters(model); }
         if (s->save_every > 0) {
             set_value(&run->metadata[RUN], "%08x", fingerprint(model));
             set_value(&run->metadata[BEST_STEP], "0");
@@ -1291,16 +1283,18 @@ void run_begin(Run* run, Model* model) {
     model_print(model);
     const double MiB = 1048576.0;
     const Plan* plan = &model->plan;
-    printf("DropIT: gamma %g, %s; recompute level %d\n", s->gamma, s->gamma > 0.0 ? s->strategy : "off", s->recompute);
-    printf("memory:");
-    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB); }
+    const char* strategy = s->gamma > 0.0 ? s->strategy : "off";
+    printf("DropIT: gamma %g, %s; recompute level %d\nmemory:", s->gamma, strategy, s->recompute);
+    for (int c = 0; c < NUM_CATEGORIES; c++) {
+        printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB);
+    }
     printf(" total %.1f MiB; chunks of %zu images\n", plan_total(plan) / MiB, model->chunk_images);
     if (run->train != NULL) { loader_print(run->train, "training"); }
     loader_print(run->val, run->task == PREDICT ? "other" : "validation");
     if (run->train != NULL) { loader_start(run->train, model); }
     loader_start(run->val, model);
     if (run->task != TRAIN) { return; }
-    if (s->output != NULL && rank == 0) { run->log = log_open(s->output, run->first_step, &model->plan); }
+    if (s->output != NULL && rank == 0) { run->log = log_open(s->output, run->first_step, plan); }
     if (run->resumed) { printf("resuming after step %d\n", run->first_step); }
     else if (s->resume) { printf("no checkpoint in %s: starting at the first step\n", s->output); }
 }
@@ -1330,7 +1324,7 @@ int main(int argc, char** argv) {
         report_plan(model);
         return EXIT_SUCCESS;
     }
-    run.task = s->evaluate_only ? EVALUATE : s->predict != NULL ? PREDICT : s->sheet != NULL ? SHEET : TRAIN;
+    run.task = s->predict != NULL ? PREDICT : s->sheet != NULL ? SHEET : s->evaluate_only ? EVALUATE : TRAIN;
     run_open(&run, model); // everything the user gave is read and checked before anything is written
     model_allocate(model);
     run_begin(&run, model);
@@ -1823,6 +1817,17 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
 // in the order of timm's _RAND_INCREASING_TRANSFORMS
 enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST,
        BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
+typedef struct RandAugment {
+    int layers;    // operations an image, each applied with probability 1/2; 0: none
+    int magnitude; // 0 to 10
+    double magnitude_std;
+} RandAugment;
+struct Augmenter {
+    RandAugment options;
+    size_t S, CH;
+    struct ImageAugment *augments, *host_augments; // (layers, B); the second is pinned
+    uint8_t *images, *tables;                      // (B, S, S, CH), (B, CH, 256)
+};
 typedef struct ImageAugment {
     int op, value;           // value: bits that stay, threshold or summand
     float factor;            // 0: the degenerate image (grey, black, blurred), 1: the image
@@ -2081,10 +2086,18 @@ void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* fli
     cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
 }
 
-void augment_plan(Plan* plan, Augmenter* a, RandAugment o, size_t B, size_t S, size_t CH) {
-    *a = Augmenter{o, S, CH, NULL, NULL, NULL, NULL};
-    if (o.layers == 0) { return; }
-    plan_add(plan, SCRATCH, "augments", "", "(layers, B)", &a->augments, o.layers * B * sizeof(ImageAugment));
+Augmenter* augment_new(const char* name) {
+    Augmenter* a = host_new<Augmenter>(1, "RandAugment");
+    parse_augment(&a->options, name);
+    return a;
+}
+
+void augment_plan(Plan* plan, Augmenter* a, size_t B, size_t S, size_t CH) {
+    const size_t layers = a->options.layers;
+    a->S = S;
+    a->CH = CH;
+    if (layers == 0) { return; }
+    plan_add(plan, SCRATCH, "augments", "", "(layers, B)", &a->augments, layers * B * sizeof(ImageAugment));
     plan_add(plan, SCRATCH, "augmented images", "", "(B, S, S, CH) bytes", &a->images, B * S * S * CH);
     plan_add(plan, SCRATCH, "augment tables", "", "(B, CH, 256) bytes", &a->tables, B * CH * 256);
 }

@@ -165,11 +165,10 @@ static void test_composition(int S, int CH) {
 // a batch's images depend on their places alone, not on the batch
 static void test_batch(int S, int CH) {
     const size_t n = 9, bytes = (size_t)S * S * CH, half = 4;
-    RandAugment o = {};
-    Augmenter a = {};
+    Augmenter a = *augment_new("rand-m9-mstd0.5-n3-inc1");
+    const RandAugment o = a.options;
     Plan plan = {};
-    parse_augment(&o, "rand-m9-mstd0.5-n3-inc1");
-    augment_plan(&plan, &a, o, n, S, CH);
+    augment_plan(&plan, &a, n, S, CH);
     for (const Allocation& line : plan.lines) { cudaCheck(cudaMalloc(line.pointer, line.bytes)); }
     uint8_t *images = noise_images(n * bytes), *whole = to_device(images, n * bytes), *halves = to_device(images, n * bytes);
     int *flips = (int*)calloc(n, sizeof(int)), *device_flips = to_device(flips, n);
