@@ -152,6 +152,7 @@ static Model* small_model(const char* flags) {
     model->seed = 5;
     model->chunk_bytes = 1;
     deit_shape(model);
+    model->augment = augment_new("none");
     return model;
 }
 
@@ -319,6 +320,32 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
+// What the trainer makes of a recipe's flags on the two GPUs that the published commands run on, and of warm-up in epochs
+static void test_run_schedule(const char* name, const char* flags) {
+    Model* model = small_model(flags);
+    Run run = {};
+    char tensor[96];
+    size_t n;
+    run.epoch_steps = 3;
+    run.step_images = 2 * model->s->B;
+    run_schedule(&run, model);
+    snprintf(tensor, sizeof(tensor), "lr.%s", name);
+    const double* rates = values<double>(tensor, "F64", &n);
+    double worst = 0.0;
+    for (size_t step = 0; step < 3 * n; step++) { worst = fmax(worst, fabs(learning_rate_at(&run.schedule, (int)step) / rates[step / 3] - 1.0)); }
+    check(worst <= 1e-12, "%s: the trainer's learning rates differ by %g", name, worst);
+    const OptimizerConfig o = run.optimizer;
+    check(o.adamw == model->adamw && o.weight_decay == number_of(flags, "-wd") && o.nesterov == !model->adamw && o.eps == 1e-8
+          && o.momentum == 0.9 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.clip == 0.0, "%s: its optimizer", name);
+    set_options(model, "", "-schedule step -warmup 7 -clip 2 -e 5");
+    for (int epochs : {0, 4}) {
+        model->s->warmup_epochs = epochs;
+        run_schedule(&run, model);
+        check(run.schedule.warmup == (epochs > 0 ? 12 : 7) && run.schedule.length == 15 && !run.schedule.by_epochs && run.optimizer.clip == 2.0,
+              "-warmup_epochs %d: warm-up of %d of %d steps", epochs, run.schedule.warmup, run.schedule.length);
+    }
+}
+
 // All flags but these say what a run computes: a resumed run must have the same. Those that are not neutral stand in the metadata
 static void test_flags_of_a_run(void) {
     const char* any[] = {"-recipe", "-i", "-j", "-o", "-x", "-stats", "-r", "-w", "-predict", "-sheet", "-threads", "-z", "-n", "-keep",
@@ -342,6 +369,7 @@ int main(void) {
     int n = 0;
     for (; model_recipes[n][0] != NULL; n++) { test_recipe(model_recipes[n][0], model_recipes[n][1]); }
     check(n == 5, "%d recipes", n);
+    for (int i = 0; i < n; i++) { test_run_schedule(model_recipes[i][0], model_recipes[i][1]); }
     test_average("ema.0.99996", 0.99996);
     test_average("ema.0.9", 0.9);
     test_decay(0);
