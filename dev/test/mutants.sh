@@ -1,7 +1,8 @@
 #!/bin/bash
 # Do the tests find mistakes? dev/test/mutants.txt lists mutants: single changes of train_deit.cu, each a mistake that somebody could
 # make, with the test that must then fail. All are built into one copy of the tree, in which the environment variable MUTANT
-# chooses one by its number. Each test must pass without a mutant, and fail with it. Prints a line a mutant, and the counts.
+# chooses one by its number. Each test must pass without a mutant, and fail with it. Prints a line a mutant, with the first
+# check that failed, and the counts.
 # It is not a part of `make test`: it takes half an hour on two cores.
 #   dev/test/mutants.sh            all mutants
 #   dev/test/mutants.sh NAME ...   these
@@ -69,13 +70,15 @@ run_test() { # run_test MUTANT TEST [DUMP]; a shell test ends at its first failu
     program=$(program_of "$2")
     command=$program
     [ ! -e "dev/test/$2.sh" ] || command="dev/test/$2.sh $program"
-    MUTANT=$1 STOP_AT_FAILURE=1 timeout 600 $command ${3:+dev/reference/dumps/$3.safetensors} >"log.$1.$2.${3:-}" 2>&1 </dev/null
+    export MUTANT=$1 STOP_AT_FAILURE=1
+    { timeout 600 $command ${3:+dev/reference/dumps/$3.safetensors} </dev/null; } >"log.$1.$2.${3:-}" 2>&1
 }
 judge() { # judge NUMBER NAME TEST [DUMP]
-    local start=$SECONDS word=killed
+    local start=$SECONDS word=killed why
     [ -e "passes.$3.${4:-}" ] || { echo "NOT RUN  $2: $3 ${4:-} fails without it"; return; }
     run_test "$1" "$3" "${4:-}" && word=SURVIVES
-    printf '%-8s %-28s %4d s  %s\n' $word "$2" $((SECONDS - start)) "$3 ${4:-}"
+    why=$(grep -am 1 -E '^(NOT OK|error)|Abort|fault|Assert' "log.$1.$3.${4:-}" | cut -c 1-100)
+    printf '%-8s %-27s %3d s  %s\n' $word "$2" $((SECONDS - start)) "$3${4:+ $4}: $why"
 }
 in_parallel() { # in_parallel FUNCTION: calls it for each line of words of the standard input
     while read -r line; do

@@ -320,6 +320,56 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
+// The random strategy draws other numbers for each tensor, on each rank, in each pass
+static void test_random_streams(void) {
+    Model* model = small_model("-g 0.5 -s random -g_all 1");
+    unsigned long long seeds[64];
+    int n = 0, equal = 0;
+    plan_model(model);
+    model->pass = 3;
+    for (rank = 0; rank < 3; rank++) {
+        for (const Activation* a : model->activations) {
+            if (!a->dropped) { continue; }
+            const DropRule rule = drop_rule(model, a);
+            for (int i = 0; i < n; i++) { equal += seeds[i] == rule.seed; }
+            seeds[n++] = rule.seed;
+            check(rule.step == 3, "%s, copy %d: pass 3 draws for %u", a->name, a->copy, rule.step);
+        }
+    }
+    rank = 0;
+    check(n == 3 * 10 && equal == 0, "%d of %d random streams are equal", equal, n);
+}
+
+// The loss of a batch is that of its smoothing and its mixing: of two images, lam of the own label and 1 - lam of the other's
+static void test_classifier_loss(void) {
+    const floatX values[2][10] = {{0.5f, -1.0f, 2.0f}, {1.0f, 0.25f, -0.75f, 3.0f}};
+    const int classes[2] = {2, 7};
+    const double smoothing = 0.25, lam = 0.7;
+    Model* model = small_model("");
+    model_allocate(model);
+    floatX* logits = (floatX*)model->acts.logits->data;
+    cudaCheck(cudaMemcpy(logits, values, sizeof(values), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(model->labels, classes, sizeof(classes), cudaMemcpyHostToDevice));
+    Batch batch = {};
+    batch.n = 2;
+    batch.smoothing = (float)smoothing;
+    batch.augment.lam = (float)lam;
+    zero_gradients(model);
+    classifier_loss(model, logits, model->labels, &batch, 1.0f);
+    double expected = 0.0;
+    for (int b = 0; b < 2; b++) {
+        double sum = 0.0;
+        for (int v = 0; v < 10; v++) { sum += exp((double)(float)values[b][v]); }
+        for (int v = 0; v < 10; v++) {
+            const double hard = (v == classes[b] ? lam : 0.0) + (v == classes[1 - b] ? 1.0 - lam : 0.0);
+            expected += ((1.0 - smoothing) * hard + smoothing / 10) * (log(sum) - (double)(float)values[b][v]);
+        }
+    }
+    const double loss = model_result(model).sums[0];
+    check(close_to(loss, expected, 1e-5), "a smoothed and mixed loss is %.7g, expected %.7g", loss, expected);
+    model_free(model);
+}
+
 // What the trainer makes of a recipe's flags on the two GPUs that the published commands run on, and of warm-up in epochs
 static void test_run_schedule(const char* name, const char* flags) {
     Model* model = small_model(flags);
@@ -378,6 +428,8 @@ int main(void) {
     test_initial_values();
     test_masked();
     test_flags_of_a_run();
+    test_random_streams();
+    test_classifier_loss();
     for (int i = 0; i < 4; i++) { test_drop_path(i); }
     test_schedule_by_steps();
     printf("%d passed, %d failed\n", passed, failed);
