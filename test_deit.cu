@@ -136,6 +136,7 @@ static Model* make_model(const Dump* dump, int recompute, size_t chunk_bytes, bo
     model->seed = dump->seed;
     model->chunk_bytes = chunk_bytes;
     deit_shape(model);
+    model->augment = augment_new("none");
     return model;
 }
 

@@ -3277,9 +3277,11 @@ void ranks_sum(double* values, int n) {
 }
 
 void ranks_agree(uint32_t value, const char* what) {
+    if (num_ranks == 1) { return; }
     uint32_t first = value;
-    if (num_ranks > 1) { mpiCheck(MPI_Bcast(&first, sizeof(first), MPI_BYTE, 0, MPI_COMM_WORLD)); }
+    mpiCheck(MPI_Bcast(&first, sizeof(first), MPI_BYTE, 0, MPI_COMM_WORLD));
     require(value == first, "the %s of rank %d are not those of rank 0 (%08x, %08x)", what, rank, value, first);
+    mpiCheck(MPI_Barrier(MPI_COMM_WORLD)); // rank 0, too, goes on only when all agree
 }
 #else
 static void ranks_join(int) {

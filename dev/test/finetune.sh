@@ -20,7 +20,16 @@ while read -r optimizer line; do
     verdict $? "$optimizer, against timm: $(cat "$work/difference")"
     echo "$optimizer: $(cat "$work/difference")"
 done <"$fixtures/timm_losses.txt"
-[ $passed -ge 4 ] || [ $failed -gt 0 ]
+# an evaluation sees nothing of what training does to images, labels and activations
+evaluation() { # evaluation ARGUMENTS...: the scores
+    timeout 60 "$program" -size 32 -patch 8 -chans 3 -b 7 -w "$work/timm.safetensors" -i "$fixtures/timm_images.bin" -j "$fixtures/timm_images.bin" -eval 1 \
+        "$@" 2>"$work/stderr" </dev/null | grep '^final '
+}
+plain=$(evaluation)
+training=$(evaluation -g 0.9 -g_all 1 -drop_path 0.9 -ema 0.9 -flip 1 -aa rand-m9-mstd0.5-inc1 -reprob 1 -mixup 1 -cutmix 1 -smoothing 0.5)
+[ -n "$plain" ] && [ "$plain" = "$training" ]
+verdict $? "an evaluation, $plain, with the flags of training: $training $(cat "$work/stderr")"
+[ $passed -ge 5 ] || [ $failed -gt 0 ]
 verdict $? "SGD and AdamW were both compared"
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

@@ -135,7 +135,8 @@ static const Config configs[] = {{"uneven", 64, {{64, 96, 64}, {64, 40, 48}, {0,
     X(f, limit,  "-limit",  2.0,  0, 1e6,        SAME, "of the clip") \
     X(i, frozen, "-freeze", 0,    0, MAX_BLOCKS, SAME, "blocks whose first weight is frozen") \
     X(i, chunk,  "-images", 0,    0, 1 << 20,    ANY,  "images in a chunk, 0: by -chunk") \
-    X(i, watch,  "-watch",  0,    0, 1,          ANY,  "1: say whether the ranks' buffers differ")
+    X(i, watch,  "-watch",  0,    0, 1,          ANY,  "1: say whether the ranks' buffers differ") \
+    X(i, err,    "-err",    0,    0, 1,          ANY,  "1: rank 1 errs in a weight, for the test of it")
 struct Augmenter {};
 struct Model : Common {
     struct { OWN_SETTINGS(FIELD) } own;
@@ -274,6 +275,7 @@ void model_train(Model* model, const Batch* batch, float scale) {
         mean_kernel<<<BLOCKS(mid)>>>(model->buffers.mean[l], model->sums[l], rate, batch->n, (int)mid);
         kernelCheck();
     }
+    if (model->own.err && rank == 1) { cudaCheck(cudaMemsetAsync(model->params.headb[0], 0, sizeof(floatX), main_stream)); }
     if (model->own.watch) { model->differed = buffers_differ(model, &model->trained); }
 }
 

@@ -167,6 +167,15 @@ if command -v mpirun >/dev/null && grep -q DMULTI_GPU "$(dirname "$program")/../
         same "ranks_alone/$kind" "ranks_resumed/$kind"
         verdict $? "2 ranks resumed: $kind has other bits"
     done
+    # and from whole states to sharded ones
+    rm "$work/ranks_resumed"/*00000006*
+    ranks 2 $flags -x 6 -z 1 -y 1 -o "$work/ranks_resumed"
+    same ranks_alone/state_00000006_00000 ranks_resumed/state_00000006_00000
+    verdict $? "2 ranks resumed with -z 1: other bits: $(head -c 500 "$work/stderr")"
+    # weights that differ between ranks are not saved
+    ranks 2 $flags -x 3 -err 1 -o "$work/ranks_err"
+    [ $? != 0 ] && grep -q '^error: the weights of rank 1 are not those of rank 0' "$work/stderr" && [ ! -e "$work/ranks_err/DONE_00000003" ]
+    verdict $? "weights that differ: $(head -c 500 "$work/stderr"; ls "$work/ranks_err")"
 else
     echo "not run: ranks of the second model (no MPI here)"
 fi

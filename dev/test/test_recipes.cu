@@ -152,6 +152,7 @@ static Model* small_model(const char* flags) {
     model->seed = 5;
     model->chunk_bytes = 1;
     deit_shape(model);
+    model->augment = augment_new("none");
     return model;
 }
 
@@ -315,12 +316,106 @@ static void test_schedule_by_steps(void) {
     check(learning_rate_at(&epochs, 7) == 1.0 && close_to(learning_rate_at(&epochs, 8), 0.5625, 1e-14) && learning_rate_at(&epochs, 12) == 0.125, "by epochs");
 }
 
+// The random strategy draws other numbers for each tensor, on each rank, in each pass
+static void test_random_streams(void) {
+    Model* model = small_model("-g 0.5 -s random -g_all 1");
+    unsigned long long seeds[64];
+    int n = 0, equal = 0;
+    plan_model(model);
+    model->pass = 3;
+    for (rank = 0; rank < 3; rank++) {
+        for (const Activation* a : model->activations) {
+            if (!a->dropped) { continue; }
+            const DropRule rule = drop_rule(model, a);
+            for (int i = 0; i < n; i++) { equal += seeds[i] == rule.seed; }
+            seeds[n++] = rule.seed;
+            check(rule.step == 3, "%s, copy %d: pass 3 draws for %u", a->name, a->copy, rule.step);
+        }
+    }
+    rank = 0;
+    check(n == 3 * 10 && equal == 0, "%d of %d random streams are equal", equal, n);
+}
+
+// The loss of a batch is that of its smoothing and its mixing: of two images, lam of the own label and 1 - lam of the other's
+static void test_classifier_loss(void) {
+    const floatX values[2][10] = {{0.5f, -1.0f, 2.0f}, {1.0f, 0.25f, -0.75f, 3.0f}};
+    const int classes[2] = {2, 7};
+    const double smoothing = 0.25, lam = 0.7;
+    Model* model = small_model("");
+    model_allocate(model);
+    floatX* logits = (floatX*)model->acts.logits->data;
+    cudaCheck(cudaMemcpy(logits, values, sizeof(values), cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(model->labels, classes, sizeof(classes), cudaMemcpyHostToDevice));
+    Batch batch = {};
+    batch.n = 2;
+    batch.smoothing = (float)smoothing;
+    batch.augment.lam = (float)lam;
+    zero_gradients(model);
+    classifier_loss(model, logits, model->labels, &batch, 1.0f);
+    double expected = 0.0;
+    for (int b = 0; b < 2; b++) {
+        double sum = 0.0;
+        for (int v = 0; v < 10; v++) { sum += exp((double)(float)values[b][v]); }
+        for (int v = 0; v < 10; v++) {
+            const double hard = (v == classes[b] ? lam : 0.0) + (v == classes[1 - b] ? 1.0 - lam : 0.0);
+            expected += ((1.0 - smoothing) * hard + smoothing / 10) * (log(sum) - (double)(float)values[b][v]);
+        }
+    }
+    const double loss = model_result(model).sums[0];
+    check(close_to(loss, expected, 1e-5), "a smoothed and mixed loss is %.7g, expected %.7g", loss, expected);
+    model_free(model);
+}
+
+// What the trainer makes of a recipe's flags on the two GPUs that the published commands run on, and of warm-up in epochs
+static void test_run_schedule(const char* name, const char* flags) {
+    Model* model = small_model(flags);
+    Run run = {};
+    char tensor[96];
+    size_t n;
+    run.epoch_steps = 3;
+    run.step_images = 2 * model->s->B;
+    run_schedule(&run, model);
+    snprintf(tensor, sizeof(tensor), "lr.%s", name);
+    const double* rates = values<double>(tensor, "F64", &n);
+    double worst = 0.0;
+    for (size_t step = 0; step < 3 * n; step++) { worst = fmax(worst, fabs(learning_rate_at(&run.schedule, (int)step) / rates[step / 3] - 1.0)); }
+    check(worst <= 1e-12, "%s: the trainer's learning rates differ by %g", name, worst);
+    const OptimizerConfig o = run.optimizer;
+    check(o.adamw == model->adamw && o.weight_decay == number_of(flags, "-wd") && o.nesterov == !model->adamw && o.eps == 1e-8
+          && o.momentum == 0.9 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.clip == 0.0, "%s: its optimizer", name);
+    set_options(model, "", "-schedule step -warmup 7 -clip 2 -e 5");
+    for (int epochs : {0, 4}) {
+        model->s->warmup_epochs = epochs;
+        run_schedule(&run, model);
+        check(run.schedule.warmup == (epochs > 0 ? 12 : 7) && run.schedule.length == 15 && !run.schedule.by_epochs && run.optimizer.clip == 2.0,
+              "-warmup_epochs %d: warm-up of %d of %d steps", epochs, run.schedule.warmup, run.schedule.length);
+    }
+}
+
+// All flags but these say what a run computes: a resumed run must have the same. Those that are not neutral stand in the metadata
+static void test_flags_of_a_run(void) {
+    const char* any[] = {"-recipe", "-i", "-j", "-o", "-x", "-stats", "-r", "-w", "-predict", "-sheet", "-threads", "-z", "-n", "-keep",
+                         "-y", "-v", "-eval", "-plan"};
+    Model* model = small_model("");
+    for (int i = 0; i < model->num_options; i++) {
+        bool may_change = false;
+        for (const char* flag : any) { may_change = may_change || strcmp(flag, model->options[i].flag) == 0; }
+        check(model->options[i].resume == (may_change ? ANY : SAME), "%s of a resumed run", model->options[i].flag);
+    }
+    StMetadata metadata[MAX_OPTIONS];
+    model = small_model("-clip 1 -mixup 0 -v 3 -reprob 0.5");
+    const int n = options_metadata(model, metadata, 0);
+    check(n == 2 && strcmp(metadata[0].key, "-clip") == 0 && strcmp(metadata[0].value, "1") == 0 &&
+          strcmp(metadata[1].key, "-reprob") == 0 && strcmp(metadata[1].value, "0.5") == 0, "%d flags in the metadata", n);
+}
+
 int main(void) {
     device_open();
     fixture = safetensors_open("dev/reference/fixtures/recipes.safetensors");
     int n = 0;
     for (; model_recipes[n][0] != NULL; n++) { test_recipe(model_recipes[n][0], model_recipes[n][1]); }
     check(n == 5, "%d recipes", n);
+    for (int i = 0; i < n; i++) { test_run_schedule(model_recipes[i][0], model_recipes[i][1]); }
     test_average("ema.0.99996", 0.99996);
     test_average("ema.0.9", 0.9);
     test_decay(0);
@@ -328,6 +423,9 @@ int main(void) {
     test_flops();
     test_initial_values();
     test_masked();
+    test_flags_of_a_run();
+    test_random_streams();
+    test_classifier_loss();
     for (int i = 0; i < 4; i++) { test_drop_path(i); }
     test_schedule_by_steps();
     printf("%d passed, %d failed\n", passed, failed);
