@@ -1365,10 +1365,10 @@ template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
     }
 }
 
-// patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t.
-// With AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
+// out[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t. With
+// AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
 //     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
-// patches (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V; V
+// out (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V; V
 // divides P. AUGMENT is a template argument because noise and a second image need registers
 template <int V, bool AUGMENT> __global__ void patchify_kernel(
         floatX* out, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
@@ -1390,17 +1390,14 @@ template <int V, bool AUGMENT> __global__ void patchify_kernel(
     }
     store<V>(out + i, x);
 }
-
 void patchify(floatX* out, const uint8_t* images, const int* flips, PixelStats stats,
               const BatchAugment* augment, size_t n, int S, int P, int CH) {
     n *= S * S * CH; // elements
     const bool packs = P % VEC == 0;
-    const std::false_type plain;
-    const std::true_type augments;
     const BatchAugment a = augment != NULL ? *augment : BatchAugment{}; // NULL: neither erased nor mixed
     if (augment == NULL || (a.erased == NULL && !(a.lam < 1.0f))) {
-        LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, plain);
-    } else { LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, augments); }
+        LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::false_type());
+    } else { LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::true_type()); }
 }
 
 // out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
@@ -1417,7 +1414,6 @@ template <int V> __global__ void embed_kernel(
     for (int j = 0; j < V; j++) { token[j] += position[j]; }
     store<V>(out + i, token);
 }
-
 void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
     const size_t n = B * T * C;
     LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
@@ -1430,14 +1426,13 @@ template <int V> __global__ void embed_tokens_kernel(floatX* dtokens, const floa
     const size_t classes = i / C / (T - 1) + 1; // class tokens before element i
     if (i < n) { *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + classes * C); }
 }
-
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
     LAUNCH(embed_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
 }
 
 // dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0); dout (B, T, C). A thread sums one (t, c)
-__global__ void embed_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
+__global__ void embed_pos_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
     if (i >= n) { return; }
     float sum = 0.0f;
@@ -1445,9 +1440,8 @@ __global__ void embed_positions_kernel(float* dpos, float* dcls, const floatX* d
     dpos[i] += sum;
     if (i < (size_t)C) { dcls[i] += sum; }
 }
-
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
+    embed_pos_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
     kernelCheck();
 }
 
@@ -1487,9 +1481,7 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     const Moments all = cg::reduce(lanes, Moments{n, lane_mean, total<V>(squares)}, JoinMoments());
     const float m = all.mean, s = rsqrtf(all.squares / C + LAYERNORM_EPS);
     for (int c = first; c < C; c += step) {
-        load<V>(v, row + c);
-        load<V>(w, weight + c);
-        load<V>(b, bias + c);
+        load<V>(v, row + c), load<V>(w, weight + c), load<V>(b, bias + c);
         for (int j = 0; j < V; j++) { v[j] = (v[j] - m) * s * w[j] + b[j]; }
         keep.template apply<V>(v, r * C + c);
         store<V>(out + r * C + c, v);
@@ -1498,15 +1490,14 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     mean[r] = m;
     rstd[r] = s;
 }
-
 template <class Keep> void layernorm_forward(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* w, const floatX* b,
+        floatX* out, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b,
         size_t rows, size_t C, size_t stride, Keep keep) {
-    const bool packs = vectorizable(C | stride, out, inp, w, b);
-    LAUNCH_ROWS(layernorm_forward_kernel, packs, C, rows, out, mean, rstd, inp, w, b, rows, C, stride, keep);
+    const bool vec = vectorizable(C | stride, out, x, w, b);
+    LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, keep);
 }
 
-struct Add2 { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
+struct Add { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
 
 // dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
 // norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
@@ -1520,18 +1511,14 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     const float m = mean[r], s = rstd[r];
     float x[V], g[V], w[V], d[V], sum[V] = {0}, norm_sum[V] = {0};
     for (int c = first; c < C; c += step) {
-        load<V>(x, inp + r * stride + c);
-        load<V>(g, dout + r * C + c);
-        load<V>(w, weight + c);
+        load<V>(x, inp + r * stride + c), load<V>(g, dout + r * C + c), load<V>(w, weight + c);
         for (int j = 0; j < V; j++) { sum[j] += g[j] * w[j]; }
         for (int j = 0; j < V; j++) { norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s); }
     }
-    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), Add2());
+    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), Add());
     const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
-        load<V>(x, inp + r * stride + c);
-        load<V>(g, dout + r * C + c);
-        load<V>(w, weight + c);
+        load<V>(x, inp + r * stride + c), load<V>(g, dout + r * C + c), load<V>(w, weight + c);
         load<V>(d, dinp + r * stride + c);
         for (int j = 0; j < V; j++) { d[j] += s * (g[j] * w[j] - g_mean - (x[j] - m) * s * gn_mean); }
         store<V>(dinp + r * stride + c, d);
@@ -1550,22 +1537,20 @@ template <int V> __global__ void layernorm_weight_kernel(
     float x[V], g[V], dweight[V] = {0}, dbias[V] = {0};
     for (size_t r = slab * SLAB_ROWS; r < end; r++) {
         const float m = mean[r], s = rstd[r];
-        load<V>(x, inp + r * stride + column);
-        load<V>(g, dout + r * C + column);
+        load<V>(x, inp + r * stride + column), load<V>(g, dout + r * C + column);
         for (int j = 0; j < V; j++) { dweight[j] += g[j] * ((x[j] - m) * s); }
         for (int j = 0; j < V; j++) { dbias[j] += g[j]; }
     }
     store<V>(partial + slab * 2*C + column, dweight);
     store<V>(partial + slab * 2*C + C + column, dbias);
 }
-
 void layernorm_backward(
-        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
+        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* x,
         const floatX* w, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
-    const bool packs = vectorizable(C | stride, dinp, dout, inp, w);
-    LAUNCH(layernorm_weight_kernel, packs, slabs * C, 64, partial, dout, inp, mean, rstd, rows, C, stride);
-    LAUNCH_ROWS(layernorm_backward_kernel, packs, C, rows, dinp, dout, inp, w, mean, rstd, rows, C, stride);
+    const bool vec = vectorizable(C | stride, dinp, dout, x, w);
+    LAUNCH(layernorm_weight_kernel, vec, slabs * C, 64, partial, dout, x, mean, rstd, rows, C, stride);
+    LAUNCH_ROWS(layernorm_backward_kernel, vec, C, rows, dinp, dout, x, w, mean, rstd, rows, C, stride);
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
 }
 
@@ -1587,14 +1572,12 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
     float x[V], d[V];
-    load<V>(x, inp + i);
-    load<V>(d, dinp + i);
+    load<V>(x, inp + i), load<V>(d, dinp + i);
     for (int j = 0; j < V; j++) {
         d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
     }
     store<V>(dinp + i, d);
 }
-
 template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
     LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
 }
@@ -1609,36 +1592,34 @@ __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
     return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
-// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), as timm's DropPath (Huang et
-// al., ECCV 2016). scales (L, 2, B). A thread draws one, for image first + b of all ranks
+// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), as timm (Huang et al., ECCV
+// 2016). scales (L, 2, B). A thread draws one, for image first + b of all ranks
 __global__ void drop_path_scales_kernel(
         float* scales, int L, int B, float last, uint64_t seed, unsigned step, unsigned first) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= L * 2 * B) { return; }
     const double keep = 1.0 - (double)drop_path_rate(last, i / B / 2, L);
-    const uint4 u = philox(seed, RNG_DROP_PATH, step, (uint64_t)(i / B) << 32 | (first + (unsigned)(i % B)));
+    const uint4 u = philox(seed, RNG_DROP_PATH, step, (uint64_t)(i / B) << 32 | (first + i % B));
     scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
 }
-
 void drop_path_scales(float* out, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first) {
     drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(out, L, B, last, seed, step, first);
     kernelCheck();
 }
 
-// out = scales[b] * x (+ residual where it is not NULL) for each image b; out may be x. out, x, residual
+// out = scales[b] * x (+ add where it is not NULL) for each image b; out may be x. out, x, add
 // (images, image) have n elements, scales (images). V divides `image`; a thread makes V
 template <int V> __global__ void drop_path_kernel(
-        floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t image) {
+        floatX* out, const floatX* x, const floatX* add, const float* scales, size_t n, size_t image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
     const float scale = scales[i / image];
     float v[V], r[V] = {0};
     load<V>(v, x + i);
-    if (residual != NULL) { load<V>(r, residual + i); }
+    if (add != NULL) { load<V>(r, add + i); }
     for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
     store<V>(out + i, v);
 }
-
 void drop_path(floatX* out, const floatX* x, const floatX* add, const float* scales, size_t images, size_t image) {
     const size_t n = images * image;
     LAUNCH(drop_path_kernel, vectorizable(image, out, x, add), n, 256, out, x, add, scales, n, image);
@@ -1656,15 +1637,13 @@ __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out,
         dqkv + q, dqkv + q + C, dqkv + q + 2 * C, a.dprobs + square, a.dscores + square};
     for (int p = 0; p < NUM_ATTENTION_POINTERS; p++) { a.pointers[p * count + i] = begins[p]; }
 }
-
 void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     const int num = images * a->heads;
     attention_pointers_kernel<<<CEIL_DIV(num, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, num);
     kernelCheck();
 }
 
-// The largest of some scores, and the sum of exp(score - largest). A lane without scores joins as
-// (-FLT_MAX, 0), since the difference of two -INFINITY is NaN
+// largest of some scores (of none -FLT_MAX: -INFINITY would give NaN), sum of exp(score - largest)
 typedef struct { float largest, sum; } ExpSum;
 // one comparison; fmaxf has more to do, to pass over NaNs. A NaN score still shows, in the sum
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
@@ -1708,8 +1687,8 @@ template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, A
     if (first == 0) { lse[r] = log_sum; }
 }
 
-// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs), without the
-// output of attention, of which DropIT keeps only a part. Shapes, lanes and padding as above
+// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs), without
+// the output of attention, of which DropIT keeps only a part. Shapes, lanes and padding as above
 template <int V, int LANES> __global__ void softmax_backward_kernel(const float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
@@ -1718,19 +1697,16 @@ template <int V, int LANES> __global__ void softmax_backward_kernel(const float*
     const float log_sum = lse[r];
     float p[V], d[V], sum[V] = {0};
     for (int c = first; c < a.T; c += step) {
-        load<V>(p, a.scores + r * a.ld + c);
-        load<V>(d, a.dprobs + r * a.ld + c);
+        load<V>(p, a.scores + r * a.ld + c), load<V>(d, a.dprobs + r * a.ld + c);
         for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum) * d[j]; }
         for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? p[j] : 0.0f; }
     }
     const float row_sum = cg::reduce(lanes, total<V>(sum), cg::plus<float>());
     for (int c = first; c < a.T; c += step) {
-        load<V>(p, a.scores + r * a.ld + c);
-        load<V>(d, a.dprobs + r * a.ld + c);
+        load<V>(p, a.scores + r * a.ld + c), load<V>(d, a.dprobs + r * a.ld + c);
         for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum); }
         for (int j = 0; j < V; j++) { d[j] = p[j] * (d[j] - row_sum); }
-        store<V>(a.probs + r * a.ld + c, p);
-        store<V>(a.dscores + r * a.ld + c, d);
+        store<V>(a.probs + r * a.ld + c, p), store<V>(a.dscores + r * a.ld + c, d);
     }
 }
 
@@ -1792,8 +1768,8 @@ double model_flops(const Model* model, size_t n) {
 
 void model_print(const Model* model) {
     const DeitConfig c = model->config;
-    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, heads %d, "
-           "%zu parameters\n", model->name, model->H, model->W, c.patch_size, model->CH, model->V,
+    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, "
+           "heads %d, %zu parameters\n", model->name, model->H, model->W, c.patch_size, model->CH, model->V,
            c.channels, c.depth, c.heads, model->num_parameters);
 }
 
@@ -1810,9 +1786,9 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
 }
 
 // ----------------------------------------------------------------------------
-// RandAugment (Cubuk et al., arXiv 1909.13719): what timm does to the bytes of a training image after crop
-// and flip, as Pillow computes it. The host draws the operations of each image, by Philox from its place
-// in the epoch; the device applies them, a layer of operations a launch
+// RandAugment (Cubuk et al., arXiv 1909.13719): what timm does to the bytes of a training image after
+// crop and flip, as Pillow computes it. The host draws the operations of each image, by Philox from its
+// place in the epoch; the device applies them, a layer of operations a launch
 
 // in the order of timm's _RAND_INCREASING_TRANSFORMS
 enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR,
@@ -1852,16 +1828,14 @@ void augment_argument(ImageAugment* a, int op, double level, bool negate, int S)
     switch (op) {
     case ROTATE: // about the centre; the terms are rounded to 15 decimals, as Pillow's
         m[0] = m[4] = rint(cos(angle) * 1e15) / 1e15;
-        m[1] = rint(sin(angle) * 1e15) / 1e15;
-        m[3] = -m[1];
+        m[1] = rint(sin(angle) * 1e15) / 1e15, m[3] = -m[1];
         m[2] = -half * m[0] - half * m[1] + half;
         m[5] = -half * m[3] - half * m[4] + half;
         break;
     case POSTERIZE: a->value = 4 - (int)(part * 4); break;
     case SOLARIZE: a->value = 256 - (int)(part * 256); break;
     case SOLARIZE_ADD: a->value = (int)(part * 110); break;
-    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS:
-        a->factor = (float)fmax(0.1, 1.0 + shift * 0.9); break;
+    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS: a->factor = fmax(0.1, 1.0 + shift * 0.9); break;
     case SHEAR_X: m[1] = shift * 0.3; break;
     case SHEAR_Y: m[3] = shift * 0.3; break;
     case TRANSLATE_X: m[2] = shift * 0.45 * S; break;
@@ -1898,9 +1872,7 @@ __device__ inline uint8_t blend(int from, int to, float factor) {
 }
 
 // Pillow's conversion of R, G, B to grey
-__device__ inline int luma(const uint8_t* x) {
-    return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16;
-}
+__device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 32768) >> 16; }
 
 // Pillow's cubic through four values (a = -1), between v1 and v2. As a polynomial of d it is exact where
 // all four are equal; the caller truncates it
@@ -1909,7 +1881,7 @@ __device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
 }
 
 // Operations that map each value by itself: tables[b, c, v] = what v becomes in channel c of image b.
-//     AutoContrast: (v - min) * 255 / (max - min)   Brightness: blend(0, v)   Contrast: blend(mean grey, v)
+//     AutoContrast: (v - min) * 255 / (max - min)   Brightness: blend(0, v)   Contrast: blend(mean, v)
 //     Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
 //     Posterize, Solarize, SolarizeAdd, Invert
 // tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. V divides
@@ -1922,7 +1894,7 @@ template <int CH, int V> __global__ void augment_table_kernel(
     const unsigned t = threadIdx.x;
     const int op = augments[b].op, value = augments[b].value;
     const bool grey = op == CONTRAST && CH == 3;
-    const int channels = grey ? 1 : CH; // that are counted
+    const int planes = grey ? 1 : CH; // that are counted
     if (op == NO_AUGMENT || op == ROTATE || op == COLOR || op >= SHARPNESS) { return; }
     if (op == AUTO_CONTRAST || op == EQUALIZE || op == CONTRAST) {
         for (int c = 0; c < CH; c++) { counts[c][t] = 0; }
@@ -1943,10 +1915,10 @@ template <int CH, int V> __global__ void augment_table_kernel(
                 if (count > 0) { high[t] = v, last = count; }
                 if (op == EQUALIZE) { counts[t][v] = (unsigned)below; }
                 below += count;
-                for (int c = 0; op == CONTRAST && c < channels; c++) { sum += (uint64_t)counts[c][v] * v; }
+                for (int c = 0; op == CONTRAST && c < planes; c++) { sum += (uint64_t)counts[c][v] * v; }
             }
             if (op == EQUALIZE) { low[t] = (int)((below - last) / 255); }
-            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * channels) + 0.5); }
+            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * planes) + 0.5); }
         }
         __syncthreads();
     }
@@ -1970,7 +1942,7 @@ template <int CH, int V> __global__ void augment_table_kernel(
 // x (CH) = the image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the
 // fill colour outside of it
 template <int CH> __device__ inline void affine_pixel(
-        uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S, bool mirrored, Pixel fill) {
+        uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S, bool flip, Pixel fill) {
     const int row = (int)i / S, column = (int)i - row * S;
     const double h = row + 0.5, w = column + 0.5; // in fp32 the place would be off by 1e-5 pixels
     const double u = m[0] * w + m[1] * h + m[2], v = m[3] * w + m[4] * h + m[5];
@@ -1984,7 +1956,7 @@ template <int CH> __device__ inline void affine_pixel(
     const uint8_t* rows[4];
     for (int k = 0; k < 4; k++) {
         const int from = min(max(left - 1 + k, 0), S - 1);
-        columns[k] = (unsigned)(mirrored ? S - 1 - from : from) * CH;
+        columns[k] = (unsigned)(flip ? S - 1 - from : from) * CH;
         rows[k] = image + (size_t)min(max(top - 1 + k, 0), S - 1) * S * CH;
     }
     for (int c = 0; c < CH; c++) {
@@ -2014,8 +1986,8 @@ template <int CH> __device__ inline void sharp_pixel(
 // out = one operation an image, as Pillow computes it. All threads of a block have the same operation.
 //     Color: blend(grey, image) of three channels, else the image      Sharpness: sharp_pixel
 //     Rotate, Shear, Translate: affine_pixel                           the others: tables
-// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first; NULL:
-// none. A block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
+// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first;
+// NULL: none. A block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
 template <int CH, int V> __global__ void augment_kernel(
         uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
         const int* flips, Pixel fill, int S, unsigned blocks) {
@@ -2046,20 +2018,19 @@ template <int CH, int V> __global__ void augment_kernel(
     Bytes* to = (Bytes*)(out + (b * pixels + i) * CH);
     for (int k = 0; k < CH; k++) { to[k] = *(const Bytes*)(x + k * V); }
 }
-
 template <int CH, int V> void augment_layer(
-        uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* augments, const int* flips,
+        uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* ops, const int* flips,
         unsigned n, int S, Pixel fill, cudaStream_t stream) {
     const unsigned pixels = (unsigned)S * S, blocks = CEIL_DIV(pixels, 256 * V);
-    augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, augments, pixels);
-    augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, augments, flips, fill, S, blocks);
+    augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, ops, pixels);
+    augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, ops, flips, fill, S, blocks);
     kernelCheck();
 }
 
-// images (n, S, S, CH) become what augments (layers, n) say, mirrored first where flips (n) say so: those
-// become 0. scratch is as large as images, tables (n, CH, 256). fill: of what an operation leaves empty
-void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips,
-                    const ImageAugment* augments, int layers, size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
+// images (n, S, S, CH) become what augments (layers, n) say, mirrored first where flips (n) say so;
+// those become 0. scratch is as large as images, tables (n, CH, 256). fill: of what is left empty
+void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments,
+                    int layers, size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
     uint8_t *inp = images, *out = scratch;
     for (int layer = 0; layer < layers; layer++, augments += n) {
         const int* mirror = layer == 0 ? flips : NULL;
@@ -2068,8 +2039,7 @@ void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* fli
         switch (CH) { AUGMENT_OF(1) AUGMENT_OF(2) AUGMENT_OF(3) AUGMENT_OF(4) }
         std::swap(inp, out);
     }
-    const size_t bytes = n * S * S * CH;
-    if (inp != images) { cudaCheck(cudaMemcpyAsync(images, inp, bytes, cudaMemcpyDeviceToDevice, stream)); }
+    if (inp != images) { cudaCheck(cudaMemcpyAsync(images, inp, n * S * S * CH, cudaMemcpyDeviceToDevice, stream)); }
     cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
 }
 
@@ -2090,8 +2060,7 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     ImageAugment** drawn = &a->host_augments;
     if (*drawn == NULL) { cudaCheck(cudaMallocHost((void**)drawn, bytes)); } // n is B in training
     Pixel fill = {};
-    const float* mean = batch->stats.mean;
-    for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * mean[c]))); }
+    for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * batch->stats.mean[c]))); }
     for (size_t i = 0; i < layers * n; i++) {
         const uint64_t place = b->place + i % n * b->place_step;
         draw_augment(*drawn + i, &a->options, b->seed, b->epoch, place, (int)(i / n), S);
@@ -2121,7 +2090,7 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
 #define DROPIT_TILE 16384
 #define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in the key of every magnitude
 
-// the strategy, and what makes the draws of `random` differ: a seed for each tensor, and the step
+// the strategy, and for the draws of `random` a seed for each tensor, and the step
 struct DropRule { int strategy; unsigned long long seed; unsigned step; };
 // a tensor x (d.n) to choose from, by which rule, and where the choice goes
 struct DropChoice { const floatX* x; Dropped d; DropRule rule; };
@@ -2140,7 +2109,6 @@ struct Search {
     unsigned prefix;    // the digits that are known
     unsigned remaining; // number of kept elements among those with this prefix
 };
-// of a whole tensor
 struct TensorSearch : Search {
     unsigned candidates; // elements with keys in the sampled range; the list holds those that fit
     unsigned listed;     // length of the list if the histograms are made of it, 0 if they are made of x
@@ -2173,7 +2141,7 @@ struct Selections { Selection tensors[MAX_SELECTIONS]; };
 // the smallest magnitude that rounds to a key of at least `key`, or, if `above`, to a greater one
 __device__ inline float least_kept(unsigned key, bool above) {
     unsigned bits = (key >> KEY_ZEROS) + above; // of a floatX without its sign
-    // in bf16 half a step lower; what is halfway between two is rounded to the even one
+    // bf16: half a step lower; what is halfway is rounded to even
     if (sizeof(floatX) == 2) { bits = bits > 0 ? (bits << 16) - 0x8000 + (bits & 1) : 0; }
     return __uint_as_float(min(bits, 0x7f800000u));
 }
@@ -2186,20 +2154,17 @@ template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
         const float least = least_kept(t.key, first >= t.tie_end);
         for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least ? 0.0f : v[j]; }
     } else {
-        for (int j = 0; j < V; j++) {
-            v[j] = fabsf(v[j]) < least_kept(t.key, first + j >= t.tie_end) ? 0.0f : v[j];
-        }
+        for (int j = 0; j < V; j++) { v[j] = fabsf(v[j]) < least_kept(t.key, first + j >= t.tie_end) ? 0.0f : v[j]; }
     }
 }
 
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
 size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
 size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
-// elements that a list has room for; the sampled range holds at most about n / 25, at gamma 0.5
+// the sampled range holds at most about n / 25 elements, at gamma 0.5
 size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
-// k of n elements, as the published int(numel * (1 - gamma)): in float, 1000 and 0.9 give 100, not 99
+// k of n elements, as the published int(numel * (1 - gamma)); dropit_k: of a whole tensor
 size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
-// k of a whole tensor of n elements
 size_t dropit_k(size_t n, double gamma, int strategy) {
     if (strategy == MINK) { return dropit_keep(n, gamma); }
     return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
@@ -2264,7 +2229,7 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     for (int j = 0; j < 32; j++) { mask |= keys[j] > key ? 1u << j : 0u; }
     return mask;
 }
-__device__ inline unsigned count_above(const unsigned* k, unsigned x) { return __popc(above_mask(k, x)); }
+__device__ inline int count_above(const unsigned* k, unsigned x) { return __popc(above_mask(k, x)); }
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
     unsigned mask = 0;
@@ -2383,9 +2348,8 @@ __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     for (int j = 0; j < 4; j++) { s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
 }
 
-// range = the rank_high-th and the rank_low-th largest key of the sample, of which two digits are enough:
-// with last bits of ones and zeros the list is a little longer. One block a tensor, 16 KiB; both searches
-// share the first histogram
+// range = the rank_high-th and the rank_low-th largest key of the sample, of which two digits are enough
+// (the list is a little longer). One block a tensor, 16 KiB; both searches share the first histogram
 #define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[2][DROPIT_BINS], warp_sums[32];
@@ -2413,8 +2377,8 @@ __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     }
 }
 
-// tile_counts[tile] = (elements above the sampled range, 0); list = those in it, in any order; not_finite
-// += NaNs and Infs. A block has a tile, and collects in 8 KiB of shared memory (fp32: 12), to wait once
+// tile_counts[tile] = (elements above the sampled range, 0); list = those in it, in any order;
+// not_finite += NaNs and Infs. A block has a tile, and collects in 8 KiB of shared memory (fp32: 12), to wait once
 // for a place in the list and write whole lines; what does not fit goes there at once
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
@@ -2477,7 +2441,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
     }
 }
 
-// Starts the search for the k-th largest key: in the list if it is there, else in x. One block a tensor
+// starts the search for the k-th largest key: in the list if it is there, else in x. One block a tensor
 __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
     const Selection& s = all.tensors[blockIdx.x];
@@ -2496,8 +2460,8 @@ __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
-// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x of tensor blockIdx.y. A block
-// counts in shared memory, 8 KiB, and reads pieces of 4,096 elements
+// histogram += counts of the next digit, of the list or of x of tensor blockIdx.y. A block counts in 8
+// KiB of shared memory, and reads pieces of 4,096 elements
 #define HISTOGRAM_PIECE (DROPIT_TILE / 4)
 __global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
     __shared__ Pack<4, unsigned> counts[DROPIT_BINS / 4];
@@ -2553,7 +2517,7 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
         return;
     }
     for (size_t begin = segment * 32; begin < listed; begin += (size_t)s.tiles * blockDim.x * 32) {
-        // neighbours in the list are mostly of one tile, so that their counts are added together
+        // neighbours in the list are mostly of one tile: their counts are added together
         unsigned tile = s.list_indices[begin] / DROPIT_TILE, above = 0, equal = 0;
         for (size_t i = begin; i < begin + 32 && i < listed; i++) {
             const unsigned own = s.list_indices[i] / DROPIT_TILE, x = magnitude_key(s.list_values[i]);
@@ -2561,8 +2525,7 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
                 add_counts(&s.tile_counts[tile], above, equal);
                 tile = own, above = equal = 0;
             }
-            above += x > key;
-            equal += x == key;
+            above += x > key, equal += x == key;
         }
         add_counts(&s.tile_counts[tile], above, equal);
     }
@@ -2587,8 +2550,7 @@ __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
         const uint2 count = s.tile_counts[tile];
         s.tile_offsets[tile] = above + min(equal, ties);
         if (equal < ties && ties <= equal + count.y) { last_tie = make_uint2(tile, ties - equal); }
-        above += count.x;
-        equal += count.y;
+        above += count.x, equal += count.y;
     }
     __syncthreads();
     const size_t begin = (size_t)last_tie.x * DROPIT_TILE;
@@ -2627,9 +2589,7 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
 
 // what group q has of four masks (the bits of its run), or of four words of counts (its count)
-__device__ inline RunBits group(const unsigned* words, int q) {
-    return (RunBits)(words[q * PACK_RUN / 32] >> q * PACK_RUN % 32);
-}
+__device__ inline RunBits group(const unsigned* w, int q) { return w[q * PACK_RUN / 32] >> q * PACK_RUN % 32; }
 // how many ones each run of a mask has
 __device__ inline unsigned run_counts(unsigned word) {
     if (PACK_RUN == 32) { return __popc(word); }
@@ -2639,8 +2599,8 @@ __device__ inline unsigned run_counts(unsigned word) {
 }
 
 // bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines
-// its values up in shared memory (19 KiB a block) and writes them as one run. If there are more than
-// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values
+// up to MAX_STAGED values up in shared memory (19 KiB a block) and writes them as one run. More, as at
+// gamma 0.3, go to their places one by one, and so do fp32 values
 #define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
 template <bool HASHED> __global__ __launch_bounds__(PACK_THREADS, 8)
 void dropit_pack_kernel(const __grid_constant__ Selections all) {
@@ -2656,7 +2616,7 @@ void dropit_pack_kernel(const __grid_constant__ Selections all) {
     const size_t first = begin + own_warp * 4096 + lane * PACK_RUN; // the lane's first element
     // a tile keeps all of its ties or none, so that one comparison decides; only in one tile both occur
     const bool all_ties = t.tie_end >= begin + DROPIT_TILE, some_ties = begin < t.tie_end && !all_ties;
-    unsigned words[4], counts[4], before[4]; // masks of kept elements, counts, counts of the lanes before
+    unsigned words[4], counts[4], before[4]; // masks of kept elements; of lanes before this one
 #pragma unroll
     for (int h = 0; h < 4; h++) {
         const size_t i = first + h * 1024;
@@ -2675,7 +2635,7 @@ void dropit_pack_kernel(const __grid_constant__ Selections all) {
     }
     __syncthreads();
     const unsigned count = group_starts[PACK_GROUPS];
-    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // where the warp begins
+    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // of the warp
     for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
     RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
@@ -2729,13 +2689,11 @@ template <int V> __global__ void dropit_unpack_kernel(
         before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
     }
     const bitsX* in = (const bitsX*)values + before;
-    unsigned k = 0; // index in `in` of the next kept value
     bitsX* to = (bitsX*)out + (i - begin);
     Pack<8, bitsX> p;
-    for (int j = 0; j < 8; j++) { // no branches: in[k] is read for a dropped element, too, and masked
-        const unsigned bit = byte >> j & 1;
-        p.v[j] = in[k] & (0u - bit);
-        k += bit;
+    unsigned k = 0; // index in `in` of the next kept value
+    for (int j = 0; j < 8; k += byte >> j & 1, j++) { // no branches: a dropped element is masked
+        p.v[j] = in[k] & (0u - (byte >> j & 1));
     }
     if (V == 8) { *(Pack<8, bitsX>*)to = p; }
     else { for (int j = 0; j < 8; j++) { if (i + j >= begin && i + j < end) { to[j] = p.v[j]; } } }
@@ -2783,7 +2741,7 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
     size_t list = 0;
     for (int i = 0; i < count; i++) {
         const size_t n = choices[i].d.n;
-        // the sample has about `kept` of the k largest; the range goes 5 standard deviations to both sides
+        // the sample has about `kept` of the k largest; the range goes 5 deviations to both sides
         const double q = (double)choices[i].d.k / n, kept = q * DROPIT_TILE;
         const double margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0, high = kept - margin, low = kept + margin;
         Selection* s = &all.tensors[i];
@@ -2794,12 +2752,10 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
             (unsigned)(high > 0.0 ? high : 0.0), (unsigned)(low > DROPIT_TILE ? 0.0 : low), dropit_list_capacity(n)};
         list += align_up(s->list_capacity);
         if (s->d.offsets != NULL) {
-            s->first_tile = stored_tiles;
+            s->first_tile = stored_tiles, stored_tiles += s->tiles;
             stored.tensors[num_stored++] = *s;
-            stored_tiles += s->tiles;
         }
-        s->first_tile = tiles;
-        tiles += s->tiles;
+        s->first_tile = tiles, tiles += s->tiles;
         most_tiles = std::max(most_tiles, s->tiles);
     }
     const int strategy = choices[0].rule.strategy;
@@ -2888,8 +2844,7 @@ MatmulPlan* matmul_plan(const MatmulShape& s, const floatX* bias) {
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
-    cublasLtMatmulAlgoGetHeuristic(
-        cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
+    cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
     require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME
             "; try PRECISION=FP32", s.m, s.n, s.k);
     p->algo = result.algo;
@@ -2920,8 +2875,7 @@ void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const 
     const bool fused = C % 8 == 0 && OC % 8 == 0; // to add a bias, cuBLASLt wants rows of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
     if (fused) { return; }
-    const size_t n = rows * OC;
-    LAUNCH_BLOCKS(bias_add_kernel, CEIL_DIV(n, (size_t)256), 256, main_stream, out, bias, n, (int)OC);
+    LAUNCH_BLOCKS(bias_add_kernel, CEIL_DIV(rows * OC, (size_t)256), 256, main_stream, out, bias, rows * OC, OC);
 }
 void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
     matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
@@ -2930,9 +2884,9 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
     matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 
-// First step of sums over rows: partial[slab, c] = sum of x[r, c] over the SLAB_ROWS rows r of a slab; x
+// First step of sums over rows: out[slab, c] = sum of x[r, c] over the SLAB_ROWS rows r of a slab; x
 // (rows, OC). A thread has V columns of one slab
-template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
+template <int V> __global__ void column_sum_kernel(float* out, const floatX* x, size_t rows, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
     if (slab * SLAB_ROWS >= rows) { return; }
@@ -2943,7 +2897,7 @@ template <int V> __global__ void column_sum_kernel(float* partial, const floatX*
         load<V>(v, x + r * OC + column);
         for (int j = 0; j < V; j++) { sum[j] += v[j]; }
     }
-    store<V>(partial + slab * OC + column, sum);
+    store<V>(out + slab * OC + column, sum);
 }
 
 // The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the
@@ -2960,7 +2914,6 @@ void column_sum_finish(float* out, float* out2, const float* partial, size_t sla
     const size_t blocks = CEIL_DIV(OC, (size_t)64);
     LAUNCH_BLOCKS(column_sum_finish_kernel, blocks, 64, main_stream, out, out2, partial, slabs, C, OC);
 }
-
 size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
@@ -3067,7 +3020,6 @@ void gradient_norm(StepResult* result, double* partial, const float* grads, size
     LAUNCH_BLOCKS(norm_kernel, 1, 1, main_stream, result, partial);
 }
 
-// what it scales gradients by
 __device__ inline float clip_factor(const StepResult* result, float clip) {
     return clip > 0.0f ? fminf(1.0f, clip / (result->norm + 1e-6f)) : 1.0f;
 }
@@ -3083,10 +3035,7 @@ __global__ void adamw_kernel(
     if (i >= n) { return; }
     float g[VEC], mi[VEC], vi[VEC], w[VEC];
     const float factor = clip_factor(result, clip);
-    load<VEC>(g, grads + i);
-    load<VEC>(mi, m + i);
-    load<VEC>(vi, v + i);
-    load<VEC>(w, master + i);
+    load<VEC>(g, grads + i), load<VEC>(mi, m + i), load<VEC>(vi, v + i), load<VEC>(w, master + i);
     for (int j = 0; j < VEC; j++) {
         const float gj = g[j] * factor;
         mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
@@ -3094,9 +3043,7 @@ __global__ void adamw_kernel(
         const float scale = sqrtf(vi[j]) / sqrtf(fix2) + eps;
         w[j] = w[j] * (1.0f - lr * weight_decay) - lr / fix1 * mi[j] / scale;
     }
-    store<VEC>(m + i, mi);
-    store<VEC>(v + i, vi);
-    store<VEC>(master + i, w);
+    store<VEC>(m + i, mi), store<VEC>(v + i, vi), store<VEC>(master + i, w);
     store<VEC>(params + i, w);
 }
 
@@ -3109,20 +3056,16 @@ __global__ void sgd_kernel(
     if (i >= n) { return; }
     float g[VEC], mi[VEC], w[VEC];
     const float factor = clip_factor(result, clip);
-    load<VEC>(g, grads + i);
-    load<VEC>(mi, m + i);
-    load<VEC>(w, master + i);
+    load<VEC>(g, grads + i), load<VEC>(mi, m + i), load<VEC>(w, master + i);
     for (int j = 0; j < VEC; j++) {
         const float gj = g[j] * factor + weight_decay * w[j];
         mi[j] = momentum * mi[j] + gj;
         w[j] -= lr * (nesterov ? gj + momentum * mi[j] : mi[j]);
     }
-    store<VEC>(m + i, mi);
-    store<VEC>(master + i, w);
-    store<VEC>(params + i, w);
+    store<VEC>(m + i, mi), store<VEC>(master + i, w), store<VEC>(params + i, w);
 }
 
-// updates n parameters (a multiple of VEC) of one weight decay at learning rate lr; step counts from 1
+// updates n parameters, a multiple of VEC, of one weight decay; step counts from 1
 void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n,
                       const StepResult* result, OptimizerConfig o, double lr, int step) {
     assert(n % VEC == 0);
@@ -3143,8 +3086,7 @@ __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, fl
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
     float e[VEC], v[VEC];
-    load<VEC>(e, ema + i);
-    load<VEC>(v, w + i);
+    load<VEC>(e, ema + i), load<VEC>(v, w + i);
     for (int j = 0; j < VEC; j++) { e[j] = e[j] * decay + rest * v[j]; }
     store<VEC>(ema + i, e);
 }
@@ -3162,14 +3104,13 @@ __global__ void round_kernel(floatX* out, const float* in, size_t n) {
 }
 
 // Learning rate of a step, counted from 0: linear warm-up from warmup_lr to lr, half a cosine to min_lr.
-// By steps: step t of the warm-up has gone (t + 1) / warmup of the way; the cosine begins after it.
-// By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
-// lr_min=min_lr), of which DeiT's main.py calls step(epoch) after each epoch: epoch e has timm's rate of
-// e - 1, the first two have warmup_lr, and the cosine counts from the first, hidden by the warm-up.
+// By steps, step t of the warm-up has gone (t + 1) / warmup of the way, and the cosine begins after it.
+// By epochs, as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
+// lr_min=min_lr), with step(epoch) after each epoch, as in DeiT's main.py: epoch e has timm's rate of e-1
 double learning_rate_at(const Schedule* s, int step) {
     const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
     const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
-    const int cosine = s->length > begin ? s->length - begin : 1; // length of the cosine
+    const int cosine = s->length > begin ? s->length - begin : 1; // its length
     if (t < s->warmup) { return s->warmup_lr + (s->lr - s->warmup_lr) * done / s->warmup; }
     if (t >= s->length) { return s->min_lr; }
     return s->min_lr + 0.5 * (s->lr - s->min_lr) * (1.0 + cos(M_PI * (t - begin) / cosine));
