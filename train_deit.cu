@@ -3312,7 +3312,6 @@ template <class T> void plan_add(Plan* plan, int category, const char* name, con
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
-
 size_t plan_total(const Plan* plan) {
     size_t total = 0;
     for (size_t bytes : plan->bytes) { total += bytes; }
@@ -3335,7 +3334,6 @@ void plan_allocate(Plan* plan) {
     }
 }
 
-// the lines of the plan; those of one name and part, such as the copies of a tensor, as one
 void plan_print(const Plan* plan) {
     const double MiB = 1048576.0;
     const char* row = "| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n";
@@ -3810,8 +3808,8 @@ int checkpoint_find(const char* directory) {
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed
-// DONE goes first: what is left when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all), DONE first: what is
+// left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
@@ -3877,7 +3875,8 @@ typedef struct {
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
 // Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
-// pitch and row pitch are the number of rows and S * CH, rounded up to a multiple of RESIZE_V
+// pixels are (columns, CH, pitch). pitch and row pitch are the number of rows and S * CH, rounded up to a
+// multiple of RESIZE_V
 typedef struct {
     size_t staged, resized;             // offsets in the staging buffer, in bytes
     size_t pixels, straight;            // offset from `staged`, offset from `resized`
@@ -4675,7 +4674,6 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     }
 }
 
-// brings a batch to the device when the one before has been used; the threads go on with the next
 void loader_batch(Loader* loader, size_t number) {
     if (loader->ahead < 0) { loader_plan(loader, number); }
     assert(loader->ahead == (long long)number);
