@@ -4038,14 +4038,16 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)S * (row_pitch / RESIZE_V)) { return; }
     const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
-    const unsigned row = S * CH, n = min(row - xc, RESIZE_V), packed = row % 16 == 0 ? n : 0;
+    const unsigned row = S * CH, n = min(row - xc, RESIZE_V);
     const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
     const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
     ResizeRun bytes;
     resize_run(&bytes, pixels, row_pitch, first + S + (size_t)y * t.row_taps, t.row_taps);
     uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
-    for (unsigned j = 0; j < packed; j += 16) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
-    for (unsigned j = packed; j < n; j++) { out[j] = bytes.v[j]; }
+    for (unsigned j = 0; j < RESIZE_V; j += 16) { // of constant length, so that the bytes stay in registers
+        if (row % 16 == 0 && j < n) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
+    }
+    for (unsigned j = 0; j < RESIZE_V; j++) { if (row % 16 != 0 && j < n) { out[j] = bytes.v[j]; } }
 }
 
 #define RESIZE(kernel, threads, ...) do { \
