@@ -339,7 +339,7 @@ typedef struct { enum { CONSTANT, NORMAL, UNIFORM } kind; double scale; } Init; 
 Init constant_init(double value), normal_init(double deviation), uniform_init(size_t fan_in);
 typedef struct {
     char name[96];
-    int line, kind, dims, copy, copies;
+    int kind, dims, copy, copies;
     bool added; // over the ranks, in this step
     Init init;
     size_t shape[4], n, offset; // offset: in the memory of parameters, gradients, moments and masters
@@ -433,7 +433,7 @@ struct Common {
     size_t staging_bytes;        // for images that are resized on the device; 0: none are
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
-    int num_parameter_lines, num_lines; // of the tables
+    int num_lines;               // of the table of activations
     size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
@@ -3250,20 +3250,18 @@ void ranks_add(float* const* pieces, const size_t* sizes, int n) {
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
     ncclCheck(ncclGroupStart());
     for (int i = 0; i < n; i++) {
-        ncclCheck(ncclAllReduce(pieces[i], pieces[i], sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
+        float* p = pieces[i];
+        ncclCheck(ncclAllReduce(p, p, sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
 }
-
 void ranks_wait(void) {
     if (num_ranks > 1) { cudaCheck(cudaStreamWaitEvent(main_stream, gradients_reduced, 0)); }
 }
-
 void ranks_gather(void* full, const void* part, size_t bytes) {
     ncclCheck(ncclAllGather(part, full, bytes, ncclUint8, nccl_comm, main_stream));
 }
-
 void ranks_broadcast(void* device, size_t bytes) {
     if (num_ranks > 1) { ncclCheck(ncclBroadcast(device, device, bytes, ncclUint8, 0, nccl_comm, main_stream)); }
 }
@@ -3273,10 +3271,8 @@ void ranks_sum(double* values, int n) {
     if (num_ranks == 1) { return; }
     double* all = host_new<double>(numel(num_ranks, n), "sums");
     mpiCheck(MPI_Allgather(values, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD));
-    for (int i = 0; i < n; i++) {
-        values[i] = 0.0;
-        for (int r = 0; r < num_ranks; r++) { values[i] += all[r * n + i]; }
-    }
+    memset(values, 0, n * sizeof(double));
+    for (int i = 0; i < n * num_ranks; i++) { values[i % n] += all[i]; }
     free(all);
 }
 
@@ -3290,8 +3286,8 @@ void ranks_agree(uint32_t value, const char* what) {
 #else
 static void ranks_join(int) {
     const char* ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and cannot "
-            "run on several GPUs; `make` says what it misses");
+    require(ranks != NULL && strcmp(ranks, "1") == 0, "this program was built without NCCL and MPI and "
+            "cannot run on several GPUs; `make` says what it misses");
     cudaCheck(cudaSetDevice(0));
 }
 void ranks_close(void) {}
@@ -3306,11 +3302,10 @@ void ranks_agree(uint32_t, const char*) {}
 void device_open(void) {
     int device, devices = 0;
     cudaDeviceProp properties;
-    bool started = false;
-    for (const char* s : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}) { started |= getenv(s) != NULL; }
+    const bool started = getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMI_SIZE") || getenv("PMIX_RANK");
     const char* tasks = getenv("SLURM_STEP_NUM_TASKS"); // without PMIx, each would train alone
-    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot find each "
-            "other; start with srun --mpi=pmix", tasks);
+    require(started || tasks == NULL || atoi(tasks) <= 1, "%s tasks were started by srun but cannot "
+            "find each other; start with srun --mpi=pmix", tasks);
     require(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0,
             "no CUDA device was found; build with `make DEVICE=cpu` to run on the CPU");
     if (started) { ranks_join(devices); } else { cudaCheck(cudaSetDevice(0)); }
@@ -3329,10 +3324,9 @@ void device_open(void) {
 // ---- end shared: several GPUs ----------------------------------------------
 
 // ---- shared: random --------------------------------------------------------
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as in
-// dev/reference/rng.py
-__host__ __device__ inline uint4 philox(
-        unsigned long long seed, unsigned purpose, unsigned step, unsigned long long i) {
+// dev/reference/rng.py has the same
+__host__ __device__ inline uint4 philox(unsigned long long seed, unsigned purpose, unsigned step,
+                                        unsigned long long i) {
     unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
     unsigned c0 = (unsigned)i, c1 = (unsigned)(i >> 32), c2 = step, c3 = purpose;
     for (int round = 0; round < 10; round++) {
@@ -3372,24 +3366,20 @@ struct Allocation {
     void** pointer;
 };
 
-static void plan_line(Plan* plan, Allocation a, void** shared) {
+template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part,
+                                 const char* shape, T** pointer, size_t bytes, size_t dense, T** shared) {
+    Allocation a = {name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer};
     for (int i = 0; shared != NULL && i < plan->lines.n; i++) {
         const Allocation* line = &plan->lines.of[i];
-        if (line->pointer == shared) { a.shares = line->shares >= 0 ? line->shares : i; }
+        if (line->pointer == (void**)shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
     assert(shared == NULL || a.shares >= 0);
-    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // the memory that is shared
+    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // shared bytes
     const size_t more = a.bytes > *had ? a.bytes - *had : 0;
     plan->bytes[a.category] += more;
     *had += more;
     if (a.shares >= 0) { a.bytes = 0; }
     plan->lines.push(a);
-}
-
-template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
-                                 T** pointer, size_t bytes, size_t dense, T** shared) {
-    bytes = align_up(bytes);
-    plan_line(plan, Allocation{name, part, shape, category, -1, false, bytes, dense, (void**)pointer}, (void**)shared);
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
@@ -3402,14 +3392,12 @@ size_t plan_total(const Plan* plan) {
 
 // sets every pointer of the plan; the caller has made sure that plan_total() bytes are free
 void plan_allocate(Plan* plan) {
-    char* next[NUM_CATEGORIES];
+    char* next[NUM_CATEGORIES] = {};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
-        const size_t bytes = plan->bytes[c];
-        next[c] = NULL;
+        const size_t bytes = plan->bytes[c], zeros = c == CACHED || c == SCRATCH ? 0 : bytes;
         if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
+        if (zeros > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, zeros, main_stream)); }
         plan->blocks[c] = next[c];
-        const bool updated = c != CACHED && c != SCRATCH; // with its padding
-        if (updated && bytes > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, bytes, main_stream)); }
     }
     for (Allocation& a : plan->lines) { // a line shares with one before it
         *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
@@ -3501,21 +3489,20 @@ typedef struct {
 struct Safetensors {
     MappedFile file;
     StTensor* tensors;
-    StMetadata metadata[ST_MAX_METADATA];
-    int num_tensors, num_metadata;
+    List<StMetadata> metadata;
+    int num_tensors;
     size_t data_offset, at; // where the header ends and the data begin; the byte that is parsed next
 };
 
 void st_check(const Safetensors* st, bool valid, const char* what) {
-    const char* path = st->file.path;
-    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", path, what, st->at);
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path,
+            what, st->at);
 }
 
 // the character that comes next, -1 behind the header
 int st_peek(const Safetensors* st) { return st->at < st->data_offset ? st->file.data[st->at] : -1; }
-
 void st_skip_space(Safetensors* st) {
-    for (int c; (c = st_peek(st)) == ' ' || c == '\t' || c == '\r' || c == '\n'; ) { st->at++; }
+    while (st_peek(st) > 0 && strchr(" \t\r\n", st_peek(st)) != NULL) { st->at++; }
 }
 
 // skips white space; takes c and returns true if it comes next
@@ -3525,7 +3512,6 @@ bool st_take(Safetensors* st, char c) {
     st->at += found;
     return found;
 }
-
 void st_expect(Safetensors* st, char c) {
     char what[] = "expected '?'";
     what[10] = c;
@@ -3566,8 +3552,7 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
     for (; st_element(st, "[]", n); n++) {
         st_check(st, n < most, "too many numbers in a list");
         st_skip_space(st);
-        const size_t start = st->at;
-        size_t v = 0;
+        size_t v = 0, start = st->at;
         for (int c; (c = st_peek(st)) >= '0' && c <= '9'; st->at++) {
             st_check(st, v <= (SIZE_MAX - (c - '0')) / 10, "number too large");
             v = v * 10 + (c - '0');
@@ -3606,19 +3591,20 @@ void crc_without_digits(char text[9], const MappedFile* file, size_t digits) {
 
 void st_metadata(Safetensors* st) {
     for (int i = 0; st_element(st, "{}", i); i++) {
-        st_check(st, st->num_metadata < ST_MAX_METADATA, "too many metadata entries");
-        StMetadata* m = &st->metadata[st->num_metadata++];
-        st_string(st, m->key, sizeof(m->key));
+        StMetadata m;
+        st_check(st, st->metadata.n < ST_MAX_METADATA, "too many metadata entries");
+        st_string(st, m.key, sizeof(m.key));
         st_expect(st, ':');
-        st_string(st, m->value, sizeof(m->value));
-        if (strcmp(m->key, "crc32") != 0) { continue; }
+        st_string(st, m.value, sizeof(m.value));
+        st->metadata.push(m);
+        if (strcmp(m.key, "crc32") != 0) { continue; }
         const size_t at = st->at - 9; // before the digits and their closing quote
-        const bool eight = strlen(m->value) == 8 && memcmp(st->file.data + at, m->value, 8) == 0;
+        const bool eight = strlen(m.value) == 8 && memcmp(st->file.data + at, m.value, 8) == 0;
         st_check(st, eight, "crc32 is not of eight digits");
         char actual[9];
         crc_without_digits(actual, &st->file, at);
-        require(strcmp(actual, m->value) == 0, "%s has the checksum %s, its header says %s: it is damaged; "
-                "take another copy", st->file.path, actual, m->value);
+        require(strcmp(actual, m.value) == 0, "%s has the checksum %s, its header says %s: it is "
+                "damaged; take another copy", st->file.path, actual, m.value);
     }
 }
 
@@ -3629,16 +3615,23 @@ size_t st_numel(const StTensor* t) {
     return n;
 }
 
-bool st_before(const StTensor& a, const StTensor& b) {
-    return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
+// NULL: there is no such tensor
+const StTensor* safetensors_find(const Safetensors* st, const char* name) {
+    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
+        if (strcmp(t->name, name) == 0) { return t; }
+    }
+    return NULL;
 }
+bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 
 // in the order of their offsets, the tensors must follow one another from first to last byte
 void st_check_tensors(Safetensors* st) {
     static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8},
         {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
-    std::stable_sort(st->tensors, st->tensors + st->num_tensors, st_before);
+    std::stable_sort(st->tensors, st->tensors + st->num_tensors, [](const StTensor& a, const StTensor& b) {
+        return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
+    });
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
     for (int i = 0; i < st->num_tensors; i++) {
         const StTensor* t = &st->tensors[i];
@@ -3646,22 +3639,18 @@ void st_check_tensors(Safetensors* st) {
         for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
         require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
         const bool within = t->begin == end && t->end >= end && t->end <= bytes;
-        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes %zu "
-                "to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie outside); "
-                "write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
+        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes "
+                "%zu to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie "
+                "outside); write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
         end = t->end;
-        for (int j = 0; j < i; j++) {
-            require(strcmp(st->tensors[j].name, t->name) != 0, "%s: tensor %s appears twice", path, t->name);
-        }
+        require(safetensors_find(st, t->name) == t, "%s: tensor %s appears twice", path, t->name);
     }
     require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
 }
 
 // NULL: there is no such entry
 const char* safetensors_metadata(const Safetensors* st, const char* key) {
-    for (const StMetadata* m = st->metadata; m < st->metadata + st->num_metadata; m++) {
-        if (strcmp(m->key, key) == 0) { return m->value; }
-    }
+    for (const StMetadata& m : st->metadata) { if (strcmp(m.key, key) == 0) { return m.value; } }
     return NULL;
 }
 
@@ -3672,10 +3661,9 @@ Safetensors* safetensors_open(const char* path) {
     const size_t bytes = st->file.bytes;
     require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
     const uint64_t length = *(const uint64_t*)st->file.data;
-    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, the "
-            "file has %zu; it is truncated or of another format", path, length, bytes);
-    st->at = 8;
-    st->data_offset = 8 + length;
+    require(length <= bytes - 8 && length <= 100000000, "%s: the safetensors header claims %zu bytes, "
+            "the file has %zu; it is truncated or of another format", path, length, bytes);
+    st->data_offset = (st->at = 8) + length;
     for (int i = 0; st_element(st, "{}", i); i++) {
         StTensor t = {};
         st_string(st, t.name, sizeof(t.name));
@@ -3697,19 +3685,11 @@ Safetensors* safetensors_open(const char* path) {
 
 void safetensors_close(Safetensors* st) {
     munmap((void*)st->file.data, st->file.bytes);
+    free(st->metadata.of);
     free(st->tensors);
     free(st);
 }
 
-// NULL: there is no such tensor
-const StTensor* safetensors_find(const Safetensors* st, const char* name) {
-    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
-        if (strcmp(t->name, name) == 0) { return t; }
-    }
-    return NULL;
-}
-
-bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
 const void* safetensors_data(const Safetensors* st, const StTensor* t) {
     return st->file.data + st->data_offset + t->begin;
 }
@@ -3720,7 +3700,6 @@ void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
     for (int d = 0; d < dims; d++) { fprintf(out, "%s%zu", d > 0 ? ", " : "", shape[d]); }
     fprintf(out, ")");
 }
-
 void path_in(char path[PATH_MAX], const char* directory, const char* name) {
     const bool fits = snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX;
     require(fits, "the name of the directory is too long: %.80s...", directory);
@@ -3741,10 +3720,10 @@ void write_file(const char* path, const List<FilePart>& parts) {
         }
     }
     if (!written || fsync(fd) != 0 || close(fd) != 0 || rename(temporary, path) != 0) {
-        const int reason = errno;
+        const char* reason = strerror(errno);
         unlink(temporary);
-        errno = reason;
-        fail("cannot write %s: %m; what was written before is whole. Make room or choose another directory", path);
+        fail("cannot write %s: %s; what was written before is whole. Make room or choose another "
+             "directory", path, reason);
     }
     char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
     if (slash != NULL) { slash[1] = 0; }
@@ -3819,12 +3798,12 @@ Shard shard_open(const char* path, bool verify = true) {
     shard_check(bytes >= size, " has %zu bytes, a shard has a header of %zu", bytes, size);
     shard_check(memcmp(h->magic, "DROPIT\r\n", 8) == 0, " does not begin with a shard's magic DROPIT");
     shard_check(h->version == 1, " is of shard version %u, this program reads version 1", h->version);
-    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at %zu, "
-                "expected %zu and %zu", h->header_bytes, h->index_offset, size, size);
-    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or damaged",
-                bytes, h->file_bytes);
-    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, too %s "
-                "for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
+    shard_check(h->header_bytes == size && h->index_offset == size, ": header of %u bytes, index at "
+                "%zu, expected %zu and %zu", h->header_bytes, h->index_offset, size, size);
+    shard_check(h->file_bytes == bytes, " has %zu bytes, its header says %zu: it is truncated or "
+                "damaged", bytes, h->file_bytes);
+    shard_check(h->images > 0 && h->images <= (bytes - size) / sizeof(ShardEntry), " claims %u images, "
+                "too %s for its %zu bytes", h->images, h->images ? "many" : "few", bytes);
     const size_t index_bytes = h->images * sizeof(ShardEntry);
     size_t end = size + index_bytes; // the records must follow one another from here to the file's end
     shard_check(h->data_offset == end, ": data at byte %zu, expected %zu", h->data_offset, end);
@@ -3833,18 +3812,18 @@ Shard shard_open(const char* path, bool verify = true) {
     shard_check(h->channels >= 1 && h->channels <= 4 && h->classes > 0 && h->task <= 1, ": %u channels, %u "
                 "classes, task %u; expected 1 to 4, at least 1, 0 or 1", h->channels, h->classes, h->task);
     for (uint32_t c = 0; c < h->channels; c++) {
-        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has mean %g "
-                    "and standard deviation %g", c, h->mean[c], h->std[c]);
+        shard_check(isfinite(h->mean[c]) && isfinite(h->std[c]) && h->std[c] > 0, ": channel %u has "
+                    "mean %g and standard deviation %g", c, h->mean[c], h->std[c]);
     }
     for (uint32_t i = 0; i < h->images; i++) {
         const ShardEntry e = entries[i];
         const size_t n = (size_t)e.height * e.width * h->channels + e.annotation_bytes;
-        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u is "
-                    "%u x %u", i, e.height, e.width);
-        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, expected at "
-                    "%zu within %zu", i, e.offset, n, end, bytes);
-        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has label "
-                    "%d, expected 0 to %u", i, e.label, h->classes - 1);
+        shard_check(e.height > 0 && e.height <= 65535 && e.width > 0 && e.width <= 65535, ": image %u "
+                    "is %u x %u", i, e.height, e.width);
+        shard_check(e.offset == end && n <= bytes - end, ": record %u lies at %zu with %zu bytes, "
+                    "expected at %zu within %zu", i, e.offset, n, end, bytes);
+        shard_check(h->task != 0 || (e.label >= 0 && (uint32_t)e.label < h->classes), ": image %u has "
+                    "label %d, expected 0 to %u", i, e.label, h->classes - 1);
         crc = verify ? crc_32(0, file.data + end, n) : e.crc;
         shard_check(crc == e.crc, ": checksum of image %u is %08x, expected %08x: it is damaged", i, crc, e.crc);
         end += n;
@@ -3855,21 +3834,19 @@ Shard shard_open(const char* path, bool verify = true) {
 // ---- end shared: files -----------------------------------------------------
 
 // ---- shared: checkpoints ---------------------------------------------------
-// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written last,
-// an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
+// A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
+// last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
 void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
-    const bool done = strcmp(kind, "DONE") == 0, state = strcmp(kind, "state") == 0;
-    const char* end = done ? "" : state ? "_00000.safetensors" : ".safetensors";
+    const char* end = kind[0] == 'D' ? "" : kind[0] == 's' ? "_00000.safetensors" : ".safetensors";
     snprintf(path, size, "%s/%s_%08d%s", directory, kind, step, end);
 }
 
 // Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
 bool checkpoint_file_whole(const char* path) {
     const size_t before = strlen(ST_BEFORE_DIGITS), digits = 8 + before; // 8: the length of the header
-    struct stat info;
+    struct stat s;
     char actual[9];
-    const bool there = stat(path, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 64 && access(path, R_OK) == 0;
-    if (!there) { return false; }
+    if (stat(path, &s) != 0 || !S_ISREG(s.st_mode) || s.st_size <= 64 || access(path, R_OK) != 0) { return false; }
     const MappedFile file = map_file(path, "");
     crc_without_digits(actual, &file, digits);
     const bool ours = memcmp(file.data + 8, ST_BEFORE_DIGITS, before) == 0;
@@ -3883,7 +3860,7 @@ int checkpoint_newest(const char* directory, int below) {
     DIR* d = opendir(directory);
     for (struct dirent* e; d != NULL && (e = readdir(d)) != NULL; ) {
         const bool done = sscanf(e->d_name, "DONE_%8d%n", &step, &end) == 1 && e->d_name[end] == 0;
-        if (done && step < below && step > newest) { newest = step; }
+        if (done && step < below) { newest = std::max(newest, step); }
     }
     if (d != NULL) { closedir(d); }
     return newest;
@@ -3897,15 +3874,15 @@ int checkpoint_find(const char* directory) {
         checkpoint_path(model, sizeof(model), directory, "model", step);
         checkpoint_path(state, sizeof(state), directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
-        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n", step,
-                directory);
+        fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
+                step, directory);
     }
     require(!damaged, "no checkpoint in %s is whole; start anew with another -o", directory);
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed DONE
-// goes first: what is left when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed
+// DONE goes first: what is left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
@@ -3919,9 +3896,9 @@ void checkpoint_done(const char* directory, int step, int keep) {
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score? A
-// resumed run goes through steps again, and must not replace what it found later: the file stays if it is
-// whole, of the same run (its metadata agree, but for step and best_*), and as good
+// May the file of the best weights at `path` stay, though a run has found weights with this best score?
+// A resumed run goes through steps again, and must not replace what it found later: the file stays if it
+// is whole, of the same run (its metadata agree, but for step and best_*), and as good
 bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
@@ -3942,36 +3919,32 @@ void log_cut(FILE* log, int step) {
     int s;
     long end = 0;
     rewind(log);
-    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step) {
-        if (strchr(line, '\n') == NULL) { break; } // the program was killed while it wrote the line
-        end = ftell(log);
-    }
+    while (fgets(line, sizeof(line), log) != NULL && sscanf(line, "s:%d ", &s) == 1 && s <= step
+           && strchr(line, '\n') != NULL) { end = ftell(log); } // else the program was killed in it
     const bool cut = ftruncate(fileno(log), end) == 0 && fseek(log, end, SEEK_SET) == 0;
     require(cut, "cannot cut main.log back to step %d: %m", step);
 }
 // ---- end shared: checkpoints -----------------------------------------------
 
 // ---- shared: image resize --------------------------------------------------
-// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic over a support that grows with the
-// shrinking (antialiasing), weights computed in double and rounded to 22 bits behind the point, columns first,
-// rounded to bytes in between. (Pillow 13 begins with the rows where they shrink much more.) The host computes the
-// weights and transposes each image, so that a column of one channel is a run of bytes: in both passes a thread
-// makes RESIZE_V neighbours, which share their weights.
+// Crops, resizes and mirrors images as Pillow does, to the bit: bicubic over a support that grows with
+// the shrinking, weights in double rounded to 22 bits behind the point, columns first, bytes in between.
+// (Pillow 13 begins with the rows where they shrink much more.) The host computes weights and transposes
+// each image: a column of one channel is a run of bytes, of which a thread makes RESIZE_V at a time
 #define RESIZE_V 64
 #define RESIZE_BITS 22
 
-// The part of an image that is wanted: a box of it is resized to full_height x full_width, of which a window of
-// S x S is kept and, where `mirror` says so, mirrored left to right
+// A box of an image is resized to full_height x full_width, of which a window of S x S is kept
 typedef struct {
     int top, left, height, width; // of the box
     size_t full_height, full_width, window_top, window_left;
-    bool mirror;
+    bool mirror; // left to right
 } ImageView;
 
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
 //
-//   staged:   first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels (columns, CH, pitch)
-//             of the columns, int                    of the rows, int                    transposed, bytes
+//   staged:   first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels
+//             int, of the columns                    int, of the rows                    transposed
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
 // Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
@@ -3980,12 +3953,11 @@ typedef struct {
     size_t staged, resized;             // offsets in the staging buffer, in bytes
     size_t pixels, straight;            // offset from `staged`, offset from `resized`
     size_t staged_bytes, scratch_bytes; // bytes at `staged`, and at `resized`
-    unsigned image;                     // its place in the batch
-    int pitch, column_taps, row_taps;   // taps: weights of an output pixel
+    int image, pitch, column_taps, row_taps; // place in the batch; taps: weights of an output pixel
     int first_row, rows, first_column, columns; // of the box: what the window needs
 } ResizeTask;
 
-// how many input pixels make output pixel `at`, when n pixels are resized to `full`; *first: the first one
+// how many input pixels, from *first on, make output pixel `at` when n pixels are resized to `full`
 inline int resize_range(int n, size_t full, size_t at, int* first) {
     const double scale = (double)n / full, support = 2.0 * std::max(scale, 1.0), center = (at + 0.5) * scale;
     *first = std::max((int)(center - support + 0.5), 0);
@@ -4004,10 +3976,10 @@ inline double resize_filter(double x) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored. `first`
-// counts from input pixel `origin`
-void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S, int origin,
-                    bool mirror) {
+// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored.
+// `first` counts from input pixel `origin`
+void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S,
+                    int origin, bool mirror) {
     const double scale = (double)n / full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
@@ -4062,10 +4034,10 @@ __host__ __device__ inline void turn_8x8(uint64_t* r) {
     }
 }
 
-// out[x][y] = in[y][x]: in (rows, columns) with `stride` bytes a row, out (columns, pitch)
-void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, size_t rows, size_t columns) {
-    const size_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
-    for (size_t x = 0; x < whole_columns; x += 8) {
+// out[x][y] = in[y][x]: in (rows, cols) with `stride` bytes a row, out (cols, pitch)
+void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, size_t rows, size_t cols) {
+    const size_t whole_rows = rows / 8 * 8, whole_cols = cols / 8 * 8;
+    for (size_t x = 0; x < whole_cols; x += 8) {
         for (size_t y = 0; y < whole_rows; y += 8) {
             uint64_t r[8];
             for (int j = 0; j < 8; j++) { memcpy(&r[j], in + (y + j) * stride + x, 8); }
@@ -4073,14 +4045,14 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
             for (int j = 0; j < 8; j++) { memcpy(out + (x + j) * pitch + y, &r[j], 8); }
         }
     }
-    for (size_t x = 0; x < columns; x++) { // what whole blocks of 8 x 8 leave over
-        for (size_t y = x < whole_columns ? whole_rows : 0; y < rows; y++) { out[x * pitch + y] = in[y * stride + x]; }
+    for (size_t x = 0; x < cols; x++) { // what whole blocks of 8 x 8 leave over
+        for (size_t y = x < whole_cols ? whole_rows : 0; y < rows; y++) { out[x * pitch + y] = in[y * stride + x]; }
     }
 }
 
 // the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
-void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image, int width, int S,
-                  int CH) {
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image,
+                  int width, int S, int CH) {
     int *x = (int*)staged, *y = x + (size_t)S * (1 + t->column_taps); // first; weights lie behind it
     resize_weights(x, x + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
     resize_weights(y, y + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
@@ -4089,7 +4061,7 @@ void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, cons
     turn_bytes(staged + t->pixels, t->pitch, needed, stride, t->rows, (size_t)t->columns * CH);
 }
 
-// out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for RESIZE_V values of j
+// out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for j < RESIZE_V
 typedef Pack<RESIZE_V, uint8_t> ResizeRun;
 __device__ inline void resize_run(ResizeRun* out, const uint8_t* pixels, size_t stride, const int* weights, int taps) {
     int sum[RESIZE_V];
@@ -4102,18 +4074,17 @@ __device__ inline void resize_run(ResizeRun* out, const uint8_t* pixels, size_t 
     for (int j = 0; j < RESIZE_V; j++) { out->v[j] = (uint8_t)min(max(sum[j] >> RESIZE_BITS, 0), 255); }
 }
 
-// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V rows y of
-// one x, c. Grid: threads of the largest task, tasks
+// resized[x, c, y] = sum over k of weights[x][k] * pixels[first[x] + k, c, y]; a thread makes RESIZE_V
+// rows y of one x, c. Grid: threads of the largest task, tasks
 __global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks, int S, int CH) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)S * CH * (t.pitch / RESIZE_V)) { return; }
     const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
-    const int* first = (const int*)(staging + t.staged);
-    const int* weights = first + S + (size_t)x * t.column_taps;
-    const uint8_t* pixels = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch + y;
+    if (i >= (size_t)S * CH * runs) { return; }
+    const int *first = (const int*)(staging + t.staged), *w = first + S + (size_t)x * t.column_taps;
+    const uint8_t* column = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch;
     uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
-    resize_run((ResizeRun*)out, pixels, (size_t)CH * t.pitch, weights, t.column_taps);
+    resize_run((ResizeRun*)out, column + y, (size_t)CH * t.pitch, w, t.column_taps);
 }
 
 // straight[y][xc] = resized[xc][y]; a thread transposes 8 x 8 bytes
@@ -4130,20 +4101,19 @@ __global__ void resize_turn_kernel(uint8_t* staging, const ResizeTask* tasks, in
     for (int j = 0; j < 8; j++) { *(uint64_t*)(out + (size_t)j * row_pitch) = r[j]; }
 }
 
-// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; images (B, S, S, CH). A thread
-// makes RESIZE_V bytes of one row, written in packs of 16 where a row holds whole packs
-__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks, int S, int CH,
-                                   int row_pitch) {
+// images[image, y, xc] = sum over k of weights[y][k] * straight[first[y] + k][xc]; images (B, S, S, CH).
+// A thread makes RESIZE_V bytes of one row, written in packs of 16 where a row holds whole packs
+__global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, const ResizeTask* tasks,
+                                   int S, int CH, int row_pitch) {
     const ResizeTask t = tasks[blockIdx.y];
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)S * (row_pitch / RESIZE_V)) { return; }
     const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
     const unsigned row = S * CH, n = min(row - xc, RESIZE_V), packed = row % 16 == 0 ? n : 0;
     const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
-    const int* weights = first + S + (size_t)y * t.row_taps;
     const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
     ResizeRun bytes;
-    resize_run(&bytes, pixels, row_pitch, weights, t.row_taps);
+    resize_run(&bytes, pixels, row_pitch, first + S + (size_t)y * t.row_taps, t.row_taps);
     uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
     for (unsigned j = 0; j < packed; j += 16) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
     for (unsigned j = packed; j < n; j++) { out[j] = bytes.v[j]; }
@@ -4152,9 +4122,9 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
 #define RESIZE(kernel, threads, ...) do { \
     kernel<<<dim3((unsigned)CEIL_DIV(threads, (size_t)128), n), 128, 0, stream>>>(__VA_ARGS__); \
     kernelCheck(); } while (0)
-// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging; largest_pitch: of these
-void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch, int S, int CH,
-                   cudaStream_t stream) {
+// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging
+void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch,
+                   int S, int CH, cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
     RESIZE(resize_columns_kernel, numel(S, CH, largest_pitch / RESIZE_V), staging, tasks, S, CH);
     RESIZE(resize_turn_kernel, numel(row_pitch / 8, largest_pitch / 8), staging, tasks, row_pitch);
@@ -4163,21 +4133,20 @@ void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, i
 // ---- end shared: image resize ----------------------------------------------
 
 // ---- shared: mixing --------------------------------------------------------
-// What every image classifier may do to the images of a training batch while it normalises them: random erasing
-// (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et al., arXiv
-// 1905.04899), as timm does them. The host draws what happens, by Philox from an image's place in the epoch or
-// from the batch's number; the model's own kernel that normalises the images applies it
+// Random erasing (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et
+// al., arXiv 1905.04899), as timm has them. The host draws what happens, by Philox from an image's place in
+// the epoch or from the batch's number; the model's kernel that normalises the images applies it
 typedef struct {
-    double erase, mixup, cutmix; // probability of erasing a box of an image; alphas of beta distributions, 0: off
+    double erase, mixup, cutmix; // probability of erasing; alphas of beta distributions, 0: off
     double mix, mix_cutmix;      // probabilities of mixing a batch, and of cutmix where both are on
 } MixOptions;
 
 #define ERASE_ATTEMPTS 10
 // number of draw i (up to 15) of an image's box; those of its pixels are 0 to 0xFFFFFFEF
-unsigned long long erase_draw(unsigned long long place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
+uint64_t erase_draw(uint64_t place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
 
-// timm's RandomErasing: one box of 0.02 to 1/3 of the area, its sides' ratio log-uniform from 0.3 to 1/0.3
-EraseBox draw_erase(double probability, unsigned long long seed, unsigned epoch, unsigned long long place, int S) {
+// timm's RandomErasing: a box of 0.02 to 1/3 of the area, its sides' ratio log-uniform from 0.3 to 1/0.3
+EraseBox draw_erase(double probability, uint64_t seed, unsigned epoch, uint64_t place, int S) {
     const bool drawn = uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) <= probability;
     for (int attempt = 0; drawn && attempt < ERASE_ATTEMPTS; attempt++) {
         const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
@@ -4187,11 +4156,11 @@ EraseBox draw_erase(double probability, unsigned long long seed, unsigned epoch,
         if (h >= S || w >= S) { continue; }
         return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
     }
-    return EraseBox{0, 0, 0, 0};
+    return EraseBox{};
 }
 
-// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows where
-// alpha is small. *i counts the draws of this purpose and step
+// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows
+// where alpha is small. *i counts the draws of this purpose and step
 double draw_log_gamma(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
     const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
     for (;;) {
@@ -4209,7 +4178,7 @@ double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned 
     return 1.0 / (1.0 + exp(b - a));
 }
 
-// cutmix's box, the part inside the image of a square of (1 - lam) * S * S pixels about (y, x); a->lam: the rest
+// cutmix's box: what lies in the image of a square of (1 - lam) * S * S pixels about (y, x)
 void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
     const int side = (int)(S * sqrt(1.0 - lam));
     a->top = std::max(y - side / 2, 0);
@@ -4231,8 +4200,8 @@ void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, uns
 }
 
 // Box and Muller; the four words of one Philox serve four channels
-__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place, unsigned pixel,
-                                    unsigned c) {
+__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place,
+                                    unsigned pixel, unsigned c) {
     const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
     const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f; // 2^-32
     const float turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f;            // 2 pi 2^-32
@@ -4241,14 +4210,12 @@ __device__ inline float erase_noise(unsigned long long seed, unsigned epoch, uns
 // ---- end shared: mixing ----------------------------------------------------
 
 // ---- shared: shard reader --------------------------------------------------
-// Brings records (the bytes of an image, and its annotations) from mapped files to pinned memory, by threads that read
-// the next batch while the device computes this one. No memory but the list of jobs grows with the batch. Words:
-//
+// Threads bring records (an image's bytes and annotations) from mapped files to pinned memory, the next
+// batch while the device computes this one. Only the list of jobs grows with the batch. Words:
 //   batch   the records of a training step. Two are planned at most: one is copied, the other is read
 //   job     a record of a batch, which a thread reads, checks and stages: writes to its place in a slot
 //   piece   jobs in a row of one batch that fit in a slot together; copied when all of them are done
 //   slot    one of four pinned buffers. Piece p goes to slot p % 4 when piece p - 4 has been copied
-//
 //   batch      | job 0 | job 1 | job 2 | job 3 | job 4 | job 5 |
 //   pieces     |       0       |           1           |   2   |    in the next batch: 3, 4, ...
 //   slot 1     | job 2 | job 3 | job 4 | free |
@@ -4273,7 +4240,7 @@ typedef struct {
     size_t piece, offset;  // where it is staged: piece, counted over the run, and byte of the slot
     uint32_t crc;          // of the record, as read
 } ReadJob;
-typedef struct { size_t first, jobs, bytes, left; } ReadPiece; // first job, number of jobs, bytes, jobs to be done
+typedef struct { size_t first, jobs, bytes, left; } ReadPiece; // left: jobs to be done, of `jobs`
 typedef struct {
     ReadJob* jobs;         // (max_jobs)
     ReadPiece* pieces;     // (max_jobs)
@@ -4320,9 +4287,9 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     return found;
 }
 
-// Opens a data set. path is a file, or else PREFIX: of a single shard PREFIX.bin, or of PREFIX_00000.bin, ..., which
-// must all be there and agree. Both at once are an error: which is meant must not be guessed. Records of a set of up
-// to 1 GiB are verified here; those of a larger one, each when it is read
+// Opens a data set. path is a file, or PREFIX of a single PREFIX.bin or of PREFIX_00000.bin, ..., all of
+// which must be there and agree; both at once are an error. Of a set of up to 1 GiB, records are
+// verified here; of a larger one, each when it is read
 ShardSet shards_open(const char* path) {
     char name[4300];
     struct stat info;
@@ -4334,8 +4301,8 @@ ShardSet shards_open(const char* path) {
     const unsigned found = file ? 0 : shards_count(path, &end);
     snprintf(name, sizeof(name), "%s.bin", path);
     const bool single = !file && stat(name, &info) == 0;
-    require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name of the first, "
-            "or move it away to use the others", name, found, path, end - 1);
+    require(found == 0 || !single, "%s is there, and %u shards up to %s_%05u.bin; give the whole name "
+            "of the first, or move it away to use the others", name, found, path, end - 1);
     const char* form = found > 0 ? "%s_%05d.bin" : single ? "%s.bin" : "%s";
     ShardSet set = {};
     set.num_shards = found > 0 ? (int)end : 1;
@@ -4344,22 +4311,22 @@ ShardSet shards_open(const char* path) {
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
         if (stat(name, &info) == 0) { bytes += (uint64_t)info.st_size; continue; }
-        require(found == 0, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script that makes "
-                "them again", name, found, path, end - 1);
+        require(found == 0, "%s is not there, but %u other shards up to %s_%05u.bin are; run the script "
+                "that makes them again", name, found, path, end - 1);
     }
     snprintf(name, sizeof(name), "%s.part", path);
-    require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; run "
-            "data/imagenet.py again until it ends", name, path);
+    require(found == 0 || stat(name, &info) != 0, "%s is there: the shards of %s are not all made yet; "
+            "run data/imagenet.py again until it ends", name, path);
     set.verified = bytes <= (uint64_t)1 << 30;
     for (int i = 0; i < set.num_shards; i++) {
         snprintf(name, sizeof(name), form, path, i);
         set.shards[i] = shard_open(strdup(name), set.verified);
         const ShardHeader *h = set.shards[i].header, *h0 = set.shards[0].header;
-        const size_t same = (const char*)&h->index_offset - (const char*)&h->classes; // from classes to std
-        require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, mean %g and "
-                "standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must agree: make them "
-                "again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0], set.shards[0].file.path,
-                h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
+        const size_t same = offsetof(ShardHeader, index_offset) - offsetof(ShardHeader, classes);
+        require(memcmp(&h->classes, &h0->classes, same) == 0, "%s has task %u, %u classes, %u channels, "
+                "mean %g and standard deviation %g, but %s has %u, %u, %u, %g and %g; shards of one set must "
+                "agree: make them again", name, h->task, h->classes, h->channels, h->mean[0], h->std[0],
+                set.shards[0].file.path, h0->task, h0->classes, h0->channels, h0->mean[0], h0->std[0]);
         set.begin[i] = set.images;
         require(h->images <= UINT_MAX - set.images, "%s has more than %u images; use fewer shards", path, UINT_MAX);
         set.images += h->images;
@@ -4375,17 +4342,15 @@ const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
     return &set->shards[s];
 }
 
-// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns false. The
-// lock is held before and after
+// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns
+// false. The lock is held before and after
 bool reader_work(Reader* r, size_t last) {
     const size_t i = r->next_job;
     ReadBatch* b = &r->read[r->next_batch % 2];
     ReadJob* job = &b->jobs[i];
     if (r->next_batch == r->planned || job->piece > last || job->piece >= r->issued + PIECE_SLOTS) { return false; }
-    if (++r->next_job == b->num_jobs) {
-        r->next_job = 0;
-        r->next_batch++;
-    }
+    r->next_job = (i + 1) % b->num_jobs;
+    r->next_batch += r->next_job == 0;
     pthread_mutex_unlock(&r->lock);
     const size_t slot = job->piece % PIECE_SLOTS;
     job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
@@ -4416,7 +4381,8 @@ template <class T> void reader_set(Reader* r, T* field, T value) {
 // set and piece_bytes say what is read; threads 0: reader_wait reads alone
 void reader_start(Reader* r, size_t max_jobs, int threads) {
     for (ReadBatch& b : r->read) {
-        b = ReadBatch{host_new<ReadJob>(max_jobs, "a batch"), host_new<ReadPiece>(max_jobs, "a batch"), 0, 0, 0};
+        b.jobs = host_new<ReadJob>(max_jobs, "a batch");
+        b.pieces = host_new<ReadPiece>(max_jobs, "a batch");
     }
     for (int i = 0; i < PIECE_SLOTS; i++) {
         cudaCheck(cudaMallocHost((void**)&r->slots[i], r->piece_bytes));
@@ -4431,7 +4397,7 @@ void reader_start(Reader* r, size_t max_jobs, int threads) {
     }
 }
 
-// ends the threads and gives back the memory, but not the shards; the device has copied what it was asked to
+// ends the threads and gives back the memory, but not the shards; the device has copied all slots
 void reader_close(Reader* r) {
     reader_set(r, &r->stop, true);
     for (int i = 0; i < r->num_threads; i++) { pthread_join(r->threads[i], NULL); }
@@ -4442,47 +4408,37 @@ void reader_close(Reader* r) {
     }
 }
 
-// begins to plan the next batch: reader_add adds its jobs, and reader_go gives them to the threads
-ReadBatch* reader_plan(Reader* r) {
-    ReadBatch* b = &r->read[r->planned % 2];
-    *b = ReadBatch{b->jobs, b->pieces, 0, 0, r->pieces};
-    return b;
-}
-
-// Adds a job: image `number` of a shard, of which `bytes` are staged. Returns whether a piece begins with it: where
-// the last one has no room for these bytes and, behind all that is staged, `behind` more
-bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned number, size_t bytes, size_t behind) {
-    const ShardEntry* e = &shard->entries[number];
+// Adds a job to a batch that is planned, read[planned % 2]: image i of a shard, of which `bytes`
+// are staged. Returns whether a piece begins with it: where the last one has no room for these bytes
+// and, behind all that is staged, `behind` more
+bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned i, size_t bytes, size_t behind) {
+    const ShardEntry* e = &shard->entries[i];
     const uint8_t* record = shard->file.data + e->offset;
-    const size_t record_bytes = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
+    const size_t size = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
     ReadPiece* p = &b->pieces[b->num_pieces - 1];
     const bool begins = b->num_pieces == 0 || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes;
     if (begins) { *(p = &b->pieces[b->num_pieces++]) = ReadPiece{b->num_jobs, 0, 0, 0}; }
-    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, record_bytes, b->first_piece + b->num_pieces - 1, p->bytes, 0};
+    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, size, b->first_piece + b->num_pieces - 1, p->bytes, 0};
     p->left = ++p->jobs;
     p->bytes += bytes;
-    if (!r->set.verified) { // the system begins to read the record from disk; a thread will find it in memory
+    if (!r->set.verified) { // the system begins to read the record from disk
         const uintptr_t page = (uintptr_t)record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)record + record_bytes - page, MADV_WILLNEED);
+        madvise((void*)page, (uintptr_t)record + size - page, MADV_WILLNEED);
     }
     return begins;
 }
 
-void reader_go(Reader* r, const ReadBatch* b) {
-    r->pieces += b->num_pieces;
-    reader_set(r, &r->planned, r->planned + 1);
-}
-
-// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads too.
-// Pieces are waited for in order; each wait is followed by reader_copied
+// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads
+// too. Pieces are waited for in order; each wait is followed by reader_copied
 const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
     const ReadPiece* piece = &b->pieces[p];
     pthread_mutex_lock(&r->lock);
     while (piece->left > 0) { if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); } }
     pthread_mutex_unlock(&r->lock);
-    for (const ReadJob* job = b->jobs + piece->first; job < b->jobs + piece->first + piece->jobs; job++) {
-        require(job->crc == job->entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is damaged; write "
-                "the shard again", job->shard->file.path, job->entry - job->shard->entries, job->crc, job->entry->crc);
+    for (size_t i = piece->first; i < piece->first + piece->jobs; i++) {
+        const ReadJob j = b->jobs[i];
+        require(j.crc == j.entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is "
+                "damaged; write the shard again", j.shard->file.path, j.entry - j.shard->entries, j.crc, j.entry->crc);
     }
     return r->slots[(b->first_piece + p) % PIECE_SLOTS];
 }
@@ -4495,23 +4451,23 @@ void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream)
 // ---- end shared: shard reader ----------------------------------------------
 
 // ---- shared: image batches -------------------------------------------------
-// The loader of a classifier: which images a batch holds, what part of each is wanted, and how they come to the
-// device. A batch is a function of (seed, its number) alone. The shard reader stages its images; the loader's stream
-// copies them to the device, piece by piece, and resizes them there if it must, while the step before computes.
-// A group, images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the end of
-// the memory, and are so small that it stays in the device's cache:
+// The loader of a classifier: which images a batch holds, and what part of each is wanted, follow from
+// seed and batch number alone. The shard reader stages the images; the loader's stream copies them to
+// the device, piece by piece, and resizes them if it must, while the step before computes. A group,
+// images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the
+// end of the memory, so little that it stays in the device's cache:
 //   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct {
     size_t B, S, CH, ranks, rank;
     unsigned long long seed;
     bool training;          // else evaluation: every image once, in the order of the files
     bool crop, flip;        // training: random resized crops; mirror half of the images
-    double scale, crop_pct; // least area of a random crop; evaluation: the part of the shorter side taken
+    double scale, crop_pct; // least area of a random crop; evaluation: part of the shorter side
     int repeats;            // training: how often in a row an image is shown (the ranks together)
     size_t accumulation;    // training: an epoch ends with a step of so many batches
     int classes;            // that the shards must have; 0: any
-    float smoothing;        // training: of labels
-    MixOptions mix;         // training
+    float smoothing;        // training, as mix
+    MixOptions mix;
 } LoaderOptions;
 typedef struct { // what the loader fills, all of it on the device
     uint8_t* images;     // (B, S, S, CH)
@@ -4534,7 +4490,7 @@ struct Loader : Reader {
     LoaderTarget target;
     bool resizes;           // else all images are S x S and only copied
     unsigned* order;        // (images) of the current epoch
-    long long epoch, ahead; // whose order it is, -1: that of the files; the batch that is being read, -1: none
+    long long epoch, ahead; // of that order, -1: the files'; the batch that is being read, -1: none
     ImageBatch batches[2];  // beside read[2]
     const ImageBatch* current; // was brought to the device last
     size_t group_bytes;     // most scratch of a group
@@ -4542,9 +4498,9 @@ struct Loader : Reader {
     cudaEvent_t released;   // the target may be written again
 };
 
-// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the image's, a ratio
-// of 3/4 to 4/3; after ten attempts that do not fit, the centre
-ImageView random_crop(int height, int width, double scale, unsigned long long seed, unsigned epoch, size_t place) {
+// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
+// image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre
+ImageView random_crop(int height, int width, double scale, uint64_t seed, unsigned epoch, size_t place) {
     const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width, ratio = (double)width / height;
     for (int attempt = 0; attempt < 10; attempt++) {
         const uint4 u = philox(seed, RNG_CROP, epoch, 16 * (unsigned long long)place + attempt);
@@ -4583,8 +4539,8 @@ ImageView loader_view(const LoaderOptions* o, const ShardEntry* e, unsigned epoc
     return v;
 }
 
-// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image takes. 0: all
-// images are of the model's size, and nothing is resized
+// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
+// takes. 0: all images are of the model's size, and nothing is resized
 size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     const bool crops = o->training && o->crop;
     bool resizes = crops || (!o->training && floor(o->S / o->crop_pct) != o->S);
@@ -4592,7 +4548,7 @@ size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     for (const Shard* s = set->shards; s < set->shards + set->num_shards; s++) {
         for (const ShardEntry* e = s->entries; e < s->entries + s->header->images; e++) {
             ImageView v = center_crop(e->height, e->width, o->S, o->crop_pct);
-            if (crops) { v = ImageView{0, 0, (int)e->height, (int)e->width, o->S, o->S, 0, 0, false}; } // the largest
+            if (crops) { v = ImageView{0, 0, v.height, v.width, o->S, o->S, 0, 0, false}; }
             const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
             largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
             resizes = resizes || e->height != o->S || e->width != o->S;
@@ -4601,15 +4557,15 @@ size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
     return resizes ? largest : 0;
 }
 
-// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: of the epoch's permutation, each
-// image `repeats` times in a row, every rank takes each ranks-th, and floor(images / 256) * 256 / ranks of them
+// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: each image of the
+// permutation stands `repeats` times in a row; of these a rank takes each ranks-th, up to `chosen`
 size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
     const size_t chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
     return repeats == 1 ? images / ranks : std::min(chosen, CEIL_DIV(images * repeats, ranks));
 }
 
-// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the epoch. Random
-// choices depend on the place, and one image stands at `repeats` places in a row
+// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the
+// epoch. Random choices depend on the place, and one image stands at `repeats` places in a row
 size_t loader_place(const LoaderOptions* o, size_t batch, size_t i) {
     return o->repeats > 1 ? (batch * o->B + i) * o->ranks + o->rank : (batch * o->ranks + o->rank) * o->B + i;
 }
@@ -4627,10 +4583,10 @@ Loader* loader_open(const char* path, LoaderOptions o) {
     loader->epoch = loader->ahead = -1;
     const ShardHeader* h = loader->set.shards[0].header;
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
-    require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path, h->channels,
-            o.CH);
-    require(o.classes == 0 || h->classes == (unsigned)o.classes, "%s has %u classes, the model %d; set -classes",
-            path, h->classes, o.classes);
+    require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path,
+            h->channels, o.CH);
+    require(o.classes == 0 || (int)h->classes == o.classes, "%s has %u classes, the model %d; set "
+            "-classes", path, h->classes, o.classes);
     const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
     const size_t staging = loader_staging_bytes(&loader->set, &o);
     loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
@@ -4645,7 +4601,6 @@ size_t loader_epoch(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     return o->ranks * loader_epoch_images(loader->set.images, o->repeats, o->ranks);
 }
-
 size_t loader_batches(const Loader* loader) {
     const LoaderOptions* o = &loader->options;
     if (o->training) { return loader_epoch(loader) / o->ranks / (o->B * o->accumulation) * o->accumulation; }
@@ -4655,8 +4610,8 @@ size_t loader_batches(const Loader* loader) {
 
 void loader_print(const Loader* loader, const char* what) {
     const ShardSet* set = &loader->set;
-    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards, set->num_shards > 1 ? "s" : "",
-           loader->resizes ? "resized on the device" : "of the model's size");
+    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards,
+           set->num_shards > 1 ? "s" : "", loader->resizes ? "resized on the device" : "of the model's size");
 }
 
 // allocates what batches need, and starts the threads
@@ -4710,7 +4665,8 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
     const LoaderOptions* o = &loader->options;
     BatchAugment* a = &batch->augment;
     const size_t batches = loader_batches(loader), images = loader->set.images;
-    const size_t place = loader_place(o, number % batches, 0), step = loader_place(o, number % batches, 1) - place;
+    const size_t at = number % batches;
+    const size_t place = loader_place(o, at, 0), step = loader_place(o, at, 1) - place;
     const unsigned epoch = (unsigned)(number / batches);
     const EraseBox* erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
     batch->n = o->training ? o->B : std::min(o->B, images - place);
@@ -4724,10 +4680,11 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
 // plans the images of a batch and gives them to the threads
 void loader_plan(Loader* loader, size_t number) {
     const LoaderOptions* o = &loader->options;
-    ReadBatch* read = reader_plan(loader);
-    ImageBatch* b = &loader->batches[read - loader->read];
+    ReadBatch* read = &loader->read[loader->planned % 2];
+    ImageBatch* b = &loader->batches[loader->planned % 2];
     const BatchAugment* a = &b->batch.augment;
     size_t group = 0, most = 0; // scratch of the group so far, and of the largest group of the piece
+    *read = ReadBatch{read->jobs, read->pieces, 0, 0, loader->pieces};
     cudaCheck(cudaEventSynchronize(b->copied)); // the device may still read its pinned memory
     loader_plan_batch(loader, &b->batch, number);
     for (size_t i = 0; i < b->batch.n; i++) {
@@ -4750,11 +4707,17 @@ void loader_plan(Loader* loader, size_t number) {
         assert(read->pieces[read->num_pieces - 1].bytes + most <= loader->piece_bytes);
         t.staged = read->jobs[i].offset;
         t.resized = loader->piece_bytes - group;
-        t.image = (unsigned)i;
+        t.image = (int)i;
         b->tasks[i] = t;
     }
     loader->ahead = (long long)number;
-    reader_go(loader, read);
+    loader->pieces += read->num_pieces;
+    reader_set(loader, &loader->planned, loader->planned + 1);
+}
+
+// device = host (n), in pinned memory
+template <class T> static void upload(T* device, const T* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, stream));
 }
 
 // copies piece p of a batch from its slot to the device, and resizes it group by group
@@ -4766,25 +4729,24 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     const size_t first = piece->first, last = first + piece->jobs;
     const int S = (int)loader->options.S, CH = (int)loader->options.CH;
     if (!loader->resizes) {
-        uint8_t* images = to->images + numel(first, S, S, CH);
-        cudaCheck(cudaMemcpyAsync(images, slot, piece->bytes, cudaMemcpyHostToDevice, loader->stream));
+        upload(to->images + numel(first, S, S, CH), slot, piece->bytes, loader->stream);
         reader_copied(loader, read, p, loader->stream);
     }
     for (size_t i = first, end; loader->resizes && i < last; i = end) {
         int pitch = tasks[i].pitch; // the largest of the group
         for (end = i + 1; end < last; end++) {
             const ResizeTask* t = &tasks[end];
-            if (t->resized + t->scratch_bytes == loader->piece_bytes) { break; } // the first image of a group
+            if (t->resized + t->scratch_bytes == loader->piece_bytes) { break; } // it begins a group
             pitch = std::max(pitch, t->pitch);
         }
         const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        cudaCheck(cudaMemcpyAsync(to->staging + at, slot + at, bytes, cudaMemcpyHostToDevice, loader->stream));
+        upload(to->staging + at, slot + at, bytes, loader->stream);
         if (end == last) { reader_copied(loader, read, p, loader->stream); }
         resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
     }
 }
 
-// brings batch `number` to the device when the one before has been used, and lets the threads go on with the next
+// brings a batch to the device when the one before has been used; the threads go on with the next
 void loader_batch(Loader* loader, size_t number) {
     if (loader->ahead < 0) { loader_plan(loader, number); }
     assert(loader->ahead == (long long)number);
@@ -4795,14 +4757,10 @@ void loader_batch(Loader* loader, size_t number) {
     const cudaStream_t stream = loader->stream;
     loader_plan(loader, number + 1);
     cudaCheck(cudaStreamWaitEvent(stream, loader->released, 0));
-    cudaCheck(cudaMemcpyAsync(to->labels, b->labels, n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    cudaCheck(cudaMemcpyAsync(to->flips, b->flips, n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    if (loader->resizes) {
-        cudaCheck(cudaMemcpyAsync(to->tasks, b->tasks, n * sizeof(ResizeTask), cudaMemcpyHostToDevice, stream));
-    }
-    if (b->batch.augment.erased != NULL) {
-        cudaCheck(cudaMemcpyAsync(to->erased, b->erased, n * sizeof(EraseBox), cudaMemcpyHostToDevice, stream));
-    }
+    upload(to->labels, b->labels, n, stream);
+    upload(to->flips, b->flips, n, stream);
+    if (loader->resizes) { upload(to->tasks, b->tasks, n, stream); }
+    if (b->batch.augment.erased != NULL) { upload(to->erased, b->erased, n, stream); }
     for (size_t p = 0; p < read->num_pieces; p++) { loader_copy_piece(loader, read, p); }
     if (loader->options.training) { model_augment(to->augmenter, &b->batch, stream); }
     cudaCheck(cudaEventRecord(b->copied, stream));
@@ -4813,14 +4771,13 @@ const Batch* loader_take(const Loader* loader) {
     cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
     return &loader->current->batch;
 }
-
 void batch_used(const Batch* batch) {
     if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
 }
 // ---- end shared: image batches ---------------------------------------------
 
 // ---- shared: image classifiers ---------------------------------------------
-// What trainers of image classifiers share beside the loader: flags, loss, predictions, and a batch to look at
+// What trainers of image classifiers share: flags, loss, predictions, and a batch to look at
 #define IMAGE_SETTINGS(X) \
     X(f, smoothing,  "-smoothing", 0.0, 0, 0.999999, SAME, "label smoothing") \
     X(i, flip,       "-flip", 0, 0, 1, SAME, "1: mirror half of the training images") \
@@ -4851,15 +4808,14 @@ void plan_images(Model* model, Augmenter* augmenter) {
     Plan* plan = &model->plan;
     ImageData* d = model->images;
     LoaderTarget* t = &d->target;
-    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0;
+    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0, erased = d->erase > 0.0 ? B : 0;
     t->augmenter = augmenter;
-    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images,
-             numel(B, model->H, model->W, model->CH));
+    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images, B * model->H * model->W * model->CH);
     plan_add(plan, SCRATCH, "next labels", "", "(B)", &t->labels, B * sizeof(int));
     plan_add(plan, SCRATCH, "flips", "", "(B)", &t->flips, B * sizeof(int));
     plan_add(plan, SCRATCH, "image staging", "", "bytes", &t->staging, model->staging_bytes);
     plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks * sizeof(ResizeTask));
-    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, d->erase > 0.0 ? B * sizeof(EraseBox) : 0);
+    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, erased * sizeof(EraseBox));
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
 }
@@ -4868,14 +4824,14 @@ Loader* loader_new(const char* path, Model* model, bool training) {
     const Settings* s = model->s;
     const ImageData* d = model->images;
     const bool alone = s->predict != NULL; // every rank predicts all images; only rank 0 prints
-    require(path != NULL, "%s images are missing; give them with %s", training ? "training" : "validation",
-            training ? "-i" : "-j");
+    require(path != NULL, training ? "training images are missing; give them with -i"
+                                   : "validation images are missing; give them with -j");
     require(model->H == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", s->size);
     Loader* loader = loader_open(path, LoaderOptions{
-        model->B, model->H, model->CH, alone ? (size_t)1 : (size_t)num_ranks, alone ? (size_t)0 : (size_t)rank,
-        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct, training ? d->repeats : 1,
-        (size_t)s->accumulation, alone ? 0 : (int)model->V, training ? (float)d->smoothing : 0.0f,
-        MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
+        model->B, model->H, model->CH, (size_t)(alone ? 1 : num_ranks), (size_t)(alone ? 0 : rank),
+        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct,
+        training ? d->repeats : 1, (size_t)s->accumulation, alone ? 0 : (int)model->V,
+        training ? (float)d->smoothing : 0.0f, MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
     if (loader->resizes) { model->staging_bytes = std::max(model->staging_bytes, loader->piece_bytes); }
     return loader;
 }
@@ -4884,8 +4840,8 @@ void loader_start(Loader* loader, Model* model) { loader_begin(loader, model->im
 
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale) {
     const ImageData* d = model->images;
-    cross_entropy(model->result, d->losses, d->ranks, logits, labels, (int)batch->n, (int)model->V, batch->smoothing,
-                  batch->augment.lam, scale);
+    cross_entropy(model->result, d->losses, d->ranks, logits, labels, (int)batch->n, (int)model->V,
+                  batch->smoothing, batch->augment.lam, scale);
 }
 
 // scores = sums over the images of an evaluation, as means, in the units that are printed
@@ -4896,14 +4852,14 @@ void mean_scores(const Model* model, size_t images, double* scores) {
     }
 }
 
-// prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V), in double;
-// of two classes with the same logit the lower comes first
+// prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V),
+// in double; of two classes with the same logit the lower comes first
 static void print_best(size_t image, const floatX* logits, size_t V) {
     size_t best[6], found = 0;
     double sum = 0.0;
     for (size_t v = 0; v < V; v++) {
-        require(isfinite((float)logits[v]), "image %zu: the logit of class %zu is not finite; the weights are damaged, "
-                "or too large for " PRECISION_NAME, image, v);
+        require(isfinite((float)logits[v]), "image %zu: the logit of class %zu is not finite; the "
+                "weights are damaged, or too large for " PRECISION_NAME, image, v);
         size_t place = found; // among the best so far
         for (; place > 0 && (float)logits[v] > (float)logits[best[place-1]]; place--) { best[place] = best[place-1]; }
         best[place] = v;
@@ -4913,7 +4869,8 @@ static void print_best(size_t image, const floatX* logits, size_t V) {
     for (size_t v = 0; v < V; v++) { sum += exp((double)(float)logits[v] - largest); }
     printf("image %zu:", image);
     for (size_t i = 0; i < found; i++) {
-        printf("%s %zu %.6f", i > 0 ? "," : "", best[i], exp((double)(float)logits[best[i]] - largest) / sum);
+        const double p = exp((double)(float)logits[best[i]] - largest) / sum;
+        printf("%s %zu %.6f", i > 0 ? "," : "", best[i], p);
     }
     printf("\n");
 }
@@ -4932,11 +4889,11 @@ void predict(Model* model, Loader* loader) {
     free(logits);
 }
 
-// Writes up to 64 images of a training batch as the model gets them, normalised: image (n, CH, H, W), label (n), and
-// mean and std (CH) of the normalisation. data/sheet.py draws the file
+// Writes up to 64 images of a training batch as the model gets them, normalised: image (n, CH, H, W),
+// label (n), and mean and std (CH) of the normalisation. data/sheet.py draws the file
 void write_sheet(Model* model, Loader* loader, size_t number) {
     const size_t H = model->H, W = model->W, CH = model->CH, n = std::min<size_t>(model->B, 64), pixels = H * W;
-    float *images = host_new<float>(n * pixels * CH, "images"), *of_image = host_new<float>(pixels * CH, "an image");
+    float *images = host_new<float>(n * pixels * CH, "images"), *one = host_new<float>(pixels * CH, "an image");
     float labels[64];
     int numbers[64];
     loader_batch(loader, number);
@@ -4946,8 +4903,8 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     cudaCheck(cudaMemcpy(numbers, batch->labels, n * sizeof(int), cudaMemcpyDeviceToHost));
     for (size_t b = 0; b < n; b++) {
         labels[b] = (float)numbers[b];
-        model_pixels(model, b, of_image);
-        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = of_image[i]; }
+        model_pixels(model, b, one);
+        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = one[i]; }
     }
     const StMetadata metadata = {"format", "pt"};
     const StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4}, {"label", "F32", {n}, 0, 0, 1},
@@ -4956,7 +4913,7 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     if (rank == 0) { safetensors_write(model->s->sheet, &metadata, 1, tensors, data, 4); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
-    free(of_image);
+    free(one);
 }
 // ---- end shared: image classifiers -----------------------------------------
 
@@ -5148,11 +5105,9 @@ bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAI
 
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
                                             const char* name, int copy, int copies, int kind, Init init, Dims... dims) {
-    if (copy == 0) { model->num_parameter_lines++; }
     if (numel(dims...) == 0) { return; }
     Parameter p = {};
     snprintf(p.name, sizeof(p.name), name, copy);
-    p.line = model->num_parameter_lines - 1;
     p.kind = kind;
     p.init = init;
     p.copy = copy;
@@ -5434,7 +5389,7 @@ void plan_model(Model* model) {
     Scratch* s = model->scratch;
     memset(plan->bytes, 0, sizeof(plan->bytes));
     plan->lines.n = model->parameters.n = model->activations.n = 0;
-    model->num_parameter_lines = model->num_lines = 0;
+    model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5528,10 +5483,11 @@ static void set_parameters(Model* model, const float* values) {
     if (model->buffers_ema != NULL) { to_device(model->buffers_ema, values + rounded_n, buffers); }
 }
 
-// out (p->n) = initial values of a tensor
+// out (p->n) = initial values of a tensor. Its name keys the random stream, so that the other tensors do not matter
 void initial_values(const Model* model, const Parameter* p, float* out) {
+    const uint32_t stream = crc_32(0, p->name, strlen(p->name));
     for (size_t i = 0; i < p->n; i++) {
-        const uint4 u = philox(model->seed, RNG_INIT, p->line, p->copy * p->n + i);
+        const uint4 u = philox(model->seed, RNG_INIT, stream, i);
         double x = 1.0;
         if (p->init.kind == Init::NORMAL) { x = normal(u); }
         if (p->init.kind == Init::UNIFORM) { x = 2.0 * uniform(u.x) - 1.0; }

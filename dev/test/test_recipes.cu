@@ -231,11 +231,7 @@ static void test_initial_values(void) {
         check(p != NULL, "there is no %s", t.name);
         double worst = 0.0, sum = 0.0, squares = 0.0;
         for (size_t i = 0; p != NULL && i < p->n; i++) {
-#ifdef INIT_BY_NAME
             const uint4 u = philox(5, RNG_INIT, crc_32(0, t.name, strlen(t.name)), i);
-#else
-            const uint4 u = philox(5, RNG_INIT, p->line, p->copy * p->n + i);
-#endif
             const double drawn = t.kind == 'n' ? normal(u) : t.kind == 'u' ? 2.0 * uniform(u.x) - 1.0 : 1.0;
             const double v = all[p->offset + i];
             worst = fmax(worst, fabs(v - (float)(t.scale * drawn)));
