@@ -1343,15 +1343,14 @@ int main(int argc, char** argv) {
 // ----------------------------------------------------------------------------
 // kernels of the vision transformer, each followed by its launcher
 
-// x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise that random erasing puts in its
-// place. Of an image with flips[b] != 0, which is mirrored left to right, the row is read backwards
+// x[q] = pixel (h, w+q), channel c, of image b, normalised, or the noise of random erasing in its place.
+// Of an image that flips[b] mirrors left to right, the row is read backwards
 template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
-        float* x, const uint8_t* images, const int* flips, const PixelStats& stats, const BatchAugment& a,
+        float* x, const uint8_t* images, const int* flips, const PixelStats& s, const BatchAugment& a,
         size_t b, int S, int CH, unsigned h, unsigned w, unsigned c) {
-    const uint8_t* row = images + (b * S + h) * S * CH + c;
-    const float mean = stats.mean[c], std = stats.std[c];
     const int from = flips[b] ? S - 1 - (int)w : (int)w, step = flips[b] ? -CH : CH;
-    for (int q = 0; q < V; q++) { x[q] = ((float)row[(ptrdiff_t)from * CH + q * step] / 255.0f - mean) / std; }
+    const uint8_t* row = images + (b * S + h) * S * CH + c + (ptrdiff_t)from * CH;
+    for (int q = 0; q < V; q++) { x[q] = ((float)row[q * step] / 255.0f - s.mean[c]) / s.std[c]; }
     if (!AUGMENT || a.erased == NULL) { return; }
     const EraseBox box = a.erased[b]; // a pixel above it has a difference that is huge when unsigned
     for (int q = 0; q < V; q++) {
@@ -1360,14 +1359,14 @@ template <int V, bool AUGMENT> __device__ inline void normalised_pixels(
     }
 }
 
-// patches[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t.
-// With AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
+// out[b, t, (c, kh, kw)] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c], (h, w) in patch t. With
+// AUGMENT, random erasing replaces a box of x, and image b is then mixed with image n-1-b:
 //     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
-// patches (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V in a
-// row; V divides P. AUGMENT is a template argument because noise and a second image need registers
+// out (B, (S/P)^2, CH*P*P) has n elements, an image (S, S, CH) less than 2^32. A thread makes V; V
+// divides P. AUGMENT is a template argument because noise and a second image need registers
 template <int V, bool AUGMENT> __global__ void patchify_kernel(
-        floatX* patches, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
-        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH, std::bool_constant<AUGMENT> augments) {
+        floatX* out, const uint8_t* images, const int* flips, const __grid_constant__ PixelStats stats,
+        const __grid_constant__ BatchAugment a, size_t n, int S, int P, int CH, std::bool_constant<AUGMENT>) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
     const unsigned per_image = (unsigned)S * S * CH;
@@ -1376,25 +1375,23 @@ template <int V, bool AUGMENT> __global__ void patchify_kernel(
     const unsigned w = patch % (S / P) * P + j % P, h = patch / (S / P) * P + j / P % P;
     float x[V], other[V];
     normalised_pixels<V, AUGMENT>(x, images, flips, stats, a, b, S, CH, h, w, c);
-    if (augments.value && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
+    if (AUGMENT && a.lam < 1.0f && (!a.cut || h - a.top < (unsigned)(a.bottom - a.top))) {
         normalised_pixels<V, AUGMENT>(other, images, flips, stats, a, a.n - 1 - b, S, CH, h, w, c);
         for (int q = 0; q < V; q++) {
             if (!a.cut) { x[q] = a.lam * x[q] + (1.0f - a.lam) * other[q]; }
             else if (w + q - a.left < (unsigned)(a.right - a.left)) { x[q] = other[q]; }
         }
     }
-    store<V>(patches + i, x);
+    store<V>(out + i, x);
 }
-
-void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment,
-              size_t n, int S, int P, int CH) {
+void patchify(floatX* out, const uint8_t* images, const int* flips, PixelStats stats,
+              const BatchAugment* augment, size_t n, int S, int P, int CH) {
     n *= S * S * CH; // elements
+    const bool packs = P % VEC == 0;
     const BatchAugment a = augment != NULL ? *augment : BatchAugment{}; // NULL: neither erased nor mixed
-    if (augment != NULL && (a.erased != NULL || a.lam < 1.0f)) {
-        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::true_type());
-    } else {
-        LAUNCH(patchify_kernel, P % VEC == 0, n, 256, patches, images, flips, stats, a, n, S, P, CH, std::false_type());
-    }
+    if (augment == NULL || (a.erased == NULL && !(a.lam < 1.0f))) {
+        LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::false_type());
+    } else { LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::true_type()); }
 }
 
 // out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
@@ -1411,29 +1408,25 @@ template <int V> __global__ void embed_kernel(
     for (int j = 0; j < V; j++) { token[j] += position[j]; }
     store<V>(out + i, token);
 }
-
 void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C) {
     const size_t n = B * T * C;
     LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
 }
 
-// dtokens = dout[:, 1:].contiguous(): the patch embedding's gradient without gaps, for its matrix
-// products. dtokens (B, T-1, C) has n elements, dout (B, T, C). V divides C; a thread copies V
-template <int V> __global__ void embed_backward_tokens_kernel(
-        floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
+// dtokens = dout[:, 1:].contiguous(), for matrix products. dtokens (B, T-1, C) has n elements, dout
+// (B, T, C). V divides C; a thread copies V
+template <int V> __global__ void embed_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (i >= n) { return; }
-    *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + (i / C / (T - 1) + 1) * C); // + a class token an image
+    const size_t classes = i / C / (T - 1) + 1; // class tokens before element i
+    if (i < n) { *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + classes * C); }
 }
-
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
-    LAUNCH(embed_backward_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
+    LAUNCH(embed_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
 }
 
-// dpos += dout.sum(0), dcls += dout[:, 0].sum(0). dpos (T, C), dcls (C), dout (B, T, C). A thread sums
-// one (t, c) over the images, in their order
-__global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
+// dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0); dout (B, T, C). A thread sums one (t, c)
+__global__ void embed_pos_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
     if (i >= n) { return; }
     float sum = 0.0f;
@@ -1441,14 +1434,13 @@ __global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const 
     dpos[i] += sum;
     if (i < (size_t)C) { dcls[i] += sum; }
 }
-
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
+    embed_pos_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
     kernelCheck();
 }
 
-// Mean and sum of squared deviations of n values; JoinMoments gives those of the union of two sets
-// (Chan, Golub and LeVeque 1983). A lane has n = 0 where a row has fewer packs than lanes
+// Mean and sum of squared deviations of n values, 0 of a lane without packs; JoinMoments gives those of
+// the union of two sets (Chan, Golub and LeVeque 1983)
 typedef struct { float n, mean, squares; } Moments;
 struct JoinMoments {
     __device__ Moments operator()(Moments a, Moments b) const {
@@ -1459,12 +1451,11 @@ struct JoinMoments {
 
 // out = (inp - mean) * rstd * weight + bias for each row, with rstd = 1 / sqrt(variance + eps). weight,
 // bias (C). LANES threads share a row, each takes every LANES-th pack of V elements; V divides C and
-// stride. A lane takes deviations from the mean of its own elements, so one reduction is enough. The row
-// is read three times, from cache after the first
+// stride. A lane takes deviations from the mean of its own elements, so one reduction is enough
 #define LAYERNORM_EPS 1e-6f
 template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
-        size_t rows, int C, size_t stride, Keep keep) {
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+        const floatX* bias, size_t rows, int C, size_t stride, Keep keep) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1484,9 +1475,7 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     const Moments all = cg::reduce(lanes, Moments{n, lane_mean, total<V>(squares)}, JoinMoments());
     const float m = all.mean, s = rsqrtf(all.squares / C + LAYERNORM_EPS);
     for (int c = first; c < C; c += step) {
-        load<V>(v, row + c);
-        load<V>(w, weight + c);
-        load<V>(b, bias + c);
+        load<V>(v, row + c), load<V>(w, weight + c), load<V>(b, bias + c);
         for (int j = 0; j < V; j++) { v[j] = (v[j] - m) * s * w[j] + b[j]; }
         keep.template apply<V>(v, r * C + c);
         store<V>(out + r * C + c, v);
@@ -1495,15 +1484,14 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     mean[r] = m;
     rstd[r] = s;
 }
-
 template <class Keep> void layernorm_forward(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+        floatX* out, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b,
         size_t rows, size_t C, size_t stride, Keep keep) {
-    const bool vector = vectorizable(C | stride, out, inp, weight, bias);
-    LAUNCH_ROWS(layernorm_forward_kernel, vector, C, rows, out, mean, rstd, inp, weight, bias, rows, C, stride, keep);
+    const bool vec = vectorizable(C | stride, out, x, w, b);
+    LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, keep);
 }
 
-struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
+struct Add { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
 
 // dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
 // norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
@@ -1517,28 +1505,25 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
     const float m = mean[r], s = rstd[r];
     float x[V], g[V], w[V], d[V], sum[V] = {0}, norm_sum[V] = {0};
     for (int c = first; c < C; c += step) {
-        load<V>(x, inp + r * stride + c);
-        load<V>(g, dout + r * C + c);
-        load<V>(w, weight + c);
+        load<V>(x, inp + r * stride + c), load<V>(g, dout + r * C + c), load<V>(w, weight + c);
         for (int j = 0; j < V; j++) { sum[j] += g[j] * w[j]; }
         for (int j = 0; j < V; j++) { norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s); }
     }
-    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), AddPairs());
+    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), Add());
     const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
-        load<V>(x, inp + r * stride + c);
-        load<V>(g, dout + r * C + c);
-        load<V>(w, weight + c);
+        load<V>(x, inp + r * stride + c), load<V>(g, dout + r * C + c), load<V>(w, weight + c);
         load<V>(d, dinp + r * stride + c);
         for (int j = 0; j < V; j++) { d[j] += s * (g[j] * w[j] - g_mean - (x[j] - m) * s * gn_mean); }
         store<V>(dinp + r * stride + c, d);
     }
 }
 
-// First step of the gradients of weight and bias, by slabs of rows as in column_sum_kernel: partial[slab,
-// c] = sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C, stride
-template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
-        const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
+// First step of the gradients of weight and bias, by slabs as in column_sum_kernel: partial[slab, c] =
+// sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C, stride
+template <int V> __global__ void layernorm_weight_kernel(
+        float* partial, const floatX* dout, const floatX* inp, const float* mean, const float* rstd, size_t rows,
+        int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
     if (slab * SLAB_ROWS >= rows) { return; }
@@ -1546,26 +1531,24 @@ template <int V> __global__ void layernorm_weight_kernel(float* partial, const f
     float x[V], g[V], dweight[V] = {0}, dbias[V] = {0};
     for (size_t r = slab * SLAB_ROWS; r < end; r++) {
         const float m = mean[r], s = rstd[r];
-        load<V>(x, inp + r * stride + column);
-        load<V>(g, dout + r * C + column);
+        load<V>(x, inp + r * stride + column), load<V>(g, dout + r * C + column);
         for (int j = 0; j < V; j++) { dweight[j] += g[j] * ((x[j] - m) * s); }
         for (int j = 0; j < V; j++) { dbias[j] += g[j]; }
     }
     store<V>(partial + slab * 2*C + column, dweight);
     store<V>(partial + slab * 2*C + C + column, dbias);
 }
-
 void layernorm_backward(
-        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* inp,
-        const floatX* weight, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
+        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* x,
+        const floatX* w, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
-    const bool vector = vectorizable(C | stride, dinp, dout, inp, weight);
-    LAUNCH(layernorm_weight_kernel, vector, slabs * C, 64, partial, dout, inp, mean, rstd, rows, C, stride);
-    LAUNCH_ROWS(layernorm_backward_kernel, vector, C, rows, dinp, dout, inp, weight, mean, rstd, rows, C, stride);
+    const bool vec = vectorizable(C | stride, dinp, dout, x, w);
+    LAUNCH(layernorm_weight_kernel, vec, slabs * C, 64, partial, dout, x, mean, rstd, rows, C, stride);
+    LAUNCH_ROWS(layernorm_backward_kernel, vec, C, rows, dinp, dout, x, w, mean, rstd, rows, C, stride);
     column_sum_finish(dweight, dbias, partial, slabs, C, 2*C);
 }
 
-// in PyTorch: F.gelu(inp), out = x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x/sqrt(2))) / 2.
+// in PyTorch: F.gelu(inp), x * Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt(2))) / 2.
 // out, inp (n). A thread makes V elements; V divides n
 template <int V, class Keep> __global__ void gelu_forward_kernel(floatX* out, const floatX* inp, size_t n, Keep keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -1583,14 +1566,12 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
     float x[V], d[V];
-    load<V>(x, inp + i);
-    load<V>(d, dinp + i);
+    load<V>(x, inp + i), load<V>(d, dinp + i);
     for (int j = 0; j < V; j++) {
         d[j] *= 0.5f * (1.0f + erff(x[j] * 0.70710678f)) + x[j] * 0.39894228f * expf(-0.5f * x[j] * x[j]);
     }
     store<V>(dinp + i, d);
 }
-
 template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
     LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
 }
@@ -1605,65 +1586,58 @@ __host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
     return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
-// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), which keeps the mean, as
-// timm's DropPath (Huang et al., ECCV 2016). scales (L, 2, B). A thread draws one by Philox from the
-// image's number over all ranks, which begins at `first` here: the number of ranks changes no scale
+// scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), as timm (Huang et al., ECCV
+// 2016). scales (L, 2, B). A thread draws one, for image first + b of all ranks
 __global__ void drop_path_scales_kernel(
-        float* scales, int L, int B, float last, unsigned long long seed, unsigned step, unsigned first) {
+        float* scales, int L, int B, float last, uint64_t seed, unsigned step, unsigned first) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= L * 2 * B) { return; }
-    const int row = i / B;
-    const double keep = 1.0 - (double)drop_path_rate(last, row / 2, L);
-    const uint4 u = philox(seed, RNG_DROP_PATH, step, (unsigned long long)row << 32 | (first + (unsigned)(i % B)));
+    const double keep = 1.0 - (double)drop_path_rate(last, i / B / 2, L);
+    const uint4 u = philox(seed, RNG_DROP_PATH, step, (uint64_t)(i / B) << 32 | (first + i % B));
     scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
 }
-
-void drop_path_scales(float* scales, int L, int B, double last, unsigned long long seed, unsigned step,
-                      unsigned first) {
-    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(scales, L, B, last, seed, step, first);
+void drop_path_scales(float* out, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first) {
+    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(out, L, B, last, seed, step, first);
     kernelCheck();
 }
 
-// out = scales[b] * x (+ residual where it is not NULL) for each image b; out may be x. out, x, residual
-// (images, per_image) have n elements, scales (images). V divides per_image; a thread makes V
+// out = scales[b] * x (+ add where it is not NULL) for each image b; out may be x. out, x, add
+// (images, image) have n elements, scales (images). V divides `image`; a thread makes V
 template <int V> __global__ void drop_path_kernel(
-        floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t n, size_t per_image) {
+        floatX* out, const floatX* x, const floatX* add, const float* scales, size_t n, size_t image) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
-    const float scale = scales[i / per_image];
+    const float scale = scales[i / image];
     float v[V], r[V] = {0};
     load<V>(v, x + i);
-    if (residual != NULL) { load<V>(r, residual + i); }
+    if (add != NULL) { load<V>(r, add + i); }
     for (int j = 0; j < V; j++) { v[j] = r[j] + scale * v[j]; }
     store<V>(out + i, v);
 }
-
-void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
-               size_t per_image) {
-    const size_t n = images * per_image;
-    LAUNCH(drop_path_kernel, vectorizable(per_image, out, x, residual), n, 256, out, x, residual, scales, n, per_image);
+void drop_path(floatX* out, const floatX* x, const floatX* add, const float* scales, size_t images, size_t image) {
+    const size_t n = images * image;
+    LAUNCH(drop_path_kernel, vectorizable(image, out, x, add), n, 256, out, x, add, scales, n, image);
 }
 
 // Writes where each head's matrices begin: cublasGemmBatchedEx reads q, k and v where they lie in qkv.
-// qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS). A thread writes those of one (image, head)
-__global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
+// qkv, dqkv (images, T, 3, NH, HS), out (images, T, NH, HS). A thread has one of num (image, head) pairs
+__global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out, floatX* dqkv, int num) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, count = a.max_images * a.heads;
-    if (i >= images * a.heads) { return; }
-    const size_t C = (size_t)a.heads * a.HS, image = i / a.heads, head = i % a.heads;
-    const size_t at = image * a.T * C, o = at + head * a.HS, q = o + 2 * at, square = (size_t)i * a.T * a.ld;
+    if (i >= num) { return; }
+    const size_t C = (size_t)a.heads * a.HS, square = (size_t)i * a.T * a.ld;
+    const size_t image = i / a.heads * a.T * C, o = image + i % a.heads * a.HS, q = o + 2 * image;
     void* const begins[NUM_ATTENTION_POINTERS] = { // in the order of PTR_
         qkv + q, qkv + q + C, qkv + q + 2 * C, out + o, a.scores + square, a.probs + square,
         dqkv + q, dqkv + q + C, dqkv + q + 2 * C, a.dprobs + square, a.dscores + square};
     for (int p = 0; p < NUM_ATTENTION_POINTERS; p++) { a.pointers[p * count + i] = begins[p]; }
 }
-
 void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
-    attention_pointers_kernel<<<CEIL_DIV(images * a->heads, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, images);
+    const int num = images * a->heads;
+    attention_pointers_kernel<<<CEIL_DIV(num, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, num);
     kernelCheck();
 }
 
-// The largest of some scores, and the sum of exp(score - largest). A lane without scores joins as
-// (-FLT_MAX, 0), since the difference of two -INFINITY is NaN
+// largest of some scores (of none -FLT_MAX: -INFINITY would give NaN), sum of exp(score - largest)
 typedef struct { float largest, sum; } ExpSum;
 // one comparison; fmaxf has more to do, to pass over NaNs. A NaN score still shows, in the sum
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
@@ -1675,8 +1649,8 @@ struct JoinExpSums {
 };
 
 // lse = scores.logsumexp(-1), probs = exp(scores - lse) = scores.softmax(-1). scores, probs (rows, ld),
-// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which allocation
-// clears. A lane subtracts its own largest score, so one reduction is enough
+// lse (rows). Lanes as above; V divides ld. The last pack may reach into columns T to ld, which
+// allocation clears. A lane subtracts its own largest score, so one reduction is enough
 template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
@@ -1707,9 +1681,8 @@ template <int V, int LANES> __global__ void softmax_forward_kernel(float* lse, A
     if (first == 0) { lse[r] = log_sum; }
 }
 
-// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs). The sum is
-// that of dout * out over the head, without the output of attention, of which DropIT keeps only a part.
-// Shapes, lanes and padding as above
+// probs = exp(scores - lse), dscores = probs * (dprobs - sum over the row of probs * dprobs), without
+// the output of attention, of which DropIT keeps only a part. Shapes, lanes and padding as above
 template <int V, int LANES> __global__ void softmax_backward_kernel(const float* lse, Attention a, size_t rows) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
@@ -1718,30 +1691,28 @@ template <int V, int LANES> __global__ void softmax_backward_kernel(const float*
     const float log_sum = lse[r];
     float p[V], d[V], sum[V] = {0};
     for (int c = first; c < a.T; c += step) {
-        load<V>(p, a.scores + r * a.ld + c);
-        load<V>(d, a.dprobs + r * a.ld + c);
+        load<V>(p, a.scores + r * a.ld + c), load<V>(d, a.dprobs + r * a.ld + c);
         for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum) * d[j]; }
         for (int j = 0; j < V; j++) { sum[j] += c + j < a.T ? p[j] : 0.0f; }
     }
     const float row_sum = cg::reduce(lanes, total<V>(sum), cg::plus<float>());
     for (int c = first; c < a.T; c += step) {
-        load<V>(p, a.scores + r * a.ld + c);
-        load<V>(d, a.dprobs + r * a.ld + c);
+        load<V>(p, a.scores + r * a.ld + c), load<V>(d, a.dprobs + r * a.ld + c);
         for (int j = 0; j < V; j++) { p[j] = expf(p[j] - log_sum); }
         for (int j = 0; j < V; j++) { d[j] = p[j] * (d[j] - row_sum); }
-        store<V>(a.probs + r * a.ld + c, p);
-        store<V>(a.dscores + r * a.ld + c, d);
+        store<V>(a.probs + r * a.ld + c, p), store<V>(a.dscores + r * a.ld + c, d);
     }
 }
 
 // Row-major D = op(X) @ op(Y) for every head of a chunk, over sqrt(HS) for scores, dq and dk. op
 // transposes under transX, transY. D, X, Y are rows of `pointers`; scores, probs and their gradients are
-// (T, T) matrices, others (T, HS); only a (T, T) X is transposed. cuBLAS sees the transpose of each
-// matrix, being column-major; D^T = op(Y)^T @ op(X)^T, so X and Y change places
+// (T, T), others (T, HS); only a (T, T) X is transposed. cuBLAS, which is column-major, sees transposes:
+// D^T = op(Y)^T @ op(X)^T
 void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY) {
     const int T = a->T, HS = a->HS, C = a->heads * HS, count = a->max_images * a->heads;
     auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
     auto square = [&](int p) { return fp32(p) || p == PTR_PROBS || p == PTR_DSCORES; };
+    const auto type = fp32(D) ? CUDA_R_32F : CUDA_FLOATX;
     auto stride = [&](int p) { return square(p) ? a->ld : p == PTR_OUT ? C : 3 * C; }; // from row to row
     const auto op_x = transX ? CUBLAS_OP_T : CUBLAS_OP_N, op_y = transY ? CUBLAS_OP_T : CUBLAS_OP_N;
     void **d = a->pointers + D * count, **x = a->pointers + X * count, **y = a->pointers + Y * count;
@@ -1749,7 +1720,7 @@ void attention_matmul(const Attention* a, int images, int D, int X, bool transX,
     const float alpha = scaled ? 1.0f / sqrtf((float)HS) : 1.0f, zero = 0.0f;
     cublasCheck(cublasGemmBatchedEx(cublas_handle, op_y, op_x, square(D) ? T : HS, T, square(X) ? T : HS,
         &alpha, y, CUDA_FLOATX, stride(Y), x, CUDA_FLOATX, stride(X), &zero, d,
-        fp32(D) ? CUDA_R_32F : CUDA_FLOATX, stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        type, stride(D), images * a->heads, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images) {
@@ -1776,47 +1747,46 @@ void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* ls
 // what else the model tells the code around it
 
 void model_check_file(const Safetensors* st) {
-    require(!safetensors_has(st, "dist_token") && !safetensors_has(st, "head_dist.weight"), "these are the weights of a "
-            "distilled DeiT, which has a distillation token (dist_token, head_dist) that this program does not train; "
-            "take the DeiT without `distilled` in its name");
+    require(!safetensors_has(st, "dist_token") && !safetensors_has(st, "head_dist.weight"),
+            "these are the weights of a distilled DeiT, which has a distillation token (dist_token, head_dist) "
+            "that this program does not train; take the DeiT without `distilled` in its name");
 }
 
-// Those of the forward pass three times. What -r computes again is not counted, nor is what DropIT or
-// drop-path spare
+// three times the forward pass, whatever -r computes again, and DropIT or drop-path spare
 double model_flops(const Model* model, size_t n) {
     const DeitConfig c = model->config;
-    const double C = c.channels, T = (double)model->T, K = (double)model->CH * c.patch_size * c.patch_size;
+    const double C = c.channels, T = model->T, K = (double)model->CH * c.patch_size * c.patch_size;
     const double block = 2*T*12*C*C + 4*T*T*C; // four linears; scores and their product with v
     return 3.0 * n * (c.depth * block + 2*(T-1)*K*C + 2*C*model->V);
 }
 
 void model_print(const Model* model) {
     const DeitConfig c = model->config;
-    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, heads %d, ", model->name,
-           model->H, model->W, c.patch_size, model->CH, model->V, c.channels, c.depth, c.heads);
-    printf("%zu parameters\n", model->num_parameters);
+    printf("model: %s, image %zu x %zu, patch %d, channels %zu, classes %zu, width %d, depth %d, "
+           "heads %d, %zu parameters\n", model->name, model->H, model->W, c.patch_size, model->CH, model->V,
+           c.channels, c.depth, c.heads, model->num_parameters);
 }
 
 void model_pixels(const Model* model, size_t b, float* pixels) {
-    const size_t P = model->config.patch_size, CH = model->CH, W = model->W, n = model->acts.patches->per_image;
-    floatX* patches = host_new<floatX>(n, "an image");
-    cudaCheck(cudaMemcpy(patches, activation_at(model->acts.patches, b, false), n * sizeof(floatX),
-                         cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) { // patches are (T-1, CH, P, P)
-        const size_t t = i / (CH*P*P), ch = i / (P*P) % CH, h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
-        pixels[(h * W + w) * CH + ch] = (float)patches[i];
+    const Activation* a = model->acts.patches;
+    const size_t P = model->config.patch_size, CH = model->CH, W = model->W, n = a->per_image;
+    floatX* patches = host_new<floatX>(n, "an image"); // (T-1, CH, P, P)
+    cudaCheck(cudaMemcpy(patches, activation_at(a, b, false), n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) {
+        const size_t t = i / (CH*P*P), h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
+        pixels[(h * W + w) * CH + i / (P*P) % CH] = (float)patches[i];
     }
     free(patches);
 }
 
 // ----------------------------------------------------------------------------
-// RandAugment (Cubuk et al., arXiv 1909.13719): what timm does to the bytes of a training image after crop and flip,
-// as Pillow computes it. The host draws the operations of each image, by Philox from its place in the epoch; the
-// device applies them, a layer of operations a launch
+// RandAugment (Cubuk et al., arXiv 1909.13719): what timm does to the bytes of a training image after
+// crop and flip, as Pillow computes it. The host draws the operations of each image, by Philox from its
+// place in the epoch; the device applies them, a layer of operations a launch
 
 // in the order of timm's _RAND_INCREASING_TRANSFORMS
-enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST,
-       BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
+enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR,
+       CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
 typedef struct RandAugment {
     int layers;    // operations an image, each applied with probability 1/2; 0: none
     int magnitude; // 0 to 10
@@ -1829,9 +1799,9 @@ struct Augmenter {
     uint8_t *images, *tables;                      // (B, S, S, CH), (B, CH, 256)
 };
 typedef struct ImageAugment {
-    int op, value;           // value: bits that stay, threshold or summand
-    float factor;            // 0: the degenerate image (grey, black, blurred), 1: the image
-    double matrix[6];        // (2, 3): (x, y) of the input = matrix * (x, y, 1) of the output, at pixel centres
+    int op, value;    // value: bits that stay, threshold or summand
+    float factor;     // 0: the degenerate image (grey, black, blurred), 1: the image
+    double matrix[6]; // (2, 3): (x, y) of the input = matrix * (x, y, 1) of the output, at pixel centres
 } ImageAugment;
 typedef struct { uint8_t v[4]; } Pixel;
 
@@ -1844,18 +1814,17 @@ void parse_augment(RandAugment* o, const char* text) {
     for (int used = 0; known && *at == '-'; at += used) {
         used = strncmp(at, "-inc1", 5) == 0 ? 5 : 0;
         increasing = increasing || used > 0;
-        known = (used > 0 || sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) == 1
-                 || sscanf(at, "-m%3d%n", &o->magnitude, &used) == 1 || sscanf(at, "-n%3d%n", &o->layers, &used) == 1)
-                && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8
-                && o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
+        known = used > 0 || sscanf(at, "-mstd%lf%n", &o->magnitude_std, &used) == 1 ||
+            sscanf(at, "-m%3d%n", &o->magnitude, &used) == 1 || sscanf(at, "-n%3d%n", &o->layers, &used) == 1;
+        known = known && o->magnitude <= 10 && o->layers >= 1 && o->layers <= 8 &&
+            o->magnitude_std >= 0.0 && o->magnitude_std <= 100.0;
     }
-    known = known && *at == 0 && o->magnitude >= 0 && increasing;
-    require(known, "-aa %s is not a RandAugment that is known here; choose none or rand-mM[-nN][-mstdX]-inc1 with M "
+    require(known && *at == 0 && o->magnitude >= 0 && increasing,
+            "-aa %s is not a RandAugment that is known here; choose none or rand-mM[-nN][-mstdX]-inc1 with M "
             "up to 10, N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
 }
 
-// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at level 10 keeps no bit: black, as in
-// Pillow before 10
+// a = timm's operation at a level of 0 to 10, for images of side S. Posterize at 10 keeps no bit: black
 void augment_argument(ImageAugment* a, int op, double level, bool negate, int S) {
     const double part = level / 10.0, shift = negate ? -part : part, half = S / 2.0;
     const double angle = -shift * 30.0 * M_PI / 180.0;
@@ -1864,15 +1833,14 @@ void augment_argument(ImageAugment* a, int op, double level, bool negate, int S)
     switch (op) {
     case ROTATE: // about the centre; the terms are rounded to 15 decimals, as Pillow's
         m[0] = m[4] = rint(cos(angle) * 1e15) / 1e15;
-        m[1] = rint(sin(angle) * 1e15) / 1e15;
-        m[3] = -m[1];
+        m[1] = rint(sin(angle) * 1e15) / 1e15, m[3] = -m[1];
         m[2] = -half * m[0] - half * m[1] + half;
         m[5] = -half * m[3] - half * m[4] + half;
         break;
     case POSTERIZE: a->value = 4 - (int)(part * 4); break;
     case SOLARIZE: a->value = 256 - (int)(part * 256); break;
     case SOLARIZE_ADD: a->value = (int)(part * 110); break;
-    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS: a->factor = (float)fmax(0.1, 1.0 + shift * 0.9); break;
+    case COLOR: case CONTRAST: case BRIGHTNESS: case SHARPNESS: a->factor = fmax(0.1, 1.0 + shift * 0.9); break;
     case SHEAR_X: m[1] = shift * 0.3; break;
     case SHEAR_Y: m[3] = shift * 0.3; break;
     case TRANSLATE_X: m[2] = shift * 0.45 * S; break;
@@ -1881,8 +1849,8 @@ void augment_argument(ImageAugment* a, int op, double level, bool negate, int S)
 }
 
 // the operation that an image of side S meets in a layer
-void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed, unsigned epoch,
-                  unsigned long long place, int layer, int S) {
+void draw_augment(ImageAugment* a, const RandAugment* o, uint64_t seed, unsigned epoch, uint64_t place,
+                  int layer, int S) {
     const uint4 u = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | 2 * layer);
     const uint4 v = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | (2 * layer + 1));
     const int op = 1 + draw_below(u.x, NUM_AUGMENTS - 1);
@@ -1890,50 +1858,48 @@ void draw_augment(ImageAugment* a, const RandAugment* o, unsigned long long seed
     augment_argument(a, u.y >> 31 ? NO_AUGMENT : op, level, u.z >> 31, S);
 }
 
-// V pixels of CH channels from pixel i on; mirrored: of the image mirrored left to right. V divides i, S*S, the address
+// V pixels from pixel i on, of the image mirrored left to right if `flip`. V divides i, S*S, address
 template <int CH, int V>
-__device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i, unsigned S, bool mirrored) {
-    for (int q = 0; mirrored && q < V; q++) {
+__device__ inline void load_pixels(uint8_t* x, const uint8_t* image, unsigned i, unsigned S, bool flip) {
+    for (int q = 0; flip && q < V; q++) {
         const unsigned row = (i + q) / S, from = row * S + S - 1 - (i + q - row * S);
         for (int c = 0; c < CH; c++) { x[q * CH + c] = image[(size_t)from * CH + c]; }
     }
-    for (int k = 0; !mirrored && k < CH; k++) {
+    for (int k = 0; !flip && k < CH; k++) {
         *(Pack<V, uint8_t>*)(x + k * V) = *(const Pack<V, uint8_t>*)(image + (size_t)i * CH + k * V);
     }
 }
 
-// Pillow's Image.blend of two values: truncated, not rounded; a fused operation would give another last bit
+// Pillow's Image.blend of two values: truncated, not rounded; fused, it would have another last bit
 __device__ inline uint8_t blend(int from, int to, float factor) {
     const float v = __fadd_rn((float)from, __fmul_rn(factor, (float)(to - from)));
     return v <= 0.0f ? 0 : v >= 255.0f ? 255 : (uint8_t)v;
 }
 
 // Pillow's conversion of R, G, B to grey
-__device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16; }
+__device__ inline int luma(const uint8_t* x) { return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 32768) >> 16; }
 
-// Pillow's cubic through four values (a = -1), between v1 and v2. Written as a polynomial of d it gives their very
-// value where all four are equal; the caller truncates it
+// Pillow's cubic through four values (a = -1), between v1 and v2. As a polynomial of d it is exact where
+// all four are equal; the caller truncates it
 __device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
     return v1 + d * (v2 - v0 + d * (2.0f * (v0 - v1) + v2 - v3 + d * (v1 - v0 + v3 - v2)));
 }
 
-// Operations that map each value by itself become tables: tables[b, c, v] = what v becomes in channel c of image b
-//     AutoContrast: (v - min) * 255 / (max - min)     Brightness: blend(0, v)     Contrast: blend(mean grey, v)
+// Operations that map each value by itself: tables[b, c, v] = what v becomes in channel c of image b.
+//     AutoContrast: (v - min) * 255 / (max - min)   Brightness: blend(0, v)   Contrast: blend(mean, v)
 //     Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
 //     Posterize, Solarize, SolarizeAdd, Invert
-// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. Histograms are sums of
-// integers, so their order does not matter. V divides pixels and images
-template <int CH, int V>
-__global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, const ImageAugment* augments,
-                                     unsigned pixels) {
+// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. V divides
+// pixels and images
+template <int CH, int V> __global__ void augment_table_kernel(
+        uint8_t* tables, const uint8_t* images, const ImageAugment* augments, unsigned pixels) {
     __shared__ unsigned counts[CH][256];
-    __shared__ int low[CH], high[CH]; // least and largest value; Equalize: low is the step; Contrast: the mean
+    __shared__ int low[CH], high[CH]; // least and largest value; low: Equalize's step, Contrast's mean
     const size_t b = blockIdx.x;
     const unsigned t = threadIdx.x;
     const int op = augments[b].op, value = augments[b].value;
-    const float factor = augments[b].factor;
     const bool grey = op == CONTRAST && CH == 3;
-    const int channels = grey ? 1 : CH; // that are counted
+    const int planes = grey ? 1 : CH; // that are counted
     if (op == NO_AUGMENT || op == ROTATE || op == COLOR || op >= SHARPNESS) { return; }
     if (op == AUTO_CONTRAST || op == EQUALIZE || op == CONTRAST) {
         for (int c = 0; c < CH; c++) { counts[c][t] = 0; }
@@ -1946,19 +1912,18 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
         }
         __syncthreads();
         if (op == CONTRAST ? t == 0 : t < CH) {
-            unsigned long long sum = 0, below = 0, last = 0;
+            uint64_t sum = 0, below = 0, last = 0;
             low[t] = high[t] = -1;
             for (int v = 0; v < 256; v++) {
                 const unsigned count = counts[t][v];
                 if (count > 0 && low[t] < 0) { low[t] = v; }
-                if (count > 0) { high[t] = v; }
-                last = count > 0 ? count : last;
+                if (count > 0) { high[t] = v, last = count; }
                 if (op == EQUALIZE) { counts[t][v] = (unsigned)below; }
                 below += count;
-                for (int c = 0; op == CONTRAST && c < channels; c++) { sum += (unsigned long long)counts[c][v] * v; }
+                for (int c = 0; op == CONTRAST && c < planes; c++) { sum += (uint64_t)counts[c][v] * v; }
             }
             if (op == EQUALIZE) { low[t] = (int)((below - last) / 255); }
-            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * channels) + 0.5); }
+            if (op == CONTRAST) { low[t] = (int)((double)sum / ((double)pixels * planes) + 0.5); }
         }
         __syncthreads();
     }
@@ -1973,16 +1938,16 @@ __global__ void augment_table_kernel(uint8_t* tables, const uint8_t* images, con
         } else if (op == POSTERIZE) { v &= 0xFF00 >> value;
         } else if (op == SOLARIZE) { v = v < value ? v : 255 - v;
         } else if (op == SOLARIZE_ADD) { v = v >= 128 ? v : v + value < 255 ? v + value : 255;
-        } else if (op == CONTRAST) { v = blend(low[0], v, factor);
-        } else if (op == BRIGHTNESS) { v = blend(0, v, factor); }
+        } else if (op == CONTRAST) { v = blend(low[0], v, augments[b].factor);
+        } else if (op == BRIGHTNESS) { v = blend(0, v, augments[b].factor); }
         tables[(b * CH + c) * 256 + t] = (uint8_t)v;
     }
 }
 
-// x (CH) = the input image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the fill
-// colour where that is outside of the image
-template <int CH> __device__ inline void affine_pixel(uint8_t* x, const uint8_t* image, const double* m, unsigned i,
-                                                      int S, bool mirrored, Pixel fill) {
+// x (CH) = the image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the
+// fill colour outside of it
+template <int CH> __device__ inline void affine_pixel(
+        uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S, bool flip, Pixel fill) {
     const int row = (int)i / S, column = (int)i - row * S;
     const double h = row + 0.5, w = column + 0.5; // in fp32 the place would be off by 1e-5 pixels
     const double u = m[0] * w + m[1] * h + m[2], v = m[3] * w + m[4] * h + m[5];
@@ -1996,7 +1961,7 @@ template <int CH> __device__ inline void affine_pixel(uint8_t* x, const uint8_t*
     const uint8_t* rows[4];
     for (int k = 0; k < 4; k++) {
         const int from = min(max(left - 1 + k, 0), S - 1);
-        columns[k] = (unsigned)(mirrored ? S - 1 - from : from) * CH;
+        columns[k] = (unsigned)(flip ? S - 1 - from : from) * CH;
         rows[k] = image + (size_t)min(max(top - 1 + k, 0), S - 1) * S * CH;
     }
     for (int c = 0; c < CH; c++) {
@@ -2010,9 +1975,9 @@ template <int CH> __device__ inline void affine_pixel(uint8_t* x, const uint8_t*
     }
 }
 
-// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13 rounded; the border stays
-template <int CH>
-__device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float factor, unsigned i, int S, bool mirrored) {
+// x (CH) = blend(smooth, image) at pixel i, smooth = (sum of 3 x 3 + 4 * centre) / 13; the border stays
+template <int CH> __device__ inline void sharp_pixel(
+        uint8_t* x, const uint8_t* image, float factor, unsigned i, int S, bool mirrored) {
     const int row = (int)i / S, column = (int)i - row * S;
     const uint8_t* p = image + ((size_t)row * S + (mirrored ? S - 1 - column : column)) * CH;
     const bool border = row == 0 || row == S - 1 || column == 0 || column == S - 1;
@@ -2026,58 +1991,55 @@ __device__ inline void sharp_pixel(uint8_t* x, const uint8_t* image, float facto
 // out = one operation an image, as Pillow computes it. All threads of a block have the same operation.
 //     Color: blend(grey, image) of three channels, else the image      Sharpness: sharp_pixel
 //     Rotate, Shear, Translate: affine_pixel                           the others: tables
-// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first; NULL: none. A
-// block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
-template <int CH, int V>
-__global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
-                               const int* flips, Pixel fill, int S, unsigned image_blocks) {
-    const size_t b = blockIdx.x / image_blocks;
-    const unsigned pixels = (unsigned)S * S, i = (blockIdx.x % image_blocks * 256 + threadIdx.x) * V;
+// out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first;
+// NULL: none. A block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
+template <int CH, int V> __global__ void augment_kernel(
+        uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
+        const int* flips, Pixel fill, int S, unsigned blocks) {
+    const size_t b = blockIdx.x / blocks;
+    const unsigned pixels = (unsigned)S * S, i = (blockIdx.x % blocks * 256 + threadIdx.x) * V;
     if (i >= pixels) { return; }
     const ImageAugment* a = &augments[b];
     const uint8_t* image = inp + b * pixels * CH;
-    const bool mirrored = flips != NULL && flips[b];
+    const bool flip = flips != NULL && flips[b];
+    const int op = a->op;
     alignas(4) uint8_t x[V * CH];
-    switch (a->op) {
-    case NO_AUGMENT: load_pixels<CH, V>(x, image, i, S, mirrored); break;
-    case COLOR:
-        load_pixels<CH, V>(x, image, i, S, mirrored);
-        for (int q = 0; CH == 3 && q < V; q++) {
-            const int grey = luma(x + q * CH);
-            for (int c = 0; c < CH; c++) { x[q * CH + c] = blend(grey, x[q * CH + c], a->factor); }
+    if (op == SHARPNESS) {
+        for (int q = 0; q < V; q++) { sharp_pixel<CH>(x + q * CH, image, a->factor, i + q, S, flip); }
+    } else if (op == ROTATE || op > SHARPNESS) {
+        for (int q = 0; q < V; q++) { affine_pixel<CH>(x + q * CH, image, a->matrix, i + q, S, flip, fill); }
+    } else {
+        load_pixels<CH, V>(x, image, i, S, flip);
+        if (op == COLOR) {
+            for (int q = 0; CH == 3 && q < V; q++) {
+                const int grey = luma(x + q * CH);
+                for (int c = 0; c < CH; c++) { x[q * CH + c] = blend(grey, x[q * CH + c], a->factor); }
+            }
+        } else if (op != NO_AUGMENT) {
+            for (int k = 0; k < V * CH; k++) { x[k] = tables[(b * CH + k % CH) * 256 + x[k]]; }
         }
-        break;
-    case SHARPNESS:
-        for (int q = 0; q < V; q++) { sharp_pixel<CH>(x + q * CH, image, a->factor, i + q, S, mirrored); }
-        break;
-    case ROTATE: case SHEAR_X: case SHEAR_Y: case TRANSLATE_X: case TRANSLATE_Y:
-        for (int q = 0; q < V; q++) { affine_pixel<CH>(x + q * CH, image, a->matrix, i + q, S, mirrored, fill); }
-        break;
-    default:
-        load_pixels<CH, V>(x, image, i, S, mirrored);
-        for (int k = 0; k < V * CH; k++) { x[k] = tables[b * CH * 256 + k % CH * 256 + x[k]]; }
     }
-    uint8_t* to = out + (b * pixels + i) * CH;
-    for (int k = 0; k < V * CH; k += V) { *(Pack<V, uint8_t>*)(to + k) = *(const Pack<V, uint8_t>*)(x + k); }
+    typedef Pack<V, uint8_t> Bytes;
+    Bytes* to = (Bytes*)(out + (b * pixels + i) * CH);
+    for (int k = 0; k < CH; k++) { to[k] = *(const Bytes*)(x + k * V); }
 }
-
-template <int CH, int V>
-void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* augments, const int* flips,
-                   unsigned n, int S, Pixel fill, cudaStream_t stream) {
+template <int CH, int V> void augment_layer(
+        uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* ops, const int* flips,
+        unsigned n, int S, Pixel fill, cudaStream_t stream) {
     const unsigned pixels = (unsigned)S * S, blocks = CEIL_DIV(pixels, 256 * V);
-    augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, augments, pixels);
-    augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, augments, flips, fill, S, blocks);
+    augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, ops, pixels);
+    augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, ops, flips, fill, S, blocks);
     kernelCheck();
 }
 
-// images (n, S, S, CH) of bytes become what augments (layers, n) say, mirrored first where flips (n) say so: those
-// become 0. scratch is as large as images, tables (n, CH, 256). fill: what rotation, shear and translation leave empty
+// images (n, S, S, CH) become what augments (layers, n) say, mirrored first where flips (n) say so;
+// those become 0. scratch is as large as images, tables (n, CH, 256). fill: of what is left empty
 void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* flips, const ImageAugment* augments,
                     int layers, size_t n, int S, int CH, Pixel fill, cudaStream_t stream) {
     uint8_t *inp = images, *out = scratch;
     for (int layer = 0; layer < layers; layer++, augments += n) {
         const int* mirror = layer == 0 ? flips : NULL;
-#define AUGMENT(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, (unsigned)n, S, fill, stream)
+#define AUGMENT(C, V) augment_layer<C, V>(out, inp, tables, augments, mirror, n, S, fill, stream)
 #define AUGMENT_OF(C) case C: if (S % 2 == 0) { AUGMENT(C, 4); } else { AUGMENT(C, 1); } break;
         switch (CH) { AUGMENT_OF(1) AUGMENT_OF(2) AUGMENT_OF(3) AUGMENT_OF(4) }
         std::swap(inp, out);
@@ -2108,14 +2070,15 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     const int S = (int)a->S, CH = (int)a->CH, layers = a->options.layers;
     const size_t n = batch->n, bytes = layers * n * sizeof(ImageAugment);
     if (layers == 0) { return; }
-    if (a->host_augments == NULL) { cudaCheck(cudaMallocHost((void**)&a->host_augments, bytes)); } // n is B in training
+    ImageAugment** drawn = &a->host_augments;
+    if (*drawn == NULL) { cudaCheck(cudaMallocHost((void**)drawn, bytes)); } // n is B in training
     Pixel fill = {};
     for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * batch->stats.mean[c]))); }
     for (size_t i = 0; i < layers * n; i++) {
-        const unsigned long long place = b->place + i % n * b->place_step;
-        draw_augment(&a->host_augments[i], &a->options, b->seed, b->epoch, place, (int)(i / n), S);
+        const uint64_t place = b->place + i % n * b->place_step;
+        draw_augment(*drawn + i, &a->options, b->seed, b->epoch, place, (int)(i / n), S);
     }
-    cudaCheck(cudaMemcpyAsync(a->augments, a->host_augments, bytes, cudaMemcpyHostToDevice, stream));
+    cudaCheck(cudaMemcpyAsync(a->augments, *drawn, bytes, cudaMemcpyHostToDevice, stream));
     augment_images(batch->images, a->images, a->tables, batch->flips, a->augments, layers, n, S, CH, fill, stream);
 }
 
@@ -2138,9 +2101,9 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
 // A bitmap (bit i % 32 of word i / 32 is element i), the kept values in index order, and the number of
 // values before every 256 elements are stored; of a recomputed tensor, only the thresholds.
 #define DROPIT_TILE 16384
-#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in every magnitude's key: 1, bf16 17
+#define KEY_ZEROS (33 - 8 * (int)sizeof(floatX)) // low bits that are 0 in the key of every magnitude
 
-// the strategy, and what makes the draws of `random` differ: a seed for each tensor, and the step
+// the strategy, and for the draws of `random` a seed for each tensor, and the step
 struct DropRule { int strategy; unsigned long long seed; unsigned step; };
 // a tensor x (d.n) to choose from, by which rule, and where the choice goes
 struct DropChoice { const floatX* x; Dropped d; DropRule rule; };
@@ -2159,14 +2122,13 @@ struct Search {
     unsigned prefix;    // the digits that are known
     unsigned remaining; // number of kept elements among those with this prefix
 };
-// of a whole tensor
 struct TensorSearch : Search {
     unsigned candidates; // elements with keys in the sampled range; the list holds those that fit
     unsigned listed;     // length of the list if the histograms are made of it, 0 if they are made of x
 };
 
-// Scratch of the selections that run in the same launches, as those of a block's four linears do: the
-// kernels are small and wait for each other. The tensors' tiles and lists lie one after the other.
+// scratch of the selections that run in the same launches, as those of a block's four linears do: their
+// tiles and lists lie one after the other
 #define MAX_SELECTIONS 4
 struct DropScratch {
     TensorSearch* search;   // (MAX_SELECTIONS)
@@ -2182,9 +2144,9 @@ struct DropScratch {
 
 // one tensor of a launch, with its part of the scratch
 struct Selection : DropChoice, DropScratch {
-    unsigned k_tile, k_last;      // fastmink, random: kept of each tile, and of a last one that is shorter
+    unsigned k_tile, k_last;      // fastmink, random: kept of each tile, of a last one that is shorter
     unsigned first_tile, tiles;   // its blocks in a launch with one block a tile
-    unsigned rank_high, rank_low; // of the range's keys in the sample; 0: no key is above it, or below it
+    unsigned rank_high, rank_low; // of the range's keys in the sample; 0: none is above, or below, it
     size_t list_capacity;
 };
 struct Selections { Selection tensors[MAX_SELECTIONS]; };
@@ -2192,7 +2154,7 @@ struct Selections { Selection tensors[MAX_SELECTIONS]; };
 // the smallest magnitude that rounds to a key of at least `key`, or, if `above`, to a greater one
 __device__ inline float least_kept(unsigned key, bool above) {
     unsigned bits = (key >> KEY_ZEROS) + above; // of a floatX without its sign
-    // in bf16 half a step lower; what is halfway between two is rounded to the even one
+    // bf16: half a step lower; what is halfway is rounded to even
     if (sizeof(floatX) == 2) { bits = bits > 0 ? (bits << 16) - 0x8000 + (bits & 1) : 0; }
     return __uint_as_float(min(bits, 0x7f800000u));
 }
@@ -2212,11 +2174,10 @@ template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
 size_t dropit_tiles(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_TILE); }
 size_t dropit_segments(size_t n) { return CEIL_DIV(n, (size_t)DROPIT_SEGMENT); }
 size_t dropit_words(size_t n) { return dropit_segments(n) * THREAD_WORDS; }
-// elements that a list has room for; the sampled range holds at most about n / 25, at gamma 0.5
+// the sampled range holds at most about n / 25 elements, at gamma 0.5
 size_t dropit_list_capacity(size_t n) { return n / 20 + DROPIT_TILE; }
-// k of n elements, as the published int(numel * (1 - gamma)): in float, 1000 and 0.9 give 100, not 99
+// k of n elements, as the published int(numel * (1 - gamma)); dropit_k: of a whole tensor
 size_t dropit_keep(size_t n, double gamma) { return (size_t)((double)n * (1.0 - gamma)); }
-// k of a whole tensor of n elements
 size_t dropit_k(size_t n, double gamma, int strategy) {
     if (strategy == MINK) { return dropit_keep(n, gamma); }
     return n / DROPIT_TILE * dropit_keep(DROPIT_TILE, gamma) + dropit_keep(n % DROPIT_TILE, gamma);
@@ -2268,7 +2229,7 @@ template <bool HASHED, bool RUNS = false> struct Word {
         if (whole) { for (int j = 0; j < 32; j += 8) { *(Pack<8>*)(v + j) = *(const Pack<8>*)(x + place<RUNS>(j)); } }
         else { for (int j = 0; j < 32; j++) { v[j] = i + place<RUNS>(j) < c.d.n ? x[place<RUNS>(j)] : (floatX)0.0f; } }
         if constexpr (HASHED) {
-            unsigned hashes[32]; // nvcc does not unroll this loop: what it indexes lies in memory, so not keys
+            unsigned hashes[32]; // nvcc does not unroll this loop: what it indexes lies in memory
             for (int j = 0; j < 32; j++) { hashes[j] = drop_key<true>(v[j], i + place<RUNS>(j), c.rule); }
             for (int j = 0; j < 32; j++) { keys[j] = hashes[j]; }
         } else { magnitude_keys(keys, v); }
@@ -2281,7 +2242,7 @@ __device__ inline unsigned above_mask(const unsigned* keys, unsigned key) {
     for (int j = 0; j < 32; j++) { mask |= keys[j] > key ? 1u << j : 0u; }
     return mask;
 }
-__device__ inline unsigned count_above(const unsigned* k, unsigned key) { return __popc(above_mask(k, key)); }
+__device__ inline int count_above(const unsigned* k, unsigned x) { return __popc(above_mask(k, x)); }
 // elements whose key without its lowest `shift` bits is `prefix`
 __device__ inline unsigned equal_mask(const unsigned* keys, unsigned prefix, int shift) {
     unsigned mask = 0;
@@ -2317,27 +2278,27 @@ __device__ inline unsigned search_key(const Search* s) { return s->low + (s->pre
 
 // Moves the search by one digit: to the largest that at least `remaining` elements reach; if remaining
 // is 0, to ones, above which no key lies. histogram counts the elements with the prefix by their next
-// digit. The whole block calls, and may go on with the search.
+// digit. The whole block calls
 __device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
     const Search now = *search;
-    const int bits = digit_bits(&now), per_thread = DROPIT_BINS / blockDim.x;
+    const int bits = digit_bits(&now), left = now.bits - bits, per_thread = DROPIT_BINS / blockDim.x;
     int d = DROPIT_BINS - 1 - (int)threadIdx.x * per_thread; // the thread's bins are d, d - 1, ...
     unsigned mine = 0, sum;
     for (int j = 0; j < per_thread; j++) { mine += histogram[d - j]; }
     unsigned above = block_exclusive_sum(mine, warp_sums, &sum);
     if (now.remaining == 0) {
-        if (threadIdx.x == 0) { *search = {now.low, now.bits - bits, ((now.prefix + 1) << bits) - 1, 0}; }
+        if (threadIdx.x == 0) { *search = {now.low, left, ((now.prefix + 1) << bits) - 1, 0}; }
     } else if (above < now.remaining && now.remaining <= above + mine) {
         while (above + histogram[d] < now.remaining) { above += histogram[d--]; }
-        *search = {now.low, now.bits - bits, now.prefix << bits | (unsigned)d, now.remaining - above};
+        *search = {now.low, left, now.prefix << bits | (unsigned)d, now.remaining - above};
     }
     __syncthreads();
 }
 
 // *to = this key, and the index after the rank-th element with it (rank 0: no element) in the tile at
-// element `begin`. The whole block calls; each thread looks through WORDS words.
+// element `begin`. The whole block calls; each thread looks through WORDS words. sums: shared memory
 template <bool HASHED, int WORDS> __device__ inline
-void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* warp_sums) {
+void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned key, unsigned rank, unsigned* sums) {
     if (threadIdx.x == 0) { *to = {key, 0}; }
     if (rank == 0) { return; }
     const size_t first = begin + threadIdx.x * WORDS * 32;
@@ -2348,11 +2309,11 @@ void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned ke
         equal[w] = equal_mask(word.keys, key, 0) & word.valid;
         mine += __popc(equal[w]);
     }
-    unsigned before = block_exclusive_sum(mine, warp_sums, &sum);
+    unsigned before = block_exclusive_sum(mine, sums, &sum);
     for (int w = 0; w < WORDS; w++) {
         const unsigned count = __popc(equal[w]);
         if (before < rank && rank <= before + count) {
-            for (unsigned i = before + 1; i < rank; i++) { equal[w] &= equal[w] - 1; } // clears the lowest bit
+            for (unsigned i = before + 1; i < rank; i++) { equal[w] &= equal[w] - 1; } // the lowest
             to->tie_end = (unsigned)(first + w * 32 + __ffs((int)equal[w]));
         }
         before += count;
@@ -2360,18 +2321,19 @@ void set_threshold(Threshold* to, const DropChoice& c, size_t begin, unsigned ke
 }
 
 // counts[next digit] += 1 for those of 32 elements from element i on that share the prefix. first: there
-// is no prefix yet; then NaN and Inf are counted, too, unless not_finite is NULL
+// is no prefix yet; then *bad += NaNs and Infs, unless it is NULL
 template <bool HASHED> __device__ __forceinline__
-void count_word(unsigned* counts, unsigned* not_finite, const DropChoice& c, size_t i, const Search& s, bool first) {
+void count_word(unsigned* counts, unsigned* bad, const DropChoice& c, size_t i, const Search& s, bool first) {
     Word<HASHED> w(c, i);
     const int bits = digit_bits(&s), shift = s.bits - bits;
     for (int j = 0; j < 32; j++) { w.keys[j] -= s.low; }
     if (first) {
         if (w.valid == ~0u) { for (int j = 0; j < 32; j++) { atomicAdd_block(&counts[w.keys[j] >> shift], 1u); } }
         else { for (int j = 0; j < 32 && w.valid >> j & 1; j++) { atomicAdd_block(&counts[w.keys[j] >> shift], 1u); } }
-        if (not_finite != NULL) { count_not_finite(not_finite, w.v); }
+        if (bad != NULL) { count_not_finite(bad, w.v); }
     } else {
-        for (unsigned match = equal_mask(w.keys, s.prefix, s.bits) & w.valid; match != 0; match &= match - 1) {
+        unsigned match = equal_mask(w.keys, s.prefix, s.bits) & w.valid;
+        for (; match != 0; match &= match - 1) {
             // these are few and read again: an index into keys would move keys from registers to memory
             const size_t at = i + __ffs(match) - 1;
             const unsigned key = drop_key<HASHED>(c.x[at], at, c.rule) - s.low;
@@ -2388,33 +2350,33 @@ __device__ inline const Selection& selection_of(const Selections& all, unsigned 
     return *s;
 }
 
-// sample (DROPIT_TILE) = runs of 8 neighbours, one anywhere in each of 2,048 equal parts of x of tensor
-// blockIdx.y. A thread copies half a run
+// sample (DROPIT_TILE) of tensor blockIdx.y = runs of 8 neighbours, one anywhere in each of 2,048 equal
+// parts of x. A thread copies half a run
 __global__ void dropit_sample_kernel(const __grid_constant__ Selections all) {
     const Selection& s = all.tensors[blockIdx.y];
-    const size_t n = s.d.n;
-    const unsigned half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2, parts = DROPIT_TILE / 8;
+    const unsigned half = blockIdx.x * blockDim.x + threadIdx.x, part = half / 2;
+    const size_t n = s.d.n, parts = DROPIT_TILE / 8;
     const size_t length = n / parts, anywhere = length > 0 ? part * 2654435761u % length : 0;
     const size_t begin = (part * n / parts + anywhere) / 8 * 8 + half % 2 * 4;
     for (int j = 0; j < 4; j++) { s.sample[half * 4 + j] = s.x[begin + j < n ? begin + j : n - 1]; }
 }
 
-// range[0], range[1] = the rank_high-th and the rank_low-th largest key of the sample, of which two
-// digits are enough: with the last 10 bits ones and zeros the list is a little longer, and never wrong.
-// One block a tensor, 16 KiB; both searches share the first histogram
+// range = the rank_high-th and the rank_low-th largest key of the sample, of which two digits are enough
+// (the list is a little longer). One block a tensor, 16 KiB; both searches share the first histogram
 #define RANGE_THREADS 128
 __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned counts[2][DROPIT_BINS], warp_sums[32];
     __shared__ Search searches[2];
     const Selection& s = all.tensors[blockIdx.x];
     const DropChoice sample = {s.sample, {DROPIT_TILE, 0, NULL, NULL, NULL, NULL}, s.rule};
-    if (threadIdx.x < 2) { searches[threadIdx.x] = {0, 32, 0, threadIdx.x == 0 ? s.rank_high : s.rank_low}; }
-    if (threadIdx.x == 0) { s.search->candidates = 0; }
+    const int thread = threadIdx.x;
+    if (thread < 2) { searches[thread] = {0, 32, 0, thread == 0 ? s.rank_high : s.rank_low}; }
+    if (thread == 0) { s.search->candidates = 0; }
     for (int digit = 0; digit < 2; digit++) {
-        for (int b = threadIdx.x; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
+        for (int b = thread; b < DROPIT_BINS; b += RANGE_THREADS) { counts[0][b] = counts[1][b] = 0; }
         __syncthreads();
         const Search high = searches[0], low = searches[1];
-        for (int w = threadIdx.x; w < TILE_WORDS; w += RANGE_THREADS) {
+        for (int w = thread; w < TILE_WORDS; w += RANGE_THREADS) {
             count_word<false>(counts[0], NULL, sample, w * 32, high, digit == 0);
             if (digit > 0) { count_word<false>(counts[1], NULL, sample, w * 32, low, false); }
         }
@@ -2422,15 +2384,15 @@ __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
         search_digit(&searches[0], counts[0], warp_sums);
         search_digit(&searches[1], counts[digit], warp_sums);
     }
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         s.range[0] = search_key(&searches[0]) | ((1u << searches[0].bits) - 1);
         s.range[1] = s.rank_low > 0 ? search_key(&searches[1]) : 0;
     }
 }
 
-// tile_counts[tile] = (elements above the sampled range, 0). list = the elements in the range, in any
-// order. not_finite += NaNs and Infs. One block a tile. It collects in 8 KiB of shared memory (fp32:
-// 12), to wait once for a place in the list and write whole lines; what does not fit goes there at once
+// tile_counts[tile] = (elements above the sampled range, 0); list = those in it, in any order;
+// not_finite += NaNs and Infs. A block has a tile, and collects in 8 KiB of shared memory (fp32: 12), to wait once
+// for a place in the list and write whole lines; what does not fit goes there at once
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
     __shared__ floatX found_values[MAX_FOUND];
@@ -2458,7 +2420,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
         if (few == 0) { continue; }
         unsigned at = atomicAdd_block(&found, few);
         const bool room = at + few <= MAX_FOUND;
-        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end: it is filled up to there
+        if (!room && at <= MAX_FOUND) { full = at; } // only one thread crosses the end
         if (!room) { at = atomicAdd(&s.search->candidates, few); }
         for (int h = 0; h < 2; h++) {
             const unsigned first = ((w + h) * DROPIT_THREADS + threadIdx.x) * 32;
@@ -2492,7 +2454,7 @@ __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all)
     }
 }
 
-// Starts the search for the k-th largest key: in the list if it is there, else in x. One block a tensor
+// starts the search for the k-th largest key: in the list if it is there, else in x. One block a tensor
 __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     __shared__ unsigned warp_sums[32];
     const Selection& s = all.tensors[blockIdx.x];
@@ -2511,8 +2473,8 @@ __global__ void dropit_start_kernel(const __grid_constant__ Selections all) {
     for (int b = threadIdx.x; b < DROPIT_BINS; b += blockDim.x) { s.histogram[b] = 0; }
 }
 
-// histogram (DROPIT_BINS) += counts of the next digit, of the list or of x of tensor blockIdx.y. A block
-// counts in shared memory, 8 KiB, and reads pieces of 4,096 elements
+// histogram += counts of the next digit, of the list or of x of tensor blockIdx.y. A block counts in 8
+// KiB of shared memory, and reads pieces of 4,096 elements
 #define HISTOGRAM_PIECE (DROPIT_TILE / 4)
 __global__ void dropit_histogram_kernel(const __grid_constant__ Selections all, bool first) {
     __shared__ Pack<4, unsigned> counts[DROPIT_BINS / 4];
@@ -2568,17 +2530,15 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
         return;
     }
     for (size_t begin = segment * 32; begin < listed; begin += (size_t)s.tiles * blockDim.x * 32) {
-        // neighbours in the list are mostly of one tile, so that their counts are added together
+        // neighbours in the list are mostly of one tile: their counts are added together
         unsigned tile = s.list_indices[begin] / DROPIT_TILE, above = 0, equal = 0;
         for (size_t i = begin; i < begin + 32 && i < listed; i++) {
-            const unsigned own = s.list_indices[i] / DROPIT_TILE, own_key = magnitude_key(s.list_values[i]);
+            const unsigned own = s.list_indices[i] / DROPIT_TILE, x = magnitude_key(s.list_values[i]);
             if (own != tile) {
                 add_counts(&s.tile_counts[tile], above, equal);
-                tile = own;
-                above = equal = 0;
+                tile = own, above = equal = 0;
             }
-            above += own_key > key;
-            equal += own_key == key;
+            above += x > key, equal += x == key;
         }
         add_counts(&s.tile_counts[tile], above, equal);
     }
@@ -2587,26 +2547,23 @@ __global__ void dropit_count_kernel(const __grid_constant__ Selections all) {
 // Ends the search: thresholds[0], and tile_offsets[tile] = kept elements before it. One block a tensor
 #define OFFSETS_THREADS 256
 __global__ void dropit_offsets_kernel(const __grid_constant__ Selections all) {
-    __shared__ unsigned long long pair_sums[32];
+    __shared__ uint64_t pair_sums[32];
     __shared__ unsigned warp_sums[32];
-    __shared__ uint2 last_tie; // the tile of the last tie that is kept, and its rank among the ties there
+    __shared__ uint2 last_tie; // the tile of the last kept tie, and its rank among the ties there
     const Selection& s = all.tensors[blockIdx.x];
     const unsigned key = search_key(s.search), ties = s.search->remaining;
     const unsigned per_thread = CEIL_DIV(s.tiles, blockDim.x), first = threadIdx.x * per_thread;
     const unsigned last = min(first + per_thread, s.tiles);
-    unsigned long long mine = 0, sum; // above << 32 | equal
+    uint64_t mine = 0, sum; // above << 32 | equal
 #pragma unroll 4
-    for (unsigned tile = first; tile < last; tile++) {
-        mine += (unsigned long long)s.tile_counts[tile].x << 32 | s.tile_counts[tile].y;
-    }
-    const unsigned long long before = block_exclusive_sum(mine, pair_sums, &sum);
+    for (unsigned t = first; t < last; t++) { mine += (uint64_t)s.tile_counts[t].x << 32 | s.tile_counts[t].y; }
+    const uint64_t before = block_exclusive_sum(mine, pair_sums, &sum);
     unsigned above = before >> 32, equal = (unsigned)before;
     for (unsigned tile = first; tile < last; tile++) {
         const uint2 count = s.tile_counts[tile];
         s.tile_offsets[tile] = above + min(equal, ties);
         if (equal < ties && ties <= equal + count.y) { last_tie = make_uint2(tile, ties - equal); }
-        above += count.x;
-        equal += count.y;
+        above += count.x, equal += count.y;
     }
     __syncthreads();
     const size_t begin = (size_t)last_tie.x * DROPIT_TILE;
@@ -2627,7 +2584,8 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
         __syncthreads();
         const Search now = search;
         for (int w = 0; w < THREAD_WORDS; w++) {
-            count_word<HASHED>(counts, s.not_finite, s, begin + (threadIdx.x * THREAD_WORDS + w) * 32, now, first);
+            const size_t i = begin + (threadIdx.x * THREAD_WORDS + w) * 32;
+            count_word<HASHED>(counts, s.not_finite, s, i, now, first);
         }
         __syncthreads();
         search_digit(&search, counts, warp_sums);
@@ -2637,16 +2595,14 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
 }
 
 // A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
-// four masks. In bf16 a run has 8 elements, and a warp reads whole lines of memory. In fp32 it has 32,
-// which a CPU does faster; on a GPU the products take so long that it does not matter.
+// four masks. In bf16 a run has 8 elements, and a warp reads whole lines of memory; in fp32 it has 32,
+// which a CPU does faster
 #define PACK_THREADS 128
 #define PACK_GROUPS (128 / PACK_RUN)
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
 
-// what group q has of four words: of masks the bits of its run, of counts its count
-__device__ inline RunBits group(const unsigned* words, int q) {
-    return (RunBits)(words[q * PACK_RUN / 32] >> q * PACK_RUN % 32);
-}
+// what group q has of four masks (the bits of its run), or of four words of counts (its count)
+__device__ inline RunBits group(const unsigned* w, int q) { return w[q * PACK_RUN / 32] >> q * PACK_RUN % 32; }
 // how many ones each run of a mask has
 __device__ inline unsigned run_counts(unsigned word) {
     if (PACK_RUN == 32) { return __popc(word); }
@@ -2656,14 +2612,14 @@ __device__ inline unsigned run_counts(unsigned word) {
 }
 
 // bitmap, offsets and values of the kept elements. One block of 128 threads a tile. bf16: a warp lines
-// its values up in shared memory (19 KiB a block) and writes them as one run. If there are more than
-// MAX_STAGED, as at gamma 0.3, they go to their places one by one, and so do fp32 values
+// up to MAX_STAGED values up in shared memory (19 KiB a block) and writes them as one run. More, as at
+// gamma 0.3, go to their places one by one, and so do fp32 values
 #define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
-template <bool HASHED>
-__global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
+template <bool HASHED> __global__ __launch_bounds__(PACK_THREADS, 8)
+void dropit_pack_kernel(const __grid_constant__ Selections all) {
     // for each warp: its values, 8 for alignment, and for each lane a place for what is not kept
     __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8];
-    __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1]; // values before each group; at last all
+    __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1]; // values before each group, and all
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     unsigned tile;
     const Selection& s = selection_of(all, blockIdx.x, &tile);
@@ -2673,7 +2629,7 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
     const size_t first = begin + own_warp * 4096 + lane * PACK_RUN; // the lane's first element
     // a tile keeps all of its ties or none, so that one comparison decides; only in one tile both occur
     const bool all_ties = t.tie_end >= begin + DROPIT_TILE, some_ties = begin < t.tie_end && !all_ties;
-    unsigned words[4], counts[4], before[4]; // masks of kept elements, counts, counts of all lanes before this one
+    unsigned words[4], counts[4], before[4]; // masks of kept elements; of lanes before this one
 #pragma unroll
     for (int h = 0; h < 4; h++) {
         const size_t i = first + h * 1024;
@@ -2683,17 +2639,16 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
         words[h] &= w.valid;
         counts[h] = run_counts(words[h]);
     }
-    for (int h = 0; h < 4; h++) { before[h] = cg::exclusive_scan(warp, counts[h], cg::plus<unsigned>()); }
+    const cg::plus<unsigned> plus;
+    for (int h = 0; h < 4; h++) { before[h] = cg::exclusive_scan(warp, counts[h], plus); }
+    unsigned *group_starts = starts[own_warp], start = 0;
     if (lane == 31) {
-        unsigned start = starts[own_warp][0] = 0;
-        for (int q = 0; q < PACK_GROUPS; q++) {
-            starts[own_warp][q+1] = start += group(before, q) + group(counts, q);
-        }
+        group_starts[0] = 0;
+        for (int q = 0; q < PACK_GROUPS; q++) { group_starts[q+1] = start += group(before, q) + group(counts, q); }
     }
     __syncthreads();
-    const unsigned* group_starts = starts[own_warp];
     const unsigned count = group_starts[PACK_GROUPS];
-    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // the warp's first value
+    unsigned run = s.rule.strategy == MINK ? s.tile_offsets[tile] : tile * s.k_tile; // of the warp
     for (int w = 0; w < own_warp; w++) { run += starts[w][PACK_GROUPS]; }
     const floatX* from = s.x + first;
     RunBits* bits_to = (RunBits*)s.d.bitmap + first / PACK_RUN;
@@ -2702,7 +2657,7 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
         if (i < n) { s.d.offsets[i / DROPIT_SEGMENT] = run + group_starts[q] + group(before, q); }
     }
     if (PACK_RUN == 8 && begin + DROPIT_TILE <= n && count <= MAX_STAGED) {
-        const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // with shift, own and to are aligned alike
+        const unsigned shift = run % 8, unused = MAX_STAGED + 8 + lane; // own and to are aligned alike
         floatX *own = staged[own_warp]->v, *to = s.d.values + (run - shift);
         for (int q = 0; q < PACK_GROUPS; q++) {
             // read again, from cache: kept in registers since then, they would leave room for few warps
@@ -2717,25 +2672,26 @@ __global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __gr
             }
         }
         __syncwarp();
-        for (unsigned i = lane * 8; i < shift + count; i += 32 * 8) {
-            if (i >= shift && i + 8 <= shift + count) { *(Pack<8>*)(to + i) = *(const Pack<8>*)(own + i); }
-            else { for (unsigned j = max(i, shift); j < i + 8 && j < shift + count; j++) { to[j] = own[j]; } }
+        const unsigned end = shift + count;
+        for (unsigned i = lane * 8; i < end; i += 32 * 8) {
+            if (i >= shift && i + 8 <= end) { *(Pack<8>*)(to + i) = *(const Pack<8>*)(own + i); }
+            else { for (unsigned j = max(i, shift); j < i + 8 && j < end; j++) { to[j] = own[j]; } }
         }
     } else {
         for (int q = 0; q < PACK_GROUPS; q++) {
             RunBits bits = group(words, q);
+            const unsigned at = q * 32 * PACK_RUN;
             floatX* to = s.d.values + run + group_starts[q] + group(before, q);
-            if ((first + q * 32 * PACK_RUN) / DROPIT_SEGMENT * DROPIT_SEGMENT < n) { bits_to[q * 32] = bits; }
-            for (; bits != 0; bits &= bits - 1) { *to++ = from[q * 32 * PACK_RUN + __ffs((int)bits) - 1]; }
+            if ((first + at) / DROPIT_SEGMENT * DROPIT_SEGMENT < n) { bits_to[q * 32] = bits; }
+            for (; bits != 0; bits &= bits - 1) { *to++ = from[at + __ffs((int)bits) - 1]; }
         }
     }
 }
 
 // out[i - begin] = i kept ? its value : 0, for begin <= i < end. A thread writes 8 elements, a warp a
 // segment, whose bits before its own a thread counts. V 8: begin, end and out are aligned to 8
-template <int V> __global__
-void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets,
-                          size_t begin, size_t end) {
+template <int V> __global__ void dropit_unpack_kernel(
+        floatX* out, const floatX* values, const unsigned* bitmap, const unsigned* offsets, size_t begin, size_t end) {
     const size_t i = (begin / 8 + (size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= end) { return; }
     const size_t segment = i / DROPIT_SEGMENT;
@@ -2746,13 +2702,11 @@ void dropit_unpack_kernel(floatX* out, const floatX* values, const unsigned* bit
         before += __popc(bitmap[segment * THREAD_WORDS + w] & earlier);
     }
     const bitsX* in = (const bitsX*)values + before;
-    unsigned k = 0; // index in `in` of the next kept value
     bitsX* to = (bitsX*)out + (i - begin);
     Pack<8, bitsX> p;
-    for (int j = 0; j < 8; j++) { // no branches: in[k] is read for a dropped element, too, and masked
-        const unsigned bit = byte >> j & 1;
-        p.v[j] = in[k] & (0u - bit);
-        k += bit;
+    unsigned k = 0; // index in `in` of the next kept value
+    for (int j = 0; j < 8; k += byte >> j & 1, j++) { // no branches: a dropped element is masked
+        p.v[j] = in[k] & (0u - (byte >> j & 1));
     }
     if (V == 8) { *(Pack<8, bitsX>*)to = p; }
     else { for (int j = 0; j < 8; j++) { if (i + j >= begin && i + j < end) { to[j] = p.v[j]; } } }
@@ -2777,7 +2731,7 @@ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, si
 void dropit_plan(Plan* plan, DropScratch* s, size_t tiles, size_t list) {
     const size_t m = MAX_SELECTIONS;
     plan_add(plan, SCRATCH, "search", "", "(4)", &s->search, m * sizeof(TensorSearch));
-    plan_add(plan, SCRATCH, "histogram", "", "(4, 2048)", &s->histogram, m * DROPIT_BINS * sizeof(unsigned));
+    plan_add(plan, SCRATCH, "histogram", "", "(4, 2048)", &s->histogram, m * DROPIT_BINS * 4);
     plan_add(plan, SCRATCH, "tile counts", "", "(tiles, 2)", &s->tile_counts, tiles * sizeof(uint2));
     plan_add(plan, SCRATCH, "tile offsets", "", "(tiles)", &s->tile_offsets, tiles * sizeof(unsigned));
     plan_add(plan, SCRATCH, "sample", "", "(4, 16384)", &s->sample, m * DROPIT_TILE * sizeof(floatX));
@@ -2786,72 +2740,67 @@ void dropit_plan(Plan* plan, DropScratch* s, size_t tiles, size_t list) {
     plan_add(plan, SCRATCH, "list indices", "", "(list)", &s->list_indices, list * sizeof(unsigned));
 }
 
-// one tensor as the kernels see it
-Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
-    const size_t n = c->d.n;
-    // the sample has about `kept` of the k largest; the range goes 5 standard deviations to both sides
-    const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
-    const double high = kept > margin ? kept - margin : 0.0, low = kept + margin > DROPIT_TILE ? 0.0 : kept + margin;
-    return {*c, *scratch, (unsigned)dropit_keep(DROPIT_TILE, gamma), (unsigned)dropit_keep(n % DROPIT_TILE, gamma),
-            0, (unsigned)dropit_tiles(n), (unsigned)high, (unsigned)low, dropit_list_capacity(n)};
-}
-
-#define DROPIT_LAUNCH(kernel, threads, blocks, ...) do { \
+#define LAUNCH_BLOCKS(kernel, blocks, threads, stream, ...) do { \
     kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
 // Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap,
 // offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it
 void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma,
                    cudaStream_t stream) {
+    const DropScratch b = *scratch;
     Selections all = {}, stored = {};
     unsigned tiles = 0, most_tiles = 0, stored_tiles = 0;
     int num_stored = 0;
     size_t list = 0;
     for (int i = 0; i < count; i++) {
-        const DropScratch own = {scratch->search + i, scratch->histogram + i * DROPIT_BINS,
-            scratch->tile_counts + tiles, scratch->tile_offsets + tiles, scratch->sample + i * DROPIT_TILE,
-            scratch->range + 2 * i, scratch->list_values + list, scratch->list_indices + list, scratch->not_finite};
+        const size_t n = choices[i].d.n;
+        // the sample has about `kept` of the k largest; the range goes 5 deviations to both sides
+        const double q = (double)choices[i].d.k / n, kept = q * DROPIT_TILE;
+        const double margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0, high = kept - margin, low = kept + margin;
         Selection* s = &all.tensors[i];
-        *s = dropit_selection(&choices[i], &own, gamma);
+        *s = {choices[i], {b.search + i, b.histogram + i * DROPIT_BINS, b.tile_counts + tiles,
+            b.tile_offsets + tiles, b.sample + i * DROPIT_TILE, b.range + 2 * i, b.list_values + list,
+            b.list_indices + list, b.not_finite}, (unsigned)dropit_keep(DROPIT_TILE, gamma),
+            (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0, (unsigned)dropit_tiles(n),
+            (unsigned)(high > 0.0 ? high : 0.0), (unsigned)(low > DROPIT_TILE ? 0.0 : low), dropit_list_capacity(n)};
         list += align_up(s->list_capacity);
         if (s->d.offsets != NULL) {
-            s->first_tile = stored_tiles;
+            s->first_tile = stored_tiles, stored_tiles += s->tiles;
             stored.tensors[num_stored++] = *s;
-            stored_tiles += s->tiles;
         }
-        s->first_tile = tiles;
-        tiles += s->tiles;
+        s->first_tile = tiles, tiles += s->tiles;
         most_tiles = std::max(most_tiles, s->tiles);
     }
     const int strategy = choices[0].rule.strategy;
     if (strategy == MINK) {
         // each block ends with up to 2,048 atomic additions, so there are only as many as run at once
         const unsigned blocks = std::min(most_tiles, 16u * num_multiprocessors);
-        const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, an fp32 key 31; the others are 0
-        DROPIT_LAUNCH(dropit_sample_kernel, 64, dim3(DROPIT_TILE / 4 / 64, count), all);
-        DROPIT_LAUNCH(dropit_range_kernel, RANGE_THREADS, count, all);
-        DROPIT_LAUNCH(dropit_candidates_kernel, DROPIT_THREADS, tiles, all);
-        DROPIT_LAUNCH(dropit_start_kernel, 256, count, all);
+        const int digits = sizeof(floatX) == 2 ? 2 : 3; // a bf16 key has 15 bits, an fp32 key 31
+        LAUNCH_BLOCKS(dropit_sample_kernel, dim3(DROPIT_TILE / 4 / 64, count), 64, stream, all);
+        LAUNCH_BLOCKS(dropit_range_kernel, count, RANGE_THREADS, stream, all);
+        LAUNCH_BLOCKS(dropit_candidates_kernel, tiles, DROPIT_THREADS, stream, all);
+        LAUNCH_BLOCKS(dropit_start_kernel, count, 256, stream, all);
         for (int digit = 0; digit < digits; digit++) {
-            DROPIT_LAUNCH(dropit_histogram_kernel, DROPIT_THREADS, dim3(blocks, count), all, digit == 0);
-            DROPIT_LAUNCH(dropit_search_kernel, 256, count, all);
+            LAUNCH_BLOCKS(dropit_histogram_kernel, dim3(blocks, count), DROPIT_THREADS, stream, all, digit == 0);
+            LAUNCH_BLOCKS(dropit_search_kernel, count, 256, stream, all);
         }
-        DROPIT_LAUNCH(dropit_count_kernel, DROPIT_THREADS, tiles, all);
-        DROPIT_LAUNCH(dropit_offsets_kernel, OFFSETS_THREADS, count, all);
+        LAUNCH_BLOCKS(dropit_count_kernel, tiles, DROPIT_THREADS, stream, all);
+        LAUNCH_BLOCKS(dropit_offsets_kernel, count, OFFSETS_THREADS, stream, all);
     } else {
         const auto kernel = strategy == RANDOM ? dropit_tile_kernel<true> : dropit_tile_kernel<false>;
-        DROPIT_LAUNCH(kernel, DROPIT_THREADS, tiles, all);
+        LAUNCH_BLOCKS(kernel, tiles, DROPIT_THREADS, stream, all);
     }
     if (num_stored == 0) { return; }
     const auto kernel = strategy == RANDOM ? dropit_pack_kernel<true> : dropit_pack_kernel<false>;
-    DROPIT_LAUNCH(kernel, PACK_THREADS, stored_tiles, stored);
+    LAUNCH_BLOCKS(kernel, stored_tiles, PACK_THREADS, stream, stored);
 }
 
 // out (end - begin) = elements begin .. end-1 of the tensor, with zeros for those that were dropped
 void dropit_unpack(floatX* out, const Dropped* d, size_t begin, size_t end, cudaStream_t stream) {
     const size_t blocks = CEIL_DIV(CEIL_DIV(end, (size_t)8) - begin / 8, (size_t)256);
-    const auto kernel = vectorizable(begin | end, out) ? dropit_unpack_kernel<8> : dropit_unpack_kernel<1>;
-    DROPIT_LAUNCH(kernel, 256, blocks, out, d->values, d->bitmap, d->offsets, begin, end);
+    const bool packs = vectorizable(begin | end, out);
+    const auto kernel = packs ? dropit_unpack_kernel<8> : dropit_unpack_kernel<1>;
+    LAUNCH_BLOCKS(kernel, blocks, 256, stream, out, d->values, d->bitmap, d->offsets, begin, end);
 }
 
 // x (end - begin) = the same, made in place of recomputed elements begin .. end-1
@@ -2861,13 +2810,13 @@ void dropit_mask(floatX* x, const Dropped* d, size_t begin, size_t end, DropRule
     const size_t blocks = CEIL_DIV(n, (size_t)256 * (packs ? VEC : 1));
     const auto kernel = hashed ? dropit_mask_kernel<true, 1> : packs ? dropit_mask_kernel<false, VEC>
                                                                      : dropit_mask_kernel<false, 1>;
-    DROPIT_LAUNCH(kernel, 256, blocks, x, d->thresholds, begin, n, rule);
+    LAUNCH_BLOCKS(kernel, blocks, 256, stream, x, d->thresholds, begin, n, rule);
 }
 // ---- end shared: DropIT ----------------------------------------------------
 
 // ---- shared: linear --------------------------------------------------------
 // Matrix products by cuBLASLt. The plan of a product (descriptors, algorithm) is made once for each
-// shape: asking for an algorithm takes longer than a small product, and a plan gives the same bits.
+// shape: asking for an algorithm takes longer than a small product
 static cublasLtHandle_t cublaslt_handle;
 #define CUBLAS_WORKSPACE ((size_t)32 << 20) // bytes; NVIDIA recommends as many for Hopper
 static void* cublas_workspace;              // memory of the model's plan
@@ -2881,8 +2830,8 @@ typedef struct {
 } MatmulPlan;
 static List<MatmulPlan> matmul_plans;
 
-template <class T> void matmul_set(const MatmulPlan* p, cublasLtMatmulDescAttributes_t attribute, T value) {
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, attribute, &value, sizeof(value)));
+template <class T> void matmul_set(const MatmulPlan* p, cublasLtMatmulDescAttributes_t what, T value) {
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, what, &value, sizeof(value)));
 }
 
 // the plan for a product of this shape, made at the first call
@@ -2906,8 +2855,8 @@ MatmulPlan* matmul_plan(const MatmulShape& s, const floatX* bias) {
     int found = 0;
     const size_t workspace = CUBLAS_WORKSPACE;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &workspace, sizeof(workspace)));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
     cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->A, p->B, p->D, p->D, preference, 1, &result, &found);
     require(found > 0, "cuBLASLt has no algorithm for a product of m %d n %d k %d in " PRECISION_NAME
             "; try PRECISION=FP32", s.m, s.n, s.k);
@@ -2939,8 +2888,7 @@ void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const 
     const bool fused = C % 8 == 0 && OC % 8 == 0; // to add a bias, cuBLASLt wants rows of whole 16 bytes
     matmul(out, weight, inp, fused ? bias : NULL, residual, OC, rows, C, true, false, false);
     if (fused) { return; }
-    bias_add_kernel<<<CEIL_DIV(rows * OC, (size_t)256), 256, 0, main_stream>>>(out, bias, rows * OC, (int)OC);
-    kernelCheck();
+    LAUNCH_BLOCKS(bias_add_kernel, CEIL_DIV(rows * OC, (size_t)256), 256, main_stream, out, bias, rows * OC, OC);
 }
 void linear_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, size_t rows, size_t C, size_t OC) {
     matmul(dinp, weight, dout, NULL, NULL, C, rows, OC, false, false, false);
@@ -2949,9 +2897,9 @@ void linear_backward_weight(float* dweight, const floatX* dout, const floatX* in
     matmul(dweight, inp, dout, NULL, dweight, C, OC, rows, false, true, true);
 }
 
-// Sums over rows are made in two steps of fixed order. The first: partial[slab, c] = sum of x[r, c] over
-// the SLAB_ROWS rows r of a slab; x (rows, OC). A thread has V columns of one slab.
-template <int V> __global__ void column_sum_kernel(float* partial, const floatX* x, size_t rows, int OC) {
+// First step of sums over rows: out[slab, c] = sum of x[r, c] over the SLAB_ROWS rows r of a slab; x
+// (rows, OC). A thread has V columns of one slab
+template <int V> __global__ void column_sum_kernel(float* out, const floatX* x, size_t rows, int OC) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = OC / V, slab = i / packs, column = i % packs * V;
     if (slab * SLAB_ROWS >= rows) { return; }
@@ -2962,7 +2910,7 @@ template <int V> __global__ void column_sum_kernel(float* partial, const floatX*
         load<V>(v, x + r * OC + column);
         for (int j = 0; j < V; j++) { sum[j] += v[j]; }
     }
-    store<V>(partial + slab * OC + column, sum);
+    store<V>(out + slab * OC + column, sum);
 }
 
 // The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the
@@ -2977,10 +2925,8 @@ __global__ void column_sum_finish_kernel(float* out, float* out2, const float* p
 }
 void column_sum_finish(float* out, float* out2, const float* partial, size_t slabs, size_t C, size_t OC) {
     const size_t blocks = CEIL_DIV(OC, (size_t)64);
-    column_sum_finish_kernel<<<blocks, 64, 0, main_stream>>>(out, out2, partial, slabs, (int)C, (int)OC);
-    kernelCheck();
+    LAUNCH_BLOCKS(column_sum_finish_kernel, blocks, 64, main_stream, out, out2, partial, slabs, C, OC);
 }
-
 size_t column_sum_scratch(size_t rows, size_t OC) { return CEIL_DIV(rows, (size_t)SLAB_ROWS) * OC; }
 void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t OC) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
@@ -2991,7 +2937,7 @@ void column_sum(float* out, const floatX* x, float* partial, size_t rows, size_t
 
 // ---- shared: loss ----------------------------------------------------------
 // Softmax cross-entropy of logits (B, V) with label smoothing; its gradient replaces the logits:
-//     losses[b] = (1 - smoothing) * -log p[label] + smoothing * mean over v of -log p[v],   p = softmax(logits[b])
+//     losses[b] = (1 - smoothing) * -log p[label] + smoothing * mean(-log p),   p = softmax(logits[b])
 //     logits[b] = (p - (1 - smoothing) * onehot(label) - smoothing / V) * scale
 // in PyTorch: F.cross_entropy(logits, labels, label_smoothing=smoothing). If lam < 1, image b is mixed
 // with image B-1-b: -log p[label] and onehot(label) are lam times those of labels[b] plus 1 - lam times
@@ -3003,10 +2949,11 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     auto lanes = cg::tiled_partition<LOSS_LANES>(cg::this_thread_block());
     const int b = blockIdx.x * (blockDim.x / LOSS_LANES) + threadIdx.x / LOSS_LANES;
     if (b >= B) { return; }
-    const int lane = (int)lanes.thread_rank(), first = labels[b], second = lam < 1.0f ? labels[B - 1 - b] : first;
+    const int lane = lanes.thread_rank(), first = labels[b], second = lam < 1.0f ? labels[B - 1 - b] : first;
     const int label = lam < 0.5f ? second : first;
     floatX* row = logits + (size_t)b * V;
-    const float correct = (float)row[label], mixed = lam * (float)row[first] + (1.0f - lam) * (float)row[second];
+    const float correct = (float)row[label];
+    const float mixed = lam * (float)row[first] + (1.0f - lam) * (float)row[second];
     const float weight = (1.0f - smoothing) * lam, second_weight = (1.0f - smoothing) * (1.0f - lam);
     float largest = -INFINITY, sum = 0.0f, logit_sum = 0.0f;
     int before = 0;
@@ -3032,8 +2979,8 @@ __global__ void cross_entropy_kernel(float* losses, int* ranks, floatX* logits, 
     ranks[b] = before;
 }
 
-// sums[0] += losses; sums[1], sums[2] += images whose label is the best class, or one of the best 5. One
-// block: a thread adds up every 64th image, then thread 0 adds up the threads in order.
+// sums += losses, images whose label is the best class, images where it is one of the best 5. One block:
+// a thread adds up every 64th image, then thread 0 adds up the threads in order
 __global__ void loss_sum_kernel(StepResult* result, const float* losses, const int* ranks, int B) {
     __shared__ double sums[64][3];
     double* own = sums[threadIdx.x];
@@ -3044,7 +2991,7 @@ __global__ void loss_sum_kernel(StepResult* result, const float* losses, const i
         own[2] += ranks[b] < 5;
     }
     __syncthreads();
-    for (int t = 0; threadIdx.x == 0 && t < 64; t++) { for (int i = 0; i < 3; i++) { result->sums[i] += sums[t][i]; } }
+    for (int k = 0; threadIdx.x == 0 && k < 3 * 64; k++) { result->sums[k % 3] += sums[k / 3][k % 3]; }
 }
 
 // cross_entropy_kernel, and its losses and ranks added to the sums of the step
@@ -3052,9 +2999,7 @@ void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits
                    float smoothing, float lam, float scale) {
     const int blocks = CEIL_DIV(B, 64 / LOSS_LANES);
     cross_entropy_kernel<<<blocks, 64, 0, main_stream>>>(losses, ranks, logits, labels, B, V, smoothing, lam, scale);
-    kernelCheck();
-    loss_sum_kernel<<<1, 64, 0, main_stream>>>(result, losses, ranks, B);
-    kernelCheck();
+    LAUNCH_BLOCKS(loss_sum_kernel, 1, 64, main_stream, result, losses, ranks, B);
 }
 // ---- end shared: loss ------------------------------------------------------
 
@@ -3062,7 +3007,7 @@ void cross_entropy(StepResult* result, float* losses, int* ranks, floatX* logits
 // partial[block] = sum over its elements of x^2, in a fixed order; x (n), partial (NORM_BLOCKS)
 #define NORM_BLOCKS 256
 __global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
-    __shared__ double warp_sums[4];
+    __shared__ double sums[4]; // of the warps
     auto warp = cg::tiled_partition<32>(cg::this_thread_block());
     double sum = 0.0;
     const size_t stride = (size_t)gridDim.x * blockDim.x * 4;
@@ -3071,9 +3016,9 @@ __global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
         sum += (double)(v.x * v.x + v.y * v.y) + (double)(v.z * v.z + v.w * v.w);
     }
     sum = cg::reduce(warp, sum, cg::plus<double>());
-    if (warp.thread_rank() == 0) { warp_sums[threadIdx.x / 32] = sum; }
+    if (warp.thread_rank() == 0) { sums[threadIdx.x / 32] = sum; }
     __syncthreads();
-    if (threadIdx.x == 0) { partial[blockIdx.x] = warp_sums[0] + warp_sums[1] + warp_sums[2] + warp_sums[3]; }
+    if (threadIdx.x == 0) { partial[blockIdx.x] = sums[0] + sums[1] + sums[2] + sums[3]; }
 }
 
 __global__ void norm_kernel(StepResult* result, const double* partial) {
@@ -3084,81 +3029,68 @@ __global__ void norm_kernel(StepResult* result, const double* partial) {
 
 // result->norm = L2 norm of grads (n), n a multiple of 4, as torch.nn.utils.clip_grad_norm_ returns it
 void gradient_norm(StepResult* result, double* partial, const float* grads, size_t n) {
-    sum_squares_kernel<<<NORM_BLOCKS, 128, 0, main_stream>>>(partial, grads, n);
-    kernelCheck();
-    norm_kernel<<<1, 1, 0, main_stream>>>(result, partial);
-    kernelCheck();
+    LAUNCH_BLOCKS(sum_squares_kernel, NORM_BLOCKS, 128, main_stream, partial, grads, n);
+    LAUNCH_BLOCKS(norm_kernel, 1, 1, main_stream, result, partial);
 }
 
-// what it scales gradients by
 __device__ inline float clip_factor(const StepResult* result, float clip) {
     return clip > 0.0f ? fminf(1.0f, clip / (result->norm + 1e-6f)) : 1.0f;
 }
 
-// AdamW (Loshchilov and Hutter, ICLR 2019) as torch.optim.AdamW; correctionN is 1 - betaN^step:
+// AdamW (Loshchilov and Hutter, ICLR 2019) as torch.optim.AdamW; fixN is 1 - betaN^step:
 //     m = beta1 * m + (1 - beta1) * g,  v = beta2 * v + (1 - beta2) * g^2,  g = clipped gradient
-//     w = w * (1 - lr * weight_decay) - lr / correction1 * m / (sqrt(v) / sqrt(correction2) + eps)
+//     w = w * (1 - lr * weight_decay) - lr / fix1 * m / (sqrt(v) / sqrt(fix2) + eps)
 // w is master (n), params (n) are w rounded; in fp32 they are the same. A thread updates VEC of them.
-__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads, size_t n,
-                             const StepResult* result, float clip, float lr, float beta1, float beta2,
-                             float correction1, float correction2, float eps, float weight_decay) {
+__global__ void adamw_kernel(
+        floatX* params, float* master, float* m, float* v, const float* grads, size_t n, const StepResult* result,
+        float clip, float lr, float beta1, float beta2, float fix1, float fix2, float eps, float weight_decay) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
     float g[VEC], mi[VEC], vi[VEC], w[VEC];
     const float factor = clip_factor(result, clip);
-    load<VEC>(g, grads + i);
-    load<VEC>(mi, m + i);
-    load<VEC>(vi, v + i);
-    load<VEC>(w, master + i);
+    load<VEC>(g, grads + i), load<VEC>(mi, m + i), load<VEC>(vi, v + i), load<VEC>(w, master + i);
     for (int j = 0; j < VEC; j++) {
         const float gj = g[j] * factor;
         mi[j] = beta1 * mi[j] + (1.0f - beta1) * gj;
         vi[j] = beta2 * vi[j] + (1.0f - beta2) * gj * gj;
-        const float scale = sqrtf(vi[j]) / sqrtf(correction2) + eps;
-        w[j] = w[j] * (1.0f - lr * weight_decay) - lr / correction1 * mi[j] / scale;
+        const float scale = sqrtf(vi[j]) / sqrtf(fix2) + eps;
+        w[j] = w[j] * (1.0f - lr * weight_decay) - lr / fix1 * mi[j] / scale;
     }
-    store<VEC>(m + i, mi);
-    store<VEC>(v + i, vi);
-    store<VEC>(master + i, w);
+    store<VEC>(m + i, mi), store<VEC>(v + i, vi), store<VEC>(master + i, w);
     store<VEC>(params + i, w);
 }
 
 // SGD with momentum as torch.optim.SGD, with w and g as in AdamW:
-//     g += weight_decay * w,  m = momentum * m + g,  w -= lr * m,  with Nesterov w -= lr * (g + momentum * m)
-__global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n,
-                           const StepResult* result, float clip, float lr, float momentum, float weight_decay,
-                           bool nesterov) {
+//     g += weight_decay * w,  m = momentum * m + g,  w -= lr * m; Nesterov: w -= lr * (g + momentum * m)
+__global__ void sgd_kernel(
+        floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
+        float clip, float lr, float momentum, float weight_decay, bool nesterov) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
     float g[VEC], mi[VEC], w[VEC];
     const float factor = clip_factor(result, clip);
-    load<VEC>(g, grads + i);
-    load<VEC>(mi, m + i);
-    load<VEC>(w, master + i);
+    load<VEC>(g, grads + i), load<VEC>(mi, m + i), load<VEC>(w, master + i);
     for (int j = 0; j < VEC; j++) {
         const float gj = g[j] * factor + weight_decay * w[j];
         mi[j] = momentum * mi[j] + gj;
         w[j] -= lr * (nesterov ? gj + momentum * mi[j] : mi[j]);
     }
-    store<VEC>(m + i, mi);
-    store<VEC>(master + i, w);
-    store<VEC>(params + i, w);
+    store<VEC>(m + i, mi), store<VEC>(master + i, w), store<VEC>(params + i, w);
 }
 
-// updates n parameters (a multiple of VEC) of one weight decay at learning rate lr; step counts from 1
+// updates n parameters, a multiple of VEC, of one weight decay; step counts from 1
 void optimizer_update(floatX* params, float* master, float* m, float* v, const float* grads, size_t n,
                       const StepResult* result, OptimizerConfig o, double lr, int step) {
     assert(n % VEC == 0);
     const size_t blocks = CEIL_DIV(n, (size_t)256 * VEC);
     if (o.adamw) {
-        const float correction1 = (float)(1.0 - pow(o.beta1, step)), correction2 = (float)(1.0 - pow(o.beta2, step));
-        adamw_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, v, grads, n, result, (float)o.clip, (float)lr,
-            (float)o.beta1, (float)o.beta2, correction1, correction2, (float)o.eps, (float)o.weight_decay);
+        const double fix1 = 1.0 - pow(o.beta1, step), fix2 = 1.0 - pow(o.beta2, step);
+        LAUNCH_BLOCKS(adamw_kernel, blocks, 256, main_stream, params, master, m, v, grads, n, result, o.clip, lr,
+            o.beta1, o.beta2, fix1, fix2, o.eps, o.weight_decay);
     } else {
-        sgd_kernel<<<blocks, 256, 0, main_stream>>>(params, master, m, grads, n, result, (float)o.clip, (float)lr,
-            (float)o.momentum, (float)o.weight_decay, o.nesterov);
+        LAUNCH_BLOCKS(sgd_kernel, blocks, 256, main_stream, params, master, m, grads, n, result, o.clip, lr,
+            o.momentum, o.weight_decay, o.nesterov);
     }
-    kernelCheck();
 }
 
 // ema = decay * ema + rest * w, the average of weights over steps, with rest = 1 - decay, rounded in the
@@ -3167,14 +3099,12 @@ __global__ void ema_kernel(float* ema, const float* w, size_t n, float decay, fl
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
     float e[VEC], v[VEC];
-    load<VEC>(e, ema + i);
-    load<VEC>(v, w + i);
+    load<VEC>(e, ema + i), load<VEC>(v, w + i);
     for (int j = 0; j < VEC; j++) { e[j] = e[j] * decay + rest * v[j]; }
     store<VEC>(ema + i, e);
 }
 void ema_update(float* ema, const float* w, size_t n, double decay) {
-    ema_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(ema, w, n, (float)decay, (float)(1.0 - decay));
-    kernelCheck();
+    LAUNCH_BLOCKS(ema_kernel, CEIL_DIV(n, (size_t)256 * VEC), 256, main_stream, ema, w, n, decay, 1.0 - decay);
 }
 
 // out = in, rounded to floatX; out, in (n), n a multiple of VEC. A thread rounds VEC elements
@@ -3187,14 +3117,13 @@ __global__ void round_kernel(floatX* out, const float* in, size_t n) {
 }
 
 // Learning rate of a step, counted from 0: linear warm-up from warmup_lr to lr, half a cosine to min_lr.
-// By steps: step t of the warm-up has gone (t + 1) / warmup of the way; the cosine begins after it.
-// By epochs: as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
-// lr_min=min_lr), of which DeiT's main.py calls step(epoch) after each epoch: epoch e has timm's rate of
-// e - 1, the first two have warmup_lr, and the cosine counts from the first, hidden by the warm-up.
+// By steps, step t of the warm-up has gone (t + 1) / warmup of the way, and the cosine begins after it.
+// By epochs, as timm's CosineLRScheduler(t_initial=length, warmup_t=warmup, warmup_lr_init=warmup_lr,
+// lr_min=min_lr), with step(epoch) after each epoch, as in DeiT's main.py: epoch e has timm's rate of e-1
 double learning_rate_at(const Schedule* s, int step) {
     const int epoch = step / s->epoch_steps, t = !s->by_epochs ? step : epoch > 0 ? epoch - 1 : 0;
     const int done = s->by_epochs ? t : t + 1, begin = s->by_epochs ? 0 : s->warmup;
-    const int cosine = s->length > begin ? s->length - begin : 1; // length of the cosine
+    const int cosine = s->length > begin ? s->length - begin : 1; // its length
     if (t < s->warmup) { return s->warmup_lr + (s->lr - s->warmup_lr) * done / s->warmup; }
     if (t >= s->length) { return s->min_lr; }
     return s->min_lr + 0.5 * (s->lr - s->min_lr) * (1.0 + cos(M_PI * (t - begin) / cosine));
@@ -3383,7 +3312,6 @@ template <class T> void plan_add(Plan* plan, int category, const char* name, con
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
-
 size_t plan_total(const Plan* plan) {
     size_t total = 0;
     for (size_t bytes : plan->bytes) { total += bytes; }
@@ -3406,7 +3334,6 @@ void plan_allocate(Plan* plan) {
     }
 }
 
-// the lines of the plan; those of one name and part, such as the copies of a tensor, as one
 void plan_print(const Plan* plan) {
     const double MiB = 1048576.0;
     const char* row = "| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n";
@@ -3881,8 +3808,8 @@ int checkpoint_find(const char* directory) {
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all). Of those removed
-// DONE goes first: what is left when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all), DONE first: what is
+// left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[4200];
     checkpoint_path(path, sizeof(path), directory, "DONE", step);
@@ -3948,7 +3875,8 @@ typedef struct {
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
 //
 // Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
-// pitch and row pitch are the number of rows and S * CH, rounded up to a multiple of RESIZE_V
+// pixels are (columns, CH, pitch). pitch and row pitch are the number of rows and S * CH, rounded up to a
+// multiple of RESIZE_V
 typedef struct {
     size_t staged, resized;             // offsets in the staging buffer, in bytes
     size_t pixels, straight;            // offset from `staged`, offset from `resized`
@@ -4746,7 +4674,6 @@ void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
     }
 }
 
-// brings a batch to the device when the one before has been used; the threads go on with the next
 void loader_batch(Loader* loader, size_t number) {
     if (loader->ahead < 0) { loader_plan(loader, number); }
     assert(loader->ahead == (long long)number);

@@ -257,6 +257,7 @@ static void test_weights(void) {
     tiny->adamw = true;
     tiny->chunk_bytes = 1 << 20;
     deit_shape(tiny);
+    tiny->augment = augment_new("none");
     plan_model(tiny); // image 6, patch 3, 2 channels, 3 classes, 4 channels, 1 block, 2 heads: T is 5
     const struct { const char* change; int result; size_t classes = 3; } cases[] = {
         {NULL, 0}, {"norm.weight F16 4", 1}, {"norm.weight BF16 4", 1}, {"norm.weight F64 4", 1}, {"norm.weight I32 4", 1}, {"norm.weight F32 5", 1},
