@@ -92,12 +92,17 @@ in_parallel() { # in_parallel FUNCTION: calls it for each line of words of the s
 }
 without_mutant() { # without_mutant TEST [DUMP]
     local start=$SECONDS
-    if run_test 0 "$@"; then touch "passes.$1.${2:-}"; else echo "without a mutant, this test fails: $*"; tail -n 5 "log.0.$1.${2:-}"; fi
+    if run_test 0 "$@"; then touch "passes.$1.${2:-}"
+    else
+        echo "without a mutant, this test fails: $*"
+        tail -n 5 "log.0.$1.${2:-}"
+    fi
     echo "no mutant $((SECONDS - start)) s  $*"
 }
 
 programs=$(cut -d ' ' -f 3 chosen | sort -u | while read -r test; do program_of "$test"; done | sort -u)
-${MAKE:-make} --no-print-directory -s -j "$(nproc)" DEVICE=cpu PRECISION=FP32 OPTIMIZE=-O1 WARNINGS=-w $programs || exit 1
+build="${MAKE:-make} --no-print-directory -s -j $(nproc) DEVICE=cpu PRECISION=FP32 OPTIMIZE=-O1 WARNINGS=-w"
+$build $programs || exit 1
 echo "built after $SECONDS s"
 cut -d ' ' -f 3- chosen | sort -u | in_parallel without_mutant
 in_parallel judge <chosen | tee results
