@@ -1415,18 +1415,19 @@ void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* p
 
 // dtokens = dout[:, 1:].contiguous(), for matrix products. dtokens (B, T-1, C) has n elements, dout
 // (B, T, C). V divides C; a thread copies V
-template <int V> __global__ void embed_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
+template <int V>
+__global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     const size_t classes = i / C / (T - 1) + 1; // class tokens before element i
     if (i < n) { *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + classes * C); }
 }
 void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
     const size_t n = B * (T-1) * C;
-    LAUNCH(embed_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
+    LAUNCH(embed_backward_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
 }
 
 // dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0); dout (B, T, C). A thread sums one (t, c)
-__global__ void embed_pos_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
+__global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
     if (i >= n) { return; }
     float sum = 0.0f;
@@ -1435,7 +1436,7 @@ __global__ void embed_pos_kernel(float* dpos, float* dcls, const floatX* dout, i
     if (i < (size_t)C) { dcls[i] += sum; }
 }
 void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_pos_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
+    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
     kernelCheck();
 }
 
@@ -2615,8 +2616,8 @@ __device__ inline unsigned run_counts(unsigned word) {
 // up to MAX_STAGED values up in shared memory (19 KiB a block) and writes them as one run. More, as at
 // gamma 0.3, go to their places one by one, and so do fp32 values
 #define MAX_STAGED (PACK_RUN == 8 ? 2304 : 0)
-template <bool HASHED> __global__ __launch_bounds__(PACK_THREADS, 8)
-void dropit_pack_kernel(const __grid_constant__ Selections all) {
+template <bool HASHED>
+__global__ void __launch_bounds__(PACK_THREADS, 8) dropit_pack_kernel(const __grid_constant__ Selections all) {
     // for each warp: its values, 8 for alignment, and for each lane a place for what is not kept
     __shared__ Pack<8> staged[PACK_THREADS / 32][MAX_STAGED / 8 + 1 + 32 / 8];
     __shared__ unsigned starts[PACK_THREADS / 32][PACK_GROUPS + 1]; // values before each group, and all
@@ -2713,8 +2714,8 @@ template <int V> __global__ void dropit_unpack_kernel(
 }
 
 // x[i - begin] = i kept ? itself : 0, for begin <= i < begin + n. A thread has V elements
-template <bool HASHED, int V> __global__
-void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
+template <bool HASHED, int V>
+__global__ void dropit_mask_kernel(floatX* x, const Threshold* thresholds, size_t begin, size_t n, DropRule rule) {
     const size_t first = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (first >= n) { return; }
     const size_t i = begin + first;
@@ -5700,7 +5701,9 @@ static bool finite(const void* device, int bits, size_t n) {
     uint8_t* host = host_new<uint8_t>(n * bits / 8, "a tensor");
     to_host(host, (const uint8_t*)device, n * bits / 8);
     bool all = true;
-    for (size_t i = 0; i < n; i++) { all = all && isfinite(bits == FP32 ? ((float*)host)[i] : (float)((floatX*)host)[i]); }
+    for (size_t i = 0; i < n; i++) {
+        all = all && isfinite(bits == FP32 ? ((float*)host)[i] : (float)((floatX*)host)[i]);
+    }
     free(host);
     return all;
 }

@@ -156,7 +156,7 @@ t shared_sections_planted 60 dev/test/check_shared.sh --self-test
 if [ -n "$python" ]; then
     t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
     t weights_predict_sheet 300 "$python" dev/test/test_weights.py ./train_deit
-    t tensorboard 300 "$python" dev/test/test_events.py
+    t tensorboard 300 "$python" dev/test/test_events.py ./train_deit
 else
     not_run "the scripts of data/, -w, -predict and -sheet (no python3 with numpy and Pillow here)"
 fi
