@@ -1,9 +1,9 @@
 #!/bin/bash
-# Do the tests find mistakes? dev/test/mutants.txt lists mutants: single changes of train_deit.cu, each a mistake that somebody could
-# make, with the test that must then fail. All are built into one copy of the tree, in which the environment variable MUTANT
-# chooses one by its number. Each test must pass without a mutant, and fail with it. Prints a line a mutant, with the first
-# check that failed, and the counts.
-# It is not a part of `make test`: it takes half an hour on two cores.
+# Do the tests find mistakes? dev/test/mutants.txt lists mutants: single changes of train_deit.cu, each a mistake that
+# somebody could make, with the test that must then fail. All are built into one copy of the tree, in which the
+# environment variable MUTANT chooses one by its number. Each test must pass without a mutant, and fail with it. Prints
+# a line a mutant, with the first check that failed, and the counts. It is not a part of `make test`: it takes ten to
+# twenty minutes on two cores.
 #   dev/test/mutants.sh            all mutants
 #   dev/test/mutants.sh NAME ...   these
 set -u
@@ -13,8 +13,8 @@ trap 'rm -rf "$tree"' EXIT
 bin=build/cpu-fp32
 git ls-files -z | xargs -0 cp --parents -t "$tree"
 
-# Writes the trainer with all mutants, and a list of them: number, name, test. An expression becomes a choice of two, a statement
-# (it ends with ; or }) an if with two branches
+# Writes the trainer with all mutants, and a list of them: number, name, test. An expression becomes a choice of two, a
+# statement (it ends with ; or }) an if with two branches
 awk -v list="$tree/list" '
     function mutate(n, name, old, new,    part, point, text, place) {
         if (split(old, part, "`") == 1) { part[2] = part[1]; part[1] = part[3] = "" }
@@ -22,12 +22,14 @@ awk -v list="$tree/list" '
         text = part[1] point part[3]
         place = index(source, text)
         if (!place || index(substr(source, place + 1), text)) {
-            printf "%s: its text stands %s in train_deit.cu:\n%s\n", name, place ? "more than once" : "nowhere", text >"/dev/stderr"
+            where = place ? "more than once" : "nowhere, or overlaps that of a mutant above,"
+            printf "%s: its text stands %s in train_deit.cu:\n%s\n", name, where, text >"/dev/stderr"
             wrong = 1
             return
         }
         place += length(part[1])
-        text = point ~ /[;}]$/ ? "if (MUTANT(" n ")) { " new " } else { " point " }" : "(MUTANT(" n ") ? (" new ") : (" point "))"
+        text = point ~ /[;}]$/ ? "if (MUTANT(" n ")) { " new " } else { " point " }" \
+                               : "(MUTANT(" n ") ? (" new ") : (" point "))"
         source = substr(source, 1, place - 1) text substr(source, place + length(point))
     }
     function finish() { if (name != "") mutate(n, name, old, new); name = old = new = "" }
@@ -42,8 +44,9 @@ awk -v list="$tree/list" '
     END {
         finish()
         place = index(source, "\nnamespace cg")
-        printf "%s\nstatic const int mutant = getenv(\"MUTANT\") != NULL ? atoi(getenv(\"MUTANT\")) : 0; // 0: none\n", substr(source, 1, place)
-        printf "#define MUTANT(n) (mutant == (n))%s", substr(source, place)
+        printf "%s#define MUTANT(n) (mutant == (n))\n", substr(source, 1, place)
+        printf "static const int mutant = getenv(\"MUTANT\") != NULL ? atoi(getenv(\"MUTANT\")) : 0; // 0: none"
+        printf "%s", substr(source, place)
         exit wrong
     }' dev/test/mutants.txt >"$tree/train_deit.cu" || exit 1
 cd "$tree" || exit 1
@@ -89,12 +92,17 @@ in_parallel() { # in_parallel FUNCTION: calls it for each line of words of the s
 }
 without_mutant() { # without_mutant TEST [DUMP]
     local start=$SECONDS
-    if run_test 0 "$@"; then touch "passes.$1.${2:-}"; else echo "without a mutant, this test fails: $*"; tail -n 5 "log.0.$1.${2:-}"; fi
+    if run_test 0 "$@"; then touch "passes.$1.${2:-}"
+    else
+        echo "without a mutant, this test fails: $*"
+        tail -n 5 "log.0.$1.${2:-}"
+    fi
     echo "no mutant $((SECONDS - start)) s  $*"
 }
 
 programs=$(cut -d ' ' -f 3 chosen | sort -u | while read -r test; do program_of "$test"; done | sort -u)
-${MAKE:-make} --no-print-directory -s -j "$(nproc)" DEVICE=cpu PRECISION=FP32 OPTIMIZE=-O1 WARNINGS=-w $programs || exit 1
+build="${MAKE:-make} --no-print-directory -s -j $(nproc) DEVICE=cpu PRECISION=FP32 OPTIMIZE=-O1 WARNINGS=-w"
+$build $programs || exit 1
 echo "built after $SECONDS s"
 cut -d ' ' -f 3- chosen | sort -u | in_parallel without_mutant
 in_parallel judge <chosen | tee results

@@ -53,6 +53,10 @@ for kind in model_00000030 state_00000030_00000; do
     same "alone/$kind" "killed/$kind"
     verdict $? "$kind of a resumed run has other bits"
 done
+# the evaluation at a step that only -x makes the last leaves no trace in its checkpoint
+run -x 10 -v 0 -n 10 -ema 0.9 -o "$work/stopped"
+same alone/model_00000010 stopped/model_00000010
+verdict $? "a run that -x stops at step 10 has other bits: $(cat "$work/stderr")"
 run -x 30 -v 0 -n 10 -ema 0.9 -y 1 -rate 0.5 -o "$work/alone"
 [ $? = 1 ] && grep -q 'was written with -rate 0.25, not 0.5' "$work/stderr"
 verdict $? "a flag of its own is compared: $(cat "$work/stderr")"
