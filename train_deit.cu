@@ -252,7 +252,7 @@ struct KeepLargest {
 };
 
 // Linear layers, in PyTorch: F.linear(inp, weight, bias). out and dout are (rows, OC), inp and dinp
-// (rows, C), weight and dweight (OC, C), bias (OC)
+// (rows, C), weight and dweight (OC, C), bias (OC), never NULL
 static cublasHandle_t cublas_handle;
 // out = inp @ weight^T + bias (+ residual (rows, OC); NULL: none)
 void linear_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
@@ -478,7 +478,8 @@ void first_not_finite(const Model* model, char name[128]); // the first stored t
 uint32_t fingerprint(const Model* model);         // CRC-32 of all weights
 void weights_agree(const Model* model);           // over the ranks, else the run ends
 
-// What a model defines for the code behind main()
+// What a model defines for the code behind main(), beside struct Augmenter and the macros MODEL_NAMES,
+// DEFAULT_MODEL, HELP_RECOMPUTE, HELP_DROP_ALL, HELP_WEIGHTS
 int model_options(Model* model, Option* options, int n); // appends its flags; returns how many there are
 const char* model_defaults(const char* name);            // flags that stand before a recipe's
 void model_configure(Model* model);                      // what the flags say: H, W, CH, V and its own
@@ -1492,7 +1493,7 @@ template <class Keep> void layernorm_forward(
     LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, keep);
 }
 
-struct Add { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
+struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
 
 // dinp += rstd * (g - mean(g) - norm * mean(g * norm)) for each row, with g = dout * weight and
 // norm = (inp - mean) * rstd. Rows of dinp and inp begin `stride` apart; dout (rows, C). Lanes as above
@@ -1510,7 +1511,7 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
         for (int j = 0; j < V; j++) { sum[j] += g[j] * w[j]; }
         for (int j = 0; j < V; j++) { norm_sum[j] += g[j] * w[j] * ((x[j] - m) * s); }
     }
-    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), Add());
+    const float2 sums = cg::reduce(lanes, make_float2(total<V>(sum), total<V>(norm_sum)), AddPairs());
     const float g_mean = sums.x / C, gn_mean = sums.y / C;
     for (int c = first; c < C; c += step) {
         load<V>(x, inp + r * stride + c), load<V>(g, dout + r * C + c), load<V>(w, weight + c);
@@ -2744,6 +2745,18 @@ void dropit_plan(Plan* plan, DropScratch* s, size_t tiles, size_t list) {
 #define LAUNCH_BLOCKS(kernel, blocks, threads, stream, ...) do { \
     kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
+// one tensor as the kernels see it, with its own part of the scratch
+Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
+    const size_t n = c->d.n;
+    // the sample has about `kept` of the k largest; the range goes 5 deviations to both sides
+    const double q = (double)c->d.k / n, kept = q * DROPIT_TILE, margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0;
+    const double high = kept - margin, low = kept + margin;
+    return Selection{*c, *scratch, (unsigned)dropit_keep(DROPIT_TILE, gamma),
+                     (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0, (unsigned)dropit_tiles(n),
+                     (unsigned)(high > 0.0 ? high : 0.0), (unsigned)(low > DROPIT_TILE ? 0.0 : low),
+                     dropit_list_capacity(n)};
+}
+
 // Chooses what is kept of count <= MAX_SELECTIONS tensors by one strategy: their thresholds, and bitmap,
 // offsets and values where they are stored. gamma is for fastmink and random; for mink, d.k says it
 void dropit_select(const DropChoice* choices, int count, const DropScratch* scratch, double gamma,
@@ -2754,16 +2767,11 @@ void dropit_select(const DropChoice* choices, int count, const DropScratch* scra
     int num_stored = 0;
     size_t list = 0;
     for (int i = 0; i < count; i++) {
-        const size_t n = choices[i].d.n;
-        // the sample has about `kept` of the k largest; the range goes 5 deviations to both sides
-        const double q = (double)choices[i].d.k / n, kept = q * DROPIT_TILE;
-        const double margin = 5.0 * sqrt(kept * (1.0 - q)) + 2.0, high = kept - margin, low = kept + margin;
-        Selection* s = &all.tensors[i];
-        *s = {choices[i], {b.search + i, b.histogram + i * DROPIT_BINS, b.tile_counts + tiles,
+        const DropScratch part = {b.search + i, b.histogram + i * DROPIT_BINS, b.tile_counts + tiles,
             b.tile_offsets + tiles, b.sample + i * DROPIT_TILE, b.range + 2 * i, b.list_values + list,
-            b.list_indices + list, b.not_finite}, (unsigned)dropit_keep(DROPIT_TILE, gamma),
-            (unsigned)dropit_keep(n % DROPIT_TILE, gamma), 0, (unsigned)dropit_tiles(n),
-            (unsigned)(high > 0.0 ? high : 0.0), (unsigned)(low > DROPIT_TILE ? 0.0 : low), dropit_list_capacity(n)};
+            b.list_indices + list, b.not_finite};
+        Selection* s = &all.tensors[i];
+        *s = dropit_selection(&choices[i], &part, gamma);
         list += align_up(s->list_capacity);
         if (s->d.offsets != NULL) {
             s->first_tile = stored_tiles, stored_tiles += s->tiles;
@@ -3303,7 +3311,7 @@ template <class T> void plan_add(Plan* plan, int category, const char* name, con
         const Allocation* line = &plan->lines.of[i];
         if (line->pointer == (void**)shared) { a.shares = line->shares >= 0 ? line->shares : i; }
     }
-    assert(shared == NULL || a.shares >= 0);
+    assert(shared == NULL || (a.shares >= 0 && plan->lines.of[a.shares].category == a.category));
     size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // shared bytes
     const size_t more = a.bytes > *had ? a.bytes - *had : 0;
     plan->bytes[a.category] += more;
