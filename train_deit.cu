@@ -903,7 +903,9 @@ void model_plan(Model* model) {
     const size_t squares = I * NH * T * t->ld;
     const bool fp32 = sizeof(floatX) == sizeof(float); // then probs and scores share memory, dscores and dprobs
     plan_add(plan, SCRATCH, "scores", "", "(I, NH, T, T) fp32", &t->scores, squares * sizeof(float));
+    plan_clear(plan); // the padding of its rows is read
     plan_add(plan, SCRATCH, "dprobs", "", "(I, NH, T, T) fp32", &t->dprobs, squares * sizeof(float));
+    plan_clear(plan);
     plan_add(plan, SCRATCH, "probs", "", "(I, NH, T, T)", &t->probs, squares * sizeof(floatX), 0,
              fp32 ? (floatX**)&t->scores : NULL);
     plan_add(plan, SCRATCH, "dscores", "", "(I, NH, T, T)", &t->dscores, squares * sizeof(floatX), 0,
