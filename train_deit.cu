@@ -2164,7 +2164,7 @@ __device__ inline float least_kept(unsigned key, bool above) {
 }
 
 // one comparison an element, with the smallest magnitude that is kept; Inf and NaN are kept
-template <int V> __device__ void KeepLargest::apply(float* v, size_t i) const {
+template <int V> __device__ __forceinline__ void KeepLargest::apply(float* v, size_t i) const {
     const Threshold t = *threshold;
     const size_t first = begin + i;
     if (first + V <= t.tie_end || first >= t.tie_end) {
