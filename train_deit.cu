@@ -102,6 +102,8 @@ static int rank = 0, num_ranks = 1; // of the processes that train together, one
 
 // goes after every <<<>>>. With CUDA_LAUNCH_BLOCKING=1 in the environment a bad access is reported by its own kernel
 #define kernelCheck() cudaCheck(cudaGetLastError())
+#define LAUNCH_BLOCKS(kernel, blocks, threads, stream, ...) do { \
+    kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
 // floatX is the type of weights and activations; weight gradients and optimizer states are fp32 in both
 #ifdef ENABLE_FP32
@@ -242,12 +244,12 @@ typedef struct {
     unsigned* bitmap;      // (words)
     floatX* values;        // (k + 1): unpacking may read one value more than there are
 } Dropped;
-// what a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing,
-// or min-k's masking
+// What a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing, or
+// min-k's masking
 struct KeepAll { template <int V> __device__ void apply(float*, size_t) const {} };
 struct KeepLargest {
-    const Threshold* threshold;
-    size_t begin; // element of the tensor where the chunk begins
+    const Threshold* threshold; // NULL: all elements are kept; a launcher takes KeepAll instead
+    size_t begin;               // element of the tensor where the chunk begins
     template <int V> __device__ void apply(float* v, size_t i) const;
 };
 
@@ -388,7 +390,8 @@ void plan_selection(Model* model, std::initializer_list<const Activation*> activ
 char* activation_at(const Activation* a, size_t b0, bool backward);
 // is the tensor computed now? In the forward pass each is, in the backward pass what is not cached
 bool computed(const Activation* a, bool backward);
-KeepLargest keep_largest(const Activation* a, size_t b0);
+// the masking of a tensor from image b0 on: none where it is not recomputed, or masked by another kernel
+KeepLargest keep_largest(const Activation* a, size_t b0, bool recompute);
 void drop_activations(const Model* model, std::initializer_list<const Activation*> activations);
 // dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 of `rows` rows
 // each. X is the tensor as the backward pass has it: dense, unpacked, or recomputed and masked
@@ -627,19 +630,17 @@ void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelSta
               size_t n, int S, int P, int CH);
 // out[b] = concatenation of cls and tokens[b] (T-1, C), plus pos (T, C)
 void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C);
-void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C);
-void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C);
+void embed_backward(floatX* dtokens, float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C);
 // in PyTorch: F.layer_norm(inp, (C,), weight, bias, eps). out (rows, C), mean and rstd (rows); row r of
 // inp begins at inp + r*stride. keep: DropIT's masking of out
-template <class Keep = KeepAll> void layernorm_forward(
-    floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
-    size_t rows, size_t C, size_t stride, Keep keep = Keep());
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                       const floatX* bias, size_t rows, size_t C, size_t stride, KeepLargest keep = {});
 // dinp += its gradient, since dinp is that of the residual stream. partial holds 2 *
 // column_sum_scratch(rows, C) floats
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
                         const floatX* inp, const floatX* weight, const float* mean, const float* rstd, size_t rows,
                         size_t C, size_t stride);
-template <class Keep = KeepAll> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep = Keep());
+void gelu_forward(floatX* out, const floatX* inp, size_t n, KeepLargest keep = {});
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // dinp *= derivative of F.gelu at inp
 // in PyTorch: F.scaled_dot_product_attention(q, k, v). out (images, T, C), lse (images, NH, T), qkv
 // (images, T, 3C)
@@ -671,14 +672,6 @@ void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const 
     if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
 }
 
-// a LayerNorm of a block, from image b0 on; masked where DropIT allows it
-void norm_forward(const Activation* a, floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                  const floatX* bias, size_t b0, size_t rows, size_t C, bool recompute) {
-    const bool masked = recompute && a->masked;
-    if (masked) { layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C, keep_largest(a, b0)); }
-    else { layernorm_forward(out, mean, rstd, inp, weight, bias, rows, C, C); }
-}
-
 // Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls: the same
 // bits. training: with drop-path
 void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
@@ -692,21 +685,19 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     floatX *residual = AT(floatX, residual), *ln1 = AT(floatX, ln1), *qkv = AT(floatX, qkv);
     floatX *atty = AT(floatX, atty), *residual2 = AT(floatX, residual2), *ln2 = AT(floatX, ln2);
     floatX *fch = AT(floatX, fch), *gelu = AT(floatX, fch_gelu);
-    const Activation* masked = recompute && a->fch_gelu[l].masked ? &a->fch_gelu[l] : NULL;
     if (NOW(ln1)) {
-        norm_forward(&a->ln1[l], ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w[l],
-                     p->ln1b[l], b0, rows, C, recompute);
+        layernorm_forward(ln1, AT(float, ln1_mean), AT(float, ln1_rstd), residual, p->ln1w[l], p->ln1b[l], rows, C, C,
+                          keep_largest(&a->ln1[l], b0, recompute));
     }
     if (NOW(qkv)) { linear_forward(qkv, ln1, p->qkvw[l], p->qkvb[l], NULL, rows, C, 3*C); }
     if (NOW(atty)) { attention_forward(atty, AT(float, lse), qkv, &model->attention, (int)nb); }
     if (NOW(residual2)) { branch_forward(residual2, atty, p->projw[l], p->projb[l], residual, scales, nb, T, C, C); }
     if (NOW(ln2)) {
-        norm_forward(&a->ln2[l], ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w[l],
-                     p->ln2b[l], b0, rows, C, recompute);
+        layernorm_forward(ln2, AT(float, ln2_mean), AT(float, ln2_rstd), residual2, p->ln2w[l], p->ln2b[l], rows, C, C,
+                          keep_largest(&a->ln2[l], b0, recompute));
     }
     if (NOW(fch)) { linear_forward(fch, ln2, p->fc1w[l], p->fc1b[l], NULL, rows, C, 4*C); }
-    if (masked != NULL) { gelu_forward(gelu, fch, rows * 4*C, keep_largest(masked, b0)); }
-    else if (NOW(fch_gelu)) { gelu_forward(gelu, fch, rows * 4*C); }
+    if (NOW(fch_gelu)) { gelu_forward(gelu, fch, rows * 4*C, keep_largest(&a->fch_gelu[l], b0, recompute)); }
 #undef NOW
 #undef AT
     if (recompute) { return; }
@@ -809,8 +800,7 @@ void model_backward(Model* model) {
     for (size_t b0 = 0; b0 < B; b0 += I) {
         const size_t nb = std::min(B - b0, I);
         const floatX* dres = model->dresidual + b0 * T*C;
-        embed_backward_positions(g->pos[0], g->cls[0], dres, nb, T, C);
-        embed_backward_tokens(model->tokens, dres, nb, T, C);
+        embed_backward(model->tokens, g->pos[0], g->cls[0], dres, nb, T, C);
         weight_gradient(model, a->patches, g->patchw[0], g->patchb[0], model->tokens, b0, nb, T-1, K, C);
     }
 }
@@ -1416,31 +1406,24 @@ void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* p
     LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
 }
 
-// dtokens = dout[:, 1:].contiguous(), for matrix products. dtokens (B, T-1, C) has n elements, dout
-// (B, T, C). V divides C; a thread copies V
-template <int V>
-__global__ void embed_backward_tokens_kernel(floatX* dtokens, const floatX* dout, size_t n, int T, int C) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    const size_t classes = i / C / (T - 1) + 1; // class tokens before element i
-    if (i < n) { *(Pack<V>*)(dtokens + i) = *(const Pack<V>*)(dout + i + classes * C); }
-}
-void embed_backward_tokens(floatX* dtokens, const floatX* dout, size_t B, size_t T, size_t C) {
-    const size_t n = B * (T-1) * C;
-    LAUNCH(embed_backward_tokens_kernel, vectorizable(C, dtokens, dout), n, 256, dtokens, dout, n, T, C);
-}
-
-// dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0); dout (B, T, C). A thread sums one (t, c)
-__global__ void embed_backward_positions_kernel(float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
+// Gradients of embed: dtokens = dout[:, 1:].contiguous(), dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0).
+// dout (B, T, C), dtokens (B, T-1, C). A thread has one (t, c) of all images
+__global__ void embed_backward_kernel(
+        floatX* dtokens, float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
     if (i >= n) { return; }
     float sum = 0.0f;
-    for (int b = 0; b < B; b++) { sum += (float)dout[b * n + i]; }
+    for (int b = 0; b < B; b++) {
+        const floatX d = dout[b * n + i];
+        if (i >= (size_t)C) { dtokens[b * (n - C) + i - C] = d; }
+        sum += (float)d;
+    }
     dpos[i] += sum;
     if (i < (size_t)C) { dcls[i] += sum; }
 }
-void embed_backward_positions(float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
-    embed_backward_positions_kernel<<<CEIL_DIV(T * C, (size_t)64), 64, 0, main_stream>>>(dpos, dcls, dout, B, T, C);
-    kernelCheck();
+void embed_backward(floatX* dtokens, float* dpos, float* dcls, const floatX* dout, size_t B, size_t T, size_t C) {
+    const size_t blocks = CEIL_DIV(T * C, (size_t)64);
+    LAUNCH_BLOCKS(embed_backward_kernel, blocks, 64, main_stream, dtokens, dpos, dcls, dout, B, T, C);
 }
 
 // Mean and sum of squared deviations of n values, 0 of a lane without packs; JoinMoments gives those of
@@ -1458,8 +1441,8 @@ struct JoinMoments {
 // stride. A lane takes deviations from the mean of its own elements, so one reduction is enough
 #define LAYERNORM_EPS 1e-6f
 template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-        const floatX* bias, size_t rows, int C, size_t stride, Keep keep) {
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
+        size_t rows, int C, size_t stride, Keep keep) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1488,11 +1471,12 @@ template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel
     mean[r] = m;
     rstd[r] = s;
 }
-template <class Keep> void layernorm_forward(
-        floatX* out, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b,
-        size_t rows, size_t C, size_t stride, Keep keep) {
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b,
+                       size_t rows, size_t C, size_t stride, KeepLargest keep) {
     const bool vec = vectorizable(C | stride, out, x, w, b);
-    LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, keep);
+    if (keep.threshold == NULL) {
+        LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, KeepAll());
+    } else { LAUNCH_ROWS(layernorm_forward_kernel, vec, C, rows, out, mean, rstd, x, w, b, rows, C, stride, keep); }
 }
 
 struct AddPairs { __device__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; } };
@@ -1576,8 +1560,10 @@ template <int V> __global__ void gelu_backward_kernel(floatX* dinp, const floatX
     }
     store<V>(dinp + i, d);
 }
-template <class Keep> void gelu_forward(floatX* out, const floatX* inp, size_t n, Keep keep) {
-    LAUNCH(gelu_forward_kernel, vectorizable(n, out, inp), n, 256, out, inp, n, keep);
+void gelu_forward(floatX* out, const floatX* inp, size_t n, KeepLargest keep) {
+    const bool packs = vectorizable(n, out, inp);
+    if (keep.threshold == NULL) { LAUNCH(gelu_forward_kernel, packs, n, 256, out, inp, n, KeepAll()); }
+    else { LAUNCH(gelu_forward_kernel, packs, n, 256, out, inp, n, keep); }
 }
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     LAUNCH(gelu_backward_kernel, vectorizable(n, dinp, inp), n, 256, dinp, inp, n);
@@ -1601,8 +1587,8 @@ __global__ void drop_path_scales_kernel(
     scales[i] = (double)u.x + 0.5 < keep * 4294967296.0 ? 1.0f / (float)keep : 0.0f;
 }
 void drop_path_scales(float* out, int L, int B, double last, unsigned long long seed, unsigned step, unsigned first) {
-    drop_path_scales_kernel<<<CEIL_DIV(L * 2 * B, 64), 64, 0, main_stream>>>(out, L, B, last, seed, step, first);
-    kernelCheck();
+    const int blocks = CEIL_DIV(L * 2 * B, 64);
+    LAUNCH_BLOCKS(drop_path_scales_kernel, blocks, 64, main_stream, out, L, B, last, seed, step, first);
 }
 
 // out = scales[b] * x (+ add where it is not NULL) for each image b; out may be x. out, x, add
@@ -1637,8 +1623,7 @@ __global__ void attention_pointers_kernel(Attention a, floatX* qkv, floatX* out,
 }
 void attention_pointers(const Attention* a, floatX* qkv, floatX* out, floatX* dqkv, int images) {
     const int num = images * a->heads;
-    attention_pointers_kernel<<<CEIL_DIV(num, 64), 64, 0, main_stream>>>(*a, qkv, out, dqkv, num);
-    kernelCheck();
+    LAUNCH_BLOCKS(attention_pointers_kernel, CEIL_DIV(num, 64), 64, main_stream, *a, qkv, out, dqkv, num);
 }
 
 // largest of some scores (of none -FLT_MAX: -INFINITY would give NaN), sum of exp(score - largest)
@@ -2743,9 +2728,6 @@ void dropit_plan(Plan* plan, DropScratch* s, size_t tiles, size_t list) {
     plan_add(plan, SCRATCH, "list values", "", "(list)", &s->list_values, list * sizeof(floatX));
     plan_add(plan, SCRATCH, "list indices", "", "(list)", &s->list_indices, list * sizeof(unsigned));
 }
-
-#define LAUNCH_BLOCKS(kernel, blocks, threads, stream, ...) do { \
-    kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__); kernelCheck(); } while (0)
 
 // one tensor as the kernels see it, with its own part of the scratch
 Selection dropit_selection(const DropChoice* c, const DropScratch* scratch, double gamma) {
@@ -5197,7 +5179,9 @@ char* activation_at(const Activation* a, size_t b0, bool backward) {
 }
 
 bool computed(const Activation* a, bool backward) { return !backward || !a->cached; }
-KeepLargest keep_largest(const Activation* a, size_t b0) { return {a->dropit.thresholds, b0 * a->per_image}; }
+KeepLargest keep_largest(const Activation* a, size_t b0, bool recompute) {
+    return {recompute && a->masked ? a->dropit.thresholds : NULL, b0 * a->per_image};
+}
 
 static DropRule drop_rule(const Model* model, const Activation* a) {
     // tensors, and ranks, differ in what the random strategy draws

@@ -37,7 +37,7 @@ NARROW = {
     "resize_columns_kernel": "bytes, of which each thread needs a different window",
     "resize_turn_kernel": "transposes 8 x 8 bytes, in rows of 8",
     "augment_table_kernel": "a histogram of bytes", "augment_kernel": "gathers bytes at rotated places",
-    "embed_backward_positions_kernel": "40 MiB of a step",
+    "embed_backward_kernel": "80 MiB of a step",
     "drop_path_scales_kernel": "two numbers a block and image",
     "attention_pointers_kernel": "pointers, 8 bytes each", "dot_kernel": "runs under -stats only",
 }

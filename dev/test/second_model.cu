@@ -26,8 +26,8 @@ __global__ void pixels_kernel(floatX* pixels, const uint8_t* images, const int* 
 }
 
 // v = inp - mean, mask = v > 0, out = relu(v); mask and out may be NULL. inp (rows, C), mean (C), n = rows * C
-template <class Keep> __global__ void relu_kernel(floatX* out, uint8_t* mask, const floatX* inp, const float* mean,
-                                                  size_t n, int C, Keep keep) {
+__global__ void relu_kernel(floatX* out, uint8_t* mask, const floatX* inp, const float* mean, size_t n, int C,
+                            KeepLargest keep) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i < n) {
         float v[8];
@@ -40,7 +40,7 @@ template <class Keep> __global__ void relu_kernel(floatX* out, uint8_t* mask, co
         }
         if (mask != NULL) { mask[i / 8] = (uint8_t)bits; }
         if (out != NULL) {
-            keep.template apply<8>(v, i);
+            if (keep.threshold != NULL) { keep.apply<8>(v, i); }
             store<8>(out + i, v);
         }
     }
@@ -178,11 +178,8 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     linear_forward(fc1, AT(floatX, &a->x[l]), p->fc1w[l], p->fc1b[l], NULL, nb, b.in, b.mid);
     const float* mean = model->buffers.mean[l];
     const size_t n = nb * b.mid;
-    if (recompute && a->relu[l].masked) {
-        relu_kernel<<<BLOCKS(n / 8)>>>(relu, mask, fc1, mean, n, (int)b.mid, keep_largest(&a->relu[l], b0));
-    } else {
-        relu_kernel<<<BLOCKS(n / 8)>>>(relu, mask, fc1, mean, n, (int)b.mid, KeepAll());
-    }
+    const KeepLargest keep = keep_largest(&a->relu[l], b0, recompute);
+    relu_kernel<<<BLOCKS(n / 8)>>>(relu, mask, fc1, mean, n, (int)b.mid, keep);
     if (recompute) { return; }
     if (training) { column_sum(model->sums[l], fc1, model->partial, nb, b.mid); }
     floatX* out = AT(floatX, output_of(model, l));
