@@ -72,8 +72,7 @@ static cudaStream_t main_stream;
 static int num_multiprocessors;
 static int rank = 0, num_ranks = 1; // of the processes that train together, one a GPU
 
-// Ends the program with one sentence on stderr, and with it all ranks: the others would wait for this
-// one for ever
+// Ends the program with one sentence on stderr, and all ranks: the others would wait for this one for ever
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
     const int reason = errno; // for %m
     va_list arguments;
@@ -244,11 +243,10 @@ typedef struct {
     unsigned* bitmap;      // (words)
     floatX* values;        // (k + 1): unpacking may read one value more than there are
 } Dropped;
-// What a kernel that recomputes a tensor does with V elements from element i of its chunk on: nothing, or
-// min-k's masking
+// What a kernel that recomputes a tensor does with V elements from element i of its chunk on
 struct KeepAll { template <int V> __device__ void apply(float*, size_t) const {} };
-struct KeepLargest {
-    const Threshold* threshold; // NULL: all elements are kept; a launcher takes KeepAll instead
+struct KeepLargest { // min-k's masking
+    const Threshold* threshold; // NULL: none; a launcher takes KeepAll instead
     size_t begin;               // element of the tensor where the chunk begins
     template <int V> __device__ void apply(float* v, size_t i) const;
 };
@@ -522,9 +520,8 @@ static const struct {
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
 
-// X(name, name in timm, copies, shape of copy l, kind, initial value). timm initialises linear layers
-// and positions from a normal distribution, the patch embedding as PyTorch does any convolution: uniform
-// up to 1/sqrt(inputs of an output)
+// X(name, name in timm, copies, shape of copy l, kind, initial value). timm draws linear layers and positions
+// from a normal distribution; the patch embedding begins as any convolution of PyTorch: uniformly distributed
 #define PARAMETERS(X) \
     X(patchw, "patch_embed.proj.weight",    1, (C, CH, P, P), DECAY, uniform_init(CH*P*P)) \
     X(patchb, "patch_embed.proj.bias",      1, (C),           PLAIN, uniform_init(CH*P*P)) \
@@ -579,11 +576,10 @@ static const struct {
     X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block; 0: off") \
     X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment: none, rand-m9-mstd0.5-inc1 (timm's names)")
 
-// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between
-// them. No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of
-// scores, and the backward pass rebuilds the probabilities from it. Rows of T x T matrices are `ld`
-// elements apart, T rounded up to VEC, so that they can be read in packs; the columns from T on are
-// never used as values
+// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them.
+// No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the
+// backward pass rebuilds the probabilities from it. Rows of T x T matrices are `ld` elements apart, T rounded
+// up to VEC, so that they can be read in packs; the columns from T on are never used as values
 typedef struct {
     int heads, T, HS, ld, max_images;
     float* scores;   // (images, NH, T, ld) q @ k^T / sqrt(HS)
@@ -624,9 +620,8 @@ struct Model : Common {
 // ----------------------------------------------------------------------------
 // its kernels' launchers, which stand behind main()
 
-// patches (B, T-1, CH*P*P) = images (B, S, S, CH), mirrored where flips (B) say so, normalised, erased
-// and mixed
-void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, const BatchAugment* augment,
+// patches (B, T-1, CH*P*P) = images (B, S, S, CH), mirrored where flips (B) say so, normalised, erased and mixed
+void patchify(floatX* patches, const uint8_t* images, const int* flips, PixelStats stats, BatchAugment augment,
               size_t n, int S, int P, int CH);
 // out[b] = concatenation of cls and tokens[b] (T-1, C), plus pos (T, C)
 void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* pos, size_t B, size_t T, size_t C);
@@ -635,19 +630,16 @@ void embed_backward(floatX* dtokens, float* dpos, float* dcls, const floatX* dou
 // inp begins at inp + r*stride. keep: DropIT's masking of out
 void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
                        const floatX* bias, size_t rows, size_t C, size_t stride, KeepLargest keep = {});
-// dinp += its gradient, since dinp is that of the residual stream. partial holds 2 *
-// column_sum_scratch(rows, C) floats
+// dinp += its gradient, since dinp is that of the residual stream; partial (2 * column_sum_scratch(rows, C))
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
                         const floatX* inp, const floatX* weight, const float* mean, const float* rstd, size_t rows,
                         size_t C, size_t stride);
 void gelu_forward(floatX* out, const floatX* inp, size_t n, KeepLargest keep = {});
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // dinp *= derivative of F.gelu at inp
-// in PyTorch: F.scaled_dot_product_attention(q, k, v). out (images, T, C), lse (images, NH, T), qkv
-// (images, T, 3C)
+// in PyTorch: F.scaled_dot_product_attention(q, k, v); out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images);
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images);
-// drop-path (stochastic depth): out = scales[image] * x + residual, with scales (L, 2, B) of 0 or 1 / (1
-// - rate)
+// drop-path (stochastic depth): out = scales[image] * x + residual; scales (L, 2, B) are 0 or 1 / (1 - rate)
 __host__ __device__ inline float drop_path_rate(float last, int l, int depth);
 void drop_path_scales(float* scales, int L, int B, double last, u64 seed, unsigned step, unsigned first);
 void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
@@ -656,24 +648,21 @@ void drop_path(floatX* out, const floatX* x, const floatX* residual, const float
 // ----------------------------------------------------------------------------
 // forward and backward passes
 
-// the drop-path scales of image b0 in a branch of block l (0: attention, 1: mlp); NULL: the branch is
-// never left out
+// the drop-path scales from image b0 on, in a branch of block l (0: attention, 1: mlp); NULL: all are 1
 const float* branch_scales(const Model* model, int l, int branch, size_t b0) {
     const double last = model->own.drop_path;
     if (last == 0.0 || drop_path_rate((float)last, l, model->config.depth) == 0.0f) { return NULL; }
     return model->drop_path_scales + (2*l + branch) * model->B + b0;
 }
 
-// out = residual + linear(inp) for nb images, or + scales * linear(inp) where scales is not NULL; shapes
-// as linear_forward
+// out = residual + linear(inp) for nb images, or + scales * linear(inp) where scales is not NULL
 void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const floatX* bias, const floatX* residual,
                     const float* scales, size_t nb, size_t T, size_t C, size_t OC) {
     linear_forward(out, inp, weight, bias, scales == NULL ? residual : NULL, nb * T, C, OC);
     if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
 }
 
-// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls: the same
-// bits. training: with drop-path
+// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls, to the same bits
 void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
     const size_t C = model->config.channels, T = model->T, rows = nb * T;
     const auto* p = &model->params;
@@ -705,8 +694,7 @@ void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bo
     branch_forward(out, gelu, p->fc2w[l], p->fc2b[l], residual2, scales2, nb, T, 4*C, C);
 }
 
-// logits of the n <= B images whose patches are the first tensor. training: with drop-path, and DropIT
-// chooses
+// logits of n <= B images, whose patches are there. training: with drop-path, and DropIT chooses
 void model_forward(Model* model, size_t n, bool training) {
     const DeitConfig c = model->config;
     const size_t C = c.channels, T = model->T, V = model->V, I = model->chunk_images;
@@ -739,8 +727,7 @@ void model_forward(Model* model, size_t n, bool training) {
     if (training) { drop_activations(model, {a->lnf}); }
 }
 
-// gradients of block l for images b0 .. b0+nb-1; dresidual holds the gradient of the block's output, and
-// then of its input
+// gradients of block l for images b0 .. b0+nb-1. dresidual: that of the block's output becomes that of its input
 void block_backward(Model* model, int l, size_t b0, size_t nb) {
     const size_t C = model->config.channels, T = model->T, rows = nb * T;
     const auto* p = &model->params;
@@ -750,8 +737,7 @@ void block_backward(Model* model, int l, size_t b0, size_t nb) {
     const float *scales = branch_scales(model, l, 0, b0), *scales2 = branch_scales(model, l, 1, b0);
     block_forward(model, l, b0, nb, true, true);
 #define AT(type, name) ((type*)activation_at(&a->name[l], b0, true))
-    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch, which has no use yet, takes what
-    // drop-path lets through
+    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch is free, for what drop-path lets through
     const floatX* dmlp = scales2 != NULL ? dbranch : dres;
     if (scales2 != NULL) { drop_path(dbranch, dres, NULL, scales2, nb, T*C); }
     weight_gradient(model, &a->fch_gelu[l], g->fc2w[l], g->fc2b[l], dmlp, b0, nb, T, 4*C, C);
@@ -807,7 +793,7 @@ void model_backward(Model* model) {
 
 void model_input(Model* model, const Batch* batch) {
     patchify((floatX*)activation_at(model->acts.patches, 0, false), batch->images, batch->flips, batch->stats,
-             &batch->augment, batch->n, (int)model->H, model->config.patch_size, (int)model->CH);
+             batch->augment, batch->n, (int)model->H, model->config.patch_size, (int)model->CH);
     const size_t bytes = batch->n * sizeof(int);
     cudaCheck(cudaMemcpyAsync(model->labels, batch->labels, bytes, cudaMemcpyDeviceToDevice, main_stream));
     batch_used(batch);
@@ -885,12 +871,8 @@ void model_plan(Model* model) {
     plan_add(plan, SCRATCH, "sum partials", "", "fp32", &model->partial, sizeof(float) *
              std::max({column_sum_scratch(I * T, 4*C), 2 * column_sum_scratch(B, C), column_sum_scratch(B, V)}));
     Attention* t = &model->attention;
-    t->heads = (int)NH;
-    t->T = (int)T;
-    t->HS = (int)(C / NH);
-    t->ld = (int)(CEIL_DIV(T, (size_t)VEC) * VEC);
-    t->max_images = (int)I;
-    const size_t squares = I * NH * T * t->ld;
+    const size_t ld = CEIL_DIV(T, (size_t)VEC) * VEC, squares = I * NH * T * ld;
+    *t = Attention{(int)NH, (int)T, (int)(C / NH), (int)ld, (int)I, NULL, NULL, NULL, NULL, NULL};
     const bool fp32 = sizeof(floatX) == sizeof(float); // then probs and scores share memory, dscores and dprobs
     plan_add(plan, SCRATCH, "scores", "", "(I, NH, T, T) fp32", &t->scores, squares * sizeof(float));
     plan_clear(plan); // the padding of its rows is read
@@ -1377,14 +1359,13 @@ template <int V, bool AUGMENT> __global__ void patchify_kernel(
     }
     store<V>(out + i, x);
 }
-void patchify(floatX* out, const uint8_t* images, const int* flips, PixelStats stats,
-              const BatchAugment* augment, size_t n, int S, int P, int CH) {
+void patchify(floatX* out, const uint8_t* images, const int* flips, PixelStats stats, BatchAugment a,
+              size_t n, int S, int P, int CH) {
     n *= S * S * CH; // elements
     const bool packs = P % VEC == 0;
-    const BatchAugment a = augment != NULL ? *augment : BatchAugment{}; // NULL: neither erased nor mixed
-    if (augment == NULL || (a.erased == NULL && !(a.lam < 1.0f))) {
-        LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::false_type());
-    } else { LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::true_type()); }
+    if (a.erased != NULL || a.lam < 1.0f) {
+        LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::true_type());
+    } else { LAUNCH(patchify_kernel, packs, n, 256, out, images, flips, stats, a, n, S, P, CH, std::false_type()); }
 }
 
 // out[b, 0] = cls + pos[0], out[b, t] = tokens[b, t-1] + pos[t]; in PyTorch: cat([cls, tokens], 1) + pos
@@ -1695,8 +1676,7 @@ template <int V, int LANES> __global__ void softmax_backward_kernel(const float*
 
 // Row-major D = op(X) @ op(Y) for every head of a chunk, over sqrt(HS) for scores, dq and dk. op
 // transposes under transX, transY. D, X, Y are rows of `pointers`; scores, probs and their gradients are
-// (T, T), others (T, HS); only a (T, T) X is transposed. cuBLAS, which is column-major, sees transposes:
-// D^T = op(Y)^T @ op(X)^T
+// (T, T), others (T, HS); only a (T, T) X is transposed. Column-major cuBLAS makes D^T = op(Y)^T @ op(X)^T
 void attention_matmul(const Attention* a, int images, int D, int X, bool transX, int Y, bool transY) {
     const int T = a->T, HS = a->HS, C = a->heads * HS, count = a->max_images * a->heads;
     auto fp32 = [](int p) { return p == PTR_SCORES || p == PTR_DPROBS; };
@@ -1878,8 +1858,7 @@ __device__ inline float cubic(float v0, float v1, float v2, float v3, float d) {
 //     AutoContrast: (v - min) * 255 / (max - min)   Brightness: blend(0, v)   Contrast: blend(mean, v)
 //     Equalize: (step/2 + pixels below v) / step, step = (pixels - those of the largest value) / 255
 //     Posterize, Solarize, SolarizeAdd, Invert
-// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. V divides
-// pixels and images
+// tables (n, CH, 256), images (n, pixels, CH), augments (n). A block of 256 threads an image. V divides pixels
 template <int CH, int V> __global__ void augment_table_kernel(
         uint8_t* tables, const uint8_t* images, const ImageAugment* augments, unsigned pixels) {
     __shared__ unsigned counts[CH][256];
@@ -1933,8 +1912,7 @@ template <int CH, int V> __global__ void augment_table_kernel(
     }
 }
 
-// x (CH) = the image (S, S, CH) at the place where an affine operation maps output pixel i, bicubic; the
-// fill colour outside of it
+// x (CH) = the image (S, S, CH), or outside of it `fill`, at the place of output pixel i in it, bicubic
 template <int CH> __device__ inline void affine_pixel(
         uint8_t* x, const uint8_t* image, const double* m, unsigned i, int S, bool flip, Pixel fill) {
     const int row = (int)i / S, column = (int)i - row * S;
@@ -2266,8 +2244,7 @@ __device__ inline int digit_bits(const Search* s) { return min(s->bits, DROPIT_D
 __device__ inline unsigned search_key(const Search* s) { return s->low + (s->prefix << s->bits); }
 
 // Moves the search by one digit: to the largest that at least `remaining` elements reach; if remaining
-// is 0, to ones, above which no key lies. histogram counts the elements with the prefix by their next
-// digit. The whole block calls
+// is 0, to ones, above which no key lies. histogram: of the next digit. The whole block calls
 __device__ inline void search_digit(Search* search, const unsigned* histogram, unsigned* warp_sums) {
     const Search now = *search;
     const int bits = digit_bits(&now), left = now.bits - bits, per_thread = DROPIT_BINS / blockDim.x;
@@ -2584,8 +2561,7 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
 }
 
 // A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
-// four masks. In bf16 a run has 8 elements, and a warp reads whole lines of memory; in fp32 it has 32,
-// which a CPU does faster
+// four masks. In bf16 a run has 8 elements, so that a warp reads whole lines; in fp32 32, for a CPU's speed
 #define PACK_THREADS 128
 #define PACK_GROUPS (128 / PACK_RUN)
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
@@ -2906,8 +2882,7 @@ template <int V> __global__ void column_sum_kernel(float* out, const floatX* x, 
     store<V>(out + slab * OC + column, sum);
 }
 
-// The second: out (C) += the first C columns of partial (slabs, OC), summed; out2 (OC - C) += the
-// others. A thread has one column
+// The second: out (C), out2 (OC - C) += the sums of partial's (slabs, OC) columns. A thread has one column
 __global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= OC) { return; }

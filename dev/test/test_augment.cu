@@ -221,7 +221,7 @@ static void test_mix(const Safetensors* st, int P) {
         uint8_t* device_images = to_device(images, n);
         floatX *patches, *x = (floatX*)malloc(B * V * sizeof(floatX));
         cudaCheck(cudaMalloc((void**)&patches, n * sizeof(floatX)));
-        patchify(patches, device_images, device_flips, stats, &a, B, (int)S, P, (int)CH);
+        patchify(patches, device_images, device_flips, stats, a, B, (int)S, P, (int)CH);
         floatX* out = to_host(patches, n);
         double worst = 0.0;
         for (size_t j = 0; j < n; j++) {
@@ -307,7 +307,7 @@ static void test_erase(int B, int S, int P, int CH, float lam, bool cut) {
     const BatchAugment a = {device_boxes, 8, 1ull << 31, 3, 4, B, lam, cut, S / 3, S - 1, 2, S / 2};
     floatX *patches, *out;
     cudaCheck(cudaMalloc((void**)&patches, n * sizeof(floatX)));
-    patchify(patches, device_images, device_flips, stats, &a, B, S, P, CH);
+    patchify(patches, device_images, device_flips, stats, a, B, S, P, CH);
     out = to_host(patches, n);
     double worst = 0.0;
     for (int b = 0; b < B; b++) {
@@ -476,7 +476,7 @@ static void test_noise(void) {
     const BatchAugment a = {box, 1, 0, 1, 0, 1, 1.0f, false, 0, 0, 0, 0};
     floatX* patches;
     cudaCheck(cudaMalloc((void**)&patches, count * sizeof(floatX)));
-    patchify(patches, images, flips, stats, &a, 1, S, P, CH);
+    patchify(patches, images, flips, stats, a, 1, S, P, CH);
     floatX* out = to_host(patches, count);
     double *x = (double*)malloc(count * sizeof(double));
     for (int c = 0; c < CH; c++) {

@@ -289,7 +289,9 @@ static void test_patchify(int B, int S, int P, int CH) {
     }
     cudaCheck(cudaMemcpy(images.device, images.host, n, cudaMemcpyHostToDevice));
     cudaCheck(cudaMemcpy(flips.device, flips.host, B * sizeof(int), cudaMemcpyHostToDevice));
-    patchify(patches.device, images.device, flips.device, stats, NULL, B, S, P, CH);
+    BatchAugment none = {};
+    none.lam = 1.0f;
+    patchify(patches.device, images.device, flips.device, stats, none, B, S, P, CH);
     const double e = error(patches, p);
     check(e <= TOLERANCE, "patchify %d x %d / %d x %d: %.2g", B, S, P, CH, e);
     drop(&images); drop(&flips); drop(&patches);
