@@ -72,7 +72,7 @@ static void* tensor(const Safetensors* st, const char* name, const char* dtype, 
     require(t != NULL && strcmp(t->dtype, dtype) == 0 && st_numel(t) == n,
             "%s: tensor %s is missing or not %zu elements of %s", st->file.path, name, n, dtype);
     void* copy = host_new<char>(t->end - t->begin, name);
-    memcpy(copy, safetensors_data(st, t), t->end - t->begin);
+    memcpy(copy, t->data, t->end - t->begin);
     return copy;
 }
 

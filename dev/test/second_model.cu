@@ -340,10 +340,10 @@ void model_plan(Model* model) {
     plan_images(model, NULL);
 }
 
-int model_options(Model* model, Option* options, int n) {
+void model_options(Model* model) {
     auto* s = &model->own;
     OWN_SETTINGS(OPTION)
-    return image_options(model, options, n);
+    image_options(model);
 }
 const char* model_defaults(const char* name) {
     return strcmp(name, "single") == 0 ? "-i data/fashion_val.bin -j data/fashion_val.bin -b 100 -l 0.05"
@@ -408,12 +408,7 @@ void model_scores(const Model* model, size_t images, double* scores) {
 
 static int list_tensors(const char* path) {
     Safetensors* st = safetensors_open(path);
-    for (int i = 0; i < st->num_tensors; i++) {
-        const StTensor* t = &st->tensors[i];
-        size_t n = 1;
-        for (int d = 0; d < t->dims; d++) { n *= t->shape[d]; }
-        printf("%s %08x\n", t->name, crc_32(0, safetensors_data(st, t), n * sizeof(float)));
-    }
+    for (const StTensor& t : st->tensors) { printf("%s %08x\n", t.name, crc_32(0, t.data, st_numel(&t) * sizeof(float))); }
     safetensors_close(st);
     return EXIT_SUCCESS;
 }
@@ -561,12 +556,14 @@ static void test_average(void) {
     }
     check(right && moves, "the moving average of buffers");
     const double own = loss_of(&t);
+    const Parameter* first = model->parameters.begin(); // of the buffers, in their order in memory
+    while (first->kind != BUFFER) { first++; }
     ema_enter(model);
     const double averaged = loss_of(&t);
-    float* inside = host_copy(model->fixed + frozen, n);
+    float* inside = host_copy(*first->buffer, n);
     ema_leave(model);
     const double again = loss_of(&t);
-    float* after = host_copy(model->fixed + frozen, n);
+    float* after = host_copy(*first->buffer, n);
     check(memcmp(inside, average[2], bytes) == 0 && averaged != own, "ema_enter: losses %.9g, %.9g", own, averaged);
     check(memcmp(after, fixed[2] + frozen, bytes) == 0 && again == own, "ema_leave: losses %.9g, %.9g", own, again);
     for (float* p : {fixed[0], fixed[1], fixed[2], average[0], average[1], average[2], inside, after}) { free(p); }
