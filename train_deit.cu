@@ -35,6 +35,7 @@ H x W pixels and CH channels of an image, P patch side, OC output channels of a 
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <libgen.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -196,7 +197,8 @@ template <class T> struct List {
 // Several GPUs: a rank is a process with a GPU of its own; ranks have the same weights and other images
 void device_open(void);                                // joins the other ranks, chooses the GPU
 void ranks_close(void);
-void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients; main_stream does not wait
+typedef struct { float* data; size_t n; } Piece;
+void ranks_add(const List<Piece>& pieces);             // of gradients; main_stream does not wait
 void ranks_wait(void);                                 // main_stream waits until they are added up
 void ranks_gather(void* full, const void* part, size_t bytes); // full: all ranks' parts; part may lie in it
 void ranks_broadcast(void* device, size_t bytes);      // all get what rank 0 has
@@ -224,9 +226,8 @@ typedef struct {
     size_t bytes[NUM_CATEGORIES];
     char* blocks[NUM_CATEGORIES]; // as allocated
 } Plan;
-// name and part are printed as one word, shape as it stands in the table; lines of the same name and
-// part are printed as one. dense: bytes without DropIT and recomputation. shared: the pointer of a line
-// before, whose memory this line uses too: that memory grows to `bytes` where it is smaller
+// Lines of the same name and part are printed as one. dense: bytes without DropIT and recomputation.
+// shared: pointer of a line before, whose memory this line uses too; where smaller, it grows to `bytes`
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                  T** pointer, size_t bytes, size_t dense = 0, T** shared = NULL);
 void plan_clear(Plan* plan); // the line that was added last is zero when it has been allocated
@@ -436,6 +437,7 @@ struct Common {
     int num_lines;               // of the table of activations
     size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
+    size_t num_values;           // of all these
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
     floatX* params_memory;       // (num_parameters + num_frozen)
     float* grads_memory;         // (num_parameters)
@@ -474,7 +476,7 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step); // step
 void ema_enter(Model* model);      // the moving average takes the place of the weights, until ema_leave
 void ema_leave(Model* model);
 StepResult model_result(const Model* model); // over all ranks, since zero_gradients; waits for the device
-void first_not_finite(const Model* model, char name[128]); // the first stored tensor as they are computed
+const char* first_not_finite(const Model* model); // name of the first stored tensor as they are computed
 uint32_t fingerprint(const Model* model);         // CRC-32 of all weights
 void weights_agree(const Model* model);           // over the ranks, else the run ends
 
@@ -990,8 +992,7 @@ double seconds(void);
 void write_sheet(Model* model, Loader* loader, size_t number);
 void predict(Model* model, Loader* loader);
 
-// The flags of all trainers; those of one model follow them. A recipe stands for some of them; -h prints
-// all
+// The flags of all trainers; a model adds its own. A recipe stands for some of them; -h prints all
 #define SETTINGS(X) \
     X(s, recipe, "-recipe", NULL, 0, 0, ANY, "published settings as defaults, listed below") \
     X(s, model, "-m", DEFAULT_MODEL, 0, 0, SAME, "model: " MODEL_NAMES) \
@@ -1051,10 +1052,9 @@ typedef struct {
     Safetensors* weights;            // -w
     size_t step_images, epoch_steps; // images of a step over all ranks, steps of an epoch
     int first_step;                  // after the checkpoint; 0: there is none
-    // What a resumed run must share with the one that wrote the checkpoint. RUN is the checksum of the
-    // weights it began with: the same command twice writes the same files. BEST is the best score so
-    // far; -1: none
-    List<StMetadata> metadata;       // then come its flags
+    // What a resumed run must share with the one that wrote the checkpoint; flags come last. RUN: checksum
+    // of the weights it began with: the same command writes the same files. BEST: best score; -1: none
+    List<StMetadata> metadata;
     OptimizerConfig optimizer;
     Schedule schedule;
     size_t loaded;                   // batches brought to the device
@@ -1115,7 +1115,6 @@ void report_step(Run* run, const Model* model, const StepResult* r, int step, in
         fprintf(run->log, "s:%d", step + 1);
         print_metrics(run->log, m, values, "tr");
         fprintf(run->log, " lr:%.9g norm:%.9g ms:%.3f img:%.1f\n", rate, r->norm, ms, 1e3 * images / ms);
-        fflush(run->log);
     }
     if (done > 0 && step + 1 < steps && now - run->printed < 0.25) { return; }
     run->printed = now;
@@ -1136,12 +1135,10 @@ void report_evaluation(const Run* run, const double* scores, bool averaged, int 
     fprintf(run->log, "s:%d", step);
     print_metrics(run->log, model_eval_metrics, scores, averaged ? "e" : "");
     fprintf(run->log, "\n");
-    fflush(run->log);
 }
 
-// Keeps the weights of the best evaluation so far. planned: the schedule asks for this evaluation. One
-// that only -x asks for may write the file, but leaves no trace in later checkpoints: they have the same
-// bits as without -x
+// Keeps the weights of the best evaluation so far. One that is not planned, but asked for by -x alone, may
+// write the file, but leaves no trace in later checkpoints: they have the same bits as without -x
 void save_best(Run* run, const Model* model, int step, bool planned) {
     StMetadata* m = run->metadata.of;
     const double score = run->scores[model_best_metric];
@@ -1158,13 +1155,12 @@ void evaluate_step(Run* run, Model* model, int step, bool planned) {
     evaluate(model, run->val, run->scores);
     report_evaluation(run, run->scores, false, step);
     save_best(run, model, step, planned);
-    if (model->ema != NULL) {
-        double averaged[MAX_METRICS];
-        ema_enter(model);
-        evaluate(model, run->val, averaged);
-        ema_leave(model);
-        report_evaluation(run, averaged, true, step);
-    }
+    if (model->ema == NULL) { return; }
+    ema_enter(model);
+    double averaged[MAX_METRICS];
+    evaluate(model, run->val, averaged);
+    ema_leave(model);
+    report_evaluation(run, averaged, true, step);
 }
 
 void train(Run* run, Model* model) {
@@ -1184,11 +1180,9 @@ void train(Run* run, Model* model) {
         const StepResult r = model_result(model);
         report_step(run, model, &r, step, steps, rate);
         if (!isfinite(r.sums[0]) || r.not_finite > 0) {
-            char name[128];
-            first_not_finite(model, name);
             fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not "
                  "is: %s. Lower the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images,
-                 r.not_finite, name);
+                 r.not_finite, first_not_finite(model));
         }
         const bool saves = s->save_every > 0 && ((step + 1) % s->save_every == 0 || last);
         if (planned || last || saves) { share_buffers(model); }
@@ -1210,6 +1204,7 @@ FILE* log_open(const char* output, int resumed_step, const Plan* plan) {
     path_in(path, output, "main.log");
     FILE* log = fopen(path, resumed_step > 0 ? "a+" : "w");
     require(log != NULL, "cannot write %s: %m", path);
+    setvbuf(log, NULL, _IOLBF, BUFSIZ); // each line is there as soon as it is written
     if (resumed_step > 0) { log_cut(log, resumed_step); }
     else { fprintf(log, "s:0 cached:%zu total:%zu\n", plan->bytes[CACHED], plan_total(plan)); }
     return log;
@@ -1221,11 +1216,10 @@ void run_schedule(Run* run, const Model* model) {
     run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay,
                                      s->momentum, s->clip, s->nesterov == 1};
     const bool by_epochs = strcmp(s->schedule, "epoch") == 0;
-    const int unit = by_epochs ? 1 : (int)run->epoch_steps;
+    const int epoch_steps = (int)run->epoch_steps, unit = by_epochs ? 1 : epoch_steps;
     const int warmup = by_epochs || s->warmup_epochs > 0 ? s->warmup_epochs * unit : s->warmup;
     const double lr = s->unscale_lr ? s->lr : s->lr * run->step_images / 512.0;
-    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit,
-                             (int)run->epoch_steps};
+    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit, epoch_steps};
 }
 
 // reads and checks all that the user gave; nothing is written yet
@@ -1285,9 +1279,7 @@ void run_begin(Run* run, Model* model) {
     const Plan* plan = &model->plan;
     const char* strategy = s->gamma > 0.0 ? s->strategy : "off";
     printf("DropIT: gamma %g, %s; recompute level %d\nmemory:", s->gamma, strategy, s->recompute);
-    for (int c = 0; c < NUM_CATEGORIES; c++) {
-        printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB);
-    }
+    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB); }
     printf(" total %.1f MiB; chunks of %zu images\n", plan_total(plan) / MiB, model->chunk_images);
     if (run->train != NULL) { loader_print(run->train, "training"); }
     loader_print(run->val, run->task == PREDICT ? "other" : "validation");
@@ -3182,14 +3174,13 @@ void ranks_close(void) {
     if (started) { mpiCheck(MPI_Finalize()); }
 }
 
-void ranks_add(float* const* pieces, const size_t* sizes, int n) {
+void ranks_add(const List<Piece>& pieces) {
     if (num_ranks == 1) { return; }
     cudaCheck(cudaEventRecord(gradients_ready, main_stream));
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
     ncclCheck(ncclGroupStart());
-    for (int i = 0; i < n; i++) {
-        float* p = pieces[i];
-        ncclCheck(ncclAllReduce(p, p, sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
+    for (const Piece& p : pieces) {
+        ncclCheck(ncclAllReduce(p.data, p.data, p.n, ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
@@ -3229,7 +3220,7 @@ static void ranks_join(int) {
     cudaCheck(cudaSetDevice(0));
 }
 void ranks_close(void) {}
-void ranks_add(float* const*, const size_t*, int) {}
+void ranks_add(const List<Piece>&) {}
 void ranks_wait(void) {}
 void ranks_gather(void*, const void*, size_t) {}
 void ranks_broadcast(void*, size_t) {}
@@ -3426,8 +3417,7 @@ struct Safetensors {
 };
 
 void st_check(const Safetensors* st, bool valid, const char* what) {
-    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path,
-            what, st->at);
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3641,9 +3631,7 @@ void write_file(const char* path, const List<FilePart>& parts) {
         fail("cannot write %s: %s; what was written before is whole. Make room or choose another "
              "directory", path, reason);
     }
-    char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
-    if (slash != NULL) { slash[1] = 0; }
-    const int directory = open(slash != NULL ? temporary : ".", O_RDONLY);
+    const int directory = open(dirname(temporary), O_RDONLY); // without its sync a rename may be lost
     fsync(directory);
     close(directory);
 }
@@ -3812,9 +3800,8 @@ void checkpoint_done(const char* directory, int step, int keep) {
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score?
-// A resumed run goes through steps again, and must not replace what it found later: the file stays if it
-// is whole, of the same run (its metadata agree, but for step and best_*), and as good
+// May the file at `path` stay, though a run has found weights with this best score? One that was resumed
+// repeats steps, and must not replace what it found later: a file that is whole, as good, of the same run
 bool checkpoint_best_stands(const char* path, const List<StMetadata>& metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
@@ -4850,18 +4837,18 @@ void add_option(Model* model, Option o) {
     model->options[model->num_options++] = o;
 }
 
-static void usage(FILE* out, const char* program, const Model* model) {
-    fprintf(out, "usage: %s [flag value] ...\n", program);
-    for (int i = 0; i < model->num_options; i++) {
-        const Option* o = &model->options[i];
+[[noreturn]] static void usage(const char* program, const Model* model) {
+    printf("usage: %s [flag value] ...\n", program);
+    for (const Option* o = model->options; o < model->options + model->num_options; o++) {
         char text[160];
         option_text(o, text, 6);
-        fprintf(out, "  %-10s %s (default %s)\n", o->flag, o->help, text[0] != 0 ? text : "none");
+        printf("  %-10s %s (default %s)\n", o->flag, o->help, text[0] != 0 ? text : "none");
     }
-    fprintf(out, "recipes (-recipe NAME; flags beside it override):\n");
-    for (int i = 0; model_recipes[i][0] != NULL; i++) {
-        fprintf(out, "  %s: %s\n", model_recipes[i][0], model_recipes[i][1]);
+    printf("recipes (-recipe NAME; flags beside it override):\n");
+    for (auto recipe = model_recipes; (*recipe)[0] != NULL; recipe++) {
+        printf("  %s: %s\n", (*recipe)[0], (*recipe)[1]);
     }
+    exit(EXIT_SUCCESS);
 }
 
 static void set_option(Model* model, const char* program, const char* flag, const char* arg) {
@@ -4913,10 +4900,7 @@ void parse_options(Model* model, int argc, char** argv) {
     set_options(model, argv[0], model_defaults(name != NULL ? name : model->s->model));
     set_options(model, argv[0], flags);
     for (int i = 1; i < argc; i += 2) {
-        if (strcmp(argv[i], "-h") == 0) {
-            usage(stdout, argv[0], model);
-            exit(EXIT_SUCCESS);
-        }
+        if (strcmp(argv[i], "-h") == 0) { usage(argv[0], model); }
         set_option(model, argv[0], argv[i], i + 1 < argc ? argv[i+1] : NULL);
     }
 }
@@ -4988,9 +4972,8 @@ double seconds(void) {
 }
 // ---- end shared: command line ----------------------------------------------
 // ---- shared: tensors -------------------------------------------------------
-// What the lines of a model's two tables become. Parameters lie in memory by kind: decayed, other
-// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers. Each
-// begins at a multiple of 128 elements
+// What a model's two tables become. Parameters begin at multiples of 128 elements, by kind: decayed, other
+// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers
 struct Scratch {
     double* norm_partial;
     DropScratch drop;
@@ -5043,6 +5026,7 @@ static void place_parameters(Model* model) {
     model->num_parameters = ends[PLAIN];
     model->num_frozen = ends[FROZEN] - ends[PLAIN];
     model->num_buffers = ends[BUFFER] - ends[FROZEN];
+    model->num_values = offset;
 }
 
 static void plan_floats(Model* model, int category, const char* name, float** pointer, size_t n, size_t dense) {
@@ -5116,8 +5100,7 @@ void plan_selection(Model* model, std::initializer_list<const Activation*> activ
     model->scratch->drop_list = std::max(model->scratch->drop_list, list);
 }
 
-// numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns
-// how many there are
+// numbers and counts the dropped tensors: those of the published DropIT copy by copy, then those of -g_all
 static int number_dropped(Model* model) {
     int lines = 0, copies = 0, extra = 0, last = -1;
     for (Activation* a : model->activations) {
@@ -5170,8 +5153,7 @@ void drop_activations(const Model* model, std::initializer_list<const Activation
     if (n > 0) { dropit_select(choices, n, &model->scratch->drop, model->s->gamma, main_stream); }
 }
 
-// sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports,
-// not for speed
+// sums (3) += sums of a*b, a*a and b*b over n. One block of 128 threads: for reports, not for speed
 template <class T> __global__ void dot_kernel(double* sums, const T* a, const T* b, size_t n) {
     __shared__ double of[3][128];
     const int t = threadIdx.x;
@@ -5225,17 +5207,14 @@ void gradients_done(Model* model, int copy) {
         const bool complete = copy < 0 || (a->copies > 1 && a->copy == copy);
         if (model->stats_now && complete && a->gradient_n > 0) { stats_report(model, a); }
     }
-    List<float*> pieces = {};
-    List<size_t> sizes = {};
+    List<Piece> pieces = {};
     for (Parameter& p : model->parameters) {
         if (!is_trained(&p) || p.added || (copy >= 0 && (p.copies == 1 || p.copy != copy))) { continue; }
         p.added = true;
-        pieces.push(model->grads_memory + p.offset);
-        sizes.push(p.n);
+        pieces.push({model->grads_memory + p.offset, p.n});
     }
-    if (pieces.n > 0) { ranks_add(pieces.of, sizes.of, pieces.n); }
+    if (pieces.n > 0) { ranks_add(pieces); }
     free(pieces.of);
-    free(sizes.of);
 }
 
 void zero_gradients(Model* model) {
@@ -5265,8 +5244,7 @@ void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
     memset(plan->bytes, 0, sizeof(plan->bytes));
-    plan->lines.n = model->parameters.n = model->activations.n = 0;
-    model->num_lines = 0;
+    plan->lines.n = model->parameters.n = model->activations.n = model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5278,13 +5256,11 @@ void plan_model(Model* model) {
     plan_add(plan, SCRATCH, "cuBLAS workspace", "", "bytes", &cublas_workspace, CUBLAS_WORKSPACE);
 }
 
-// the largest batch whose plan fits into `bytes`; 0: none. The plan is that of model->B again when it
-// returns
+// the largest batch whose plan fits into `bytes`; 0: none. When it returns, the plan is that of model->B
 size_t largest_batch(Model* model, size_t bytes) {
     const size_t own = model->B;
     size_t fits = 0, limit = 64;
-    // a larger batch may need less scratch, where it divides into smaller chunks: so no bisection, but a
-    // look at all batches up to twice what fits
+    // no bisection: a larger batch in smaller chunks may need less scratch. So all up to twice what fits
     for (model->B = 1; model->B <= limit; model->B++) {
         plan_model(model);
         if (plan_total(&model->plan) > bytes || model->too_large != NULL) { continue; }
@@ -5333,8 +5309,7 @@ void model_allocate(Model* model) {
             "-b %zu, and a higher -r or -g lowers the need", need, free_bytes, largest_batch(model, free_bytes));
     plan_allocate(&model->plan);
     cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else it allocates its own
-    const bool fp32 = sizeof(floatX) == sizeof(float);
-    if (fp32) { model->master = (float*)model->params_memory + model->shard_begin; }
+    if (sizeof(floatX) == 4) { model->master = (float*)model->params_memory + model->shard_begin; }
     for (Parameter& p : model->parameters) {
         if (p.kind == FROZEN) { *p.param = model->params_memory + p.offset; }
         if (p.grad != NULL) { *p.grad = model->grads_memory + p.offset; }
@@ -5350,12 +5325,7 @@ void model_free(Model* model) {
                     (void*)model->scratch, (void*)model->s, (void*)model}) { free(p); }
 }
 
-// elements of all parameters on the host: trained ones, padding, frozen ones, buffers
-static size_t all_values(const Model* model) {
-    return model->num_parameters + model->num_frozen + model->num_buffers;
-}
-
-// copies host values (all_values) to the device, as masters, rounded, and as their moving average
+// copies host values (num_values) to the device, as masters, rounded, and as their moving average
 static void set_parameters(Model* model, const float* values) {
     const size_t n = model->num_parameters, rounded_n = n + model->num_frozen, buffers = model->num_buffers;
     const float* shard = values + model->shard_begin;
@@ -5382,7 +5352,7 @@ void initial_values(const Model* model, const Parameter* p, float* out) {
 }
 
 void init_parameters(Model* model) {
-    float* values = host_new<float>(all_values(model), "parameters");
+    float* values = host_new<float>(model->num_values, "parameters");
     for (const Parameter& p : model->parameters) { initial_values(model, &p, values + p.offset); }
     set_parameters(model, values);
     free(values);
@@ -5417,7 +5387,7 @@ static void shape_text(char text[256], const char* dtype, const size_t* shape, i
     snprintf(text + n, 256 - n, ")");
 }
 
-// Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
+// Values (num_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
 // all that do not are listed. values NULL: only checks. set NULL: all tensors of the model
 static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set,
                          float* values) {
@@ -5459,7 +5429,7 @@ void check_parameters(const Model* model, const Safetensors* st) {
 }
 
 void load_parameters(Model* model, const Safetensors* st, const char* prefix) {
-    float* values = host_new<float>(all_values(model), "parameters");
+    float* values = host_new<float>(model->num_values, "parameters");
     read_tensors(model, st, prefix, NULL, values);
     set_parameters(model, values);
     free(values);
@@ -5493,7 +5463,7 @@ void share_buffers(Model* model) {
 // one file of some sets. All ranks call, rank 0 writes
 static void write_tensors(const Model* model, const char* path, const List<StMetadata>& metadata,
                           const TensorSet* sets, int num_sets) {
-    const size_t n = model->num_parameters, frozen = model->num_frozen, all = all_values(model);
+    const size_t n = model->num_parameters, frozen = model->num_frozen, all = model->num_values;
     float *values = host_new<float>(num_sets * all, "parameters"), *to = values;
     List<StTensor> tensors = {};
     for (const TensorSet* set = sets; set < sets + num_sets; set++, to += all) {
@@ -5580,7 +5550,7 @@ void read_checkpoint(Model* model, int step, List<StMetadata>* metadata) {
     checkpoint_path(path, model->s->output, "state", step);
     st = safetensors_open(path);
     check_metadata(model, st, metadata);
-    float* values = host_new<float>(all_values(model), "parameters");
+    float* values = host_new<float>(model->num_values, "parameters");
     for (const TensorSet* set = sets + 1; set < sets + num_sets; set++) {
         read_tensors(model, st, set->prefix, set, values);
         to_device(set->trained, values + model->shard_begin, model->shard_n);
@@ -5651,12 +5621,13 @@ static bool activation_finite(const Activation* a) {
     return a->bits == FP32 ? finite((float*)a->data, a->n) : finite((floatX*)a->data, a->n);
 }
 
-// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
-void first_not_finite(const Model* model, char name[128]) {
+// the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
+const char* first_not_finite(const Model* model) {
+    static char name[128];
     for (const Parameter& p : model->parameters) {
         if (p.kind == BUFFER ? finite(*p.buffer, p.n) : finite(*p.param, p.n)) { continue; }
-        snprintf(name, 128, "parameter %s", p.name);
-        return;
+        snprintf(name, sizeof(name), "parameter %s", p.name);
+        return name;
     }
     // lines of one copy before the first of several, then the copies of all lines, then the other lines of one copy
     int first = INT_MAX;
@@ -5665,16 +5636,16 @@ void first_not_finite(const Model* model, char name[128]) {
         several = several || a->copies > 1;
         const int order = a->copies > 1 ? a->copy : several ? MAX_COPIES : -1;
         if (order >= first || activation_finite(a)) { continue; }
-        snprintf(name, 128, "activation %s, copy %d", a->name, a->copy);
+        snprintf(name, sizeof(name), "activation %s, copy %d", a->name, a->copy);
         first = order;
     }
-    if (first < INT_MAX) { return; }
+    if (first < INT_MAX) { return name; }
     for (const Parameter& p : model->parameters) {
         if (!is_trained(&p) || finite(*p.grad, p.n)) { continue; }
-        snprintf(name, 128, "gradient of %s", p.name);
-        return;
+        snprintf(name, sizeof(name), "gradient of %s", p.name);
+        return name;
     }
-    snprintf(name, 128, "no stored tensor");
+    return "no stored tensor";
 }
 // ---- end shared: model state -----------------------------------------------
 
