@@ -72,7 +72,7 @@ static void* tensor(const Safetensors* st, const char* name, const char* dtype, 
     require(t != NULL && strcmp(t->dtype, dtype) == 0 && st_numel(t) == n,
             "%s: tensor %s is missing or not %zu elements of %s", st->file.path, name, n, dtype);
     void* copy = host_new<char>(t->end - t->begin, name);
-    memcpy(copy, safetensors_data(st, t), t->end - t->begin);
+    memcpy(copy, t->data, t->end - t->begin);
     return copy;
 }
 
@@ -430,9 +430,10 @@ static void test_plan(const Dump* dump) {
     check(before - after == planned, "%zu bytes are planned, %zu are allocated", planned, before - after);
 #endif
     for (const Allocation& a : plan->lines) {
-        const bool shares = a.shares >= 0;
+        const Allocation* owner = &plan->lines.of[a.owner];
+        const bool shares = owner != &a;
         const void* own = plan->blocks[a.category] + filled[a.category];
-        const bool right = *a.pointer == (shares ? *plan->lines.of[a.shares].pointer : own);
+        const bool right = *a.pointer == (shares ? *owner->pointer : own);
         check((a.bytes == 0 && !shares) || right, "%s%s is not where it is planned", a.name, a.part);
         filled[a.category] += a.bytes;
     }

@@ -35,6 +35,7 @@ H x W pixels and CH channels of an image, P patch side, OC output channels of a 
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <libgen.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -197,7 +198,8 @@ template <class T> struct List {
 // Several GPUs: a rank is a process with a GPU of its own; ranks have the same weights and other images
 void device_open(void);                                // joins the other ranks, chooses the GPU
 void ranks_close(void);
-void ranks_add(float* const* pieces, const size_t* sizes, int n); // gradients; main_stream does not wait
+typedef struct { float* data; size_t n; } Piece;
+void ranks_add(const List<Piece>& pieces);             // of gradients; main_stream does not wait
 void ranks_wait(void);                                 // main_stream waits until they are added up
 void ranks_gather(void* full, const void* part, size_t bytes); // full: all ranks' parts; part may lie in it
 void ranks_broadcast(void* device, size_t bytes);      // all get what rank 0 has
@@ -217,6 +219,7 @@ int draw_below(unsigned u, int n); // 0 to n-1
 // Memory: every byte on the device is a line of the plan. The lines are added up before anything is
 // allocated, and then allocated by one cudaMalloc a category; nothing is allocated later
 enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
+static const double MiB = 1048576.0;
 static const char* const category_names[] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
 struct Allocation;
 typedef struct {
@@ -224,9 +227,8 @@ typedef struct {
     size_t bytes[NUM_CATEGORIES];
     char* blocks[NUM_CATEGORIES]; // as allocated
 } Plan;
-// name and part are printed as one word, shape as it stands in the table; lines of the same name and
-// part are printed as one. dense: bytes without DropIT and recomputation. shared: the pointer of a line
-// before, whose memory this line uses too: that memory grows to `bytes` where it is smaller
+// Lines of the same name and part are printed as one. dense: bytes without DropIT and recomputation.
+// shared: pointer of a line before, whose memory this line uses too; where smaller, it grows to `bytes`
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part, const char* shape,
                                  T** pointer, size_t bytes, size_t dense = 0, T** shared = NULL);
 void plan_clear(Plan* plan); // the line that was added last is zero when it has been allocated
@@ -324,7 +326,7 @@ void batch_used(const Batch* batch);              // main_stream has read it: th
 // Image classifiers: their flags and memory, and softmax cross-entropy with label smoothing and mixing,
 // of which result->sums gets {loss, top1, top5}: logits (n, V) become their gradient times scale
 typedef struct Augmenter Augmenter;
-int image_options(Model* model, struct Option* options, int n);
+void image_options(Model* model);
 void plan_images(Model* model, Augmenter* augmenter);
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale);
 void mean_scores(const Model* model, size_t images, double* scores);
@@ -415,9 +417,8 @@ typedef struct Option {
 #define FIELD(type, field, ...) TYPE_##type field;
 #define OPTION(type, field, flag, value, least, most, resume, help) \
     s->field = value; \
-    add_option(options, n++, flag, *#type, &s->field, help, least, most, resume);
-void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help,
-                double least, double most, int resume);
+    add_option(model, Option{flag, *#type, &s->field, help, least, most, resume, ""});
+void add_option(Model* model, Option o);
 
 // What every model has; a trainer's Model is this and its own tensors
 struct Common {
@@ -437,6 +438,7 @@ struct Common {
     int num_lines;               // of the table of activations
     size_t num_parameters, num_decayed; // elements with padding of the trained; the decayed come first
     size_t num_frozen, num_buffers; // elements behind them: frozen tensors, then buffers
+    size_t num_values;           // of all these
     size_t shard_begin, shard_n; // of the parameters that this rank updates; all unless -z 1
     floatX* params_memory;       // (num_parameters + num_frozen)
     float* grads_memory;         // (num_parameters)
@@ -475,13 +477,13 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step); // step
 void ema_enter(Model* model);      // the moving average takes the place of the weights, until ema_leave
 void ema_leave(Model* model);
 StepResult model_result(const Model* model); // over all ranks, since zero_gradients; waits for the device
-void first_not_finite(const Model* model, char name[128]); // the first stored tensor as they are computed
+const char* first_not_finite(const Model* model); // name of the first stored tensor as they are computed
 uint32_t fingerprint(const Model* model);         // CRC-32 of all weights
 void weights_agree(const Model* model);           // over the ranks, else the run ends
 
 // What a model defines for the code behind main(), beside struct Augmenter and the macros MODEL_NAMES,
 // DEFAULT_MODEL, HELP_RECOMPUTE, HELP_DROP_ALL, HELP_WEIGHTS
-int model_options(Model* model, Option* options, int n); // appends its flags; returns how many there are
+void model_options(Model* model);                        // adds its flags
 const char* model_defaults(const char* name);            // flags that stand before a recipe's
 void model_configure(Model* model);                      // what the flags say: H, W, CH, V and its own
 void model_plan(Model* model);                           // its tables, its scratch
@@ -888,10 +890,10 @@ void model_plan(Model* model) {
     augment_plan(plan, model->augment, B, model->H, CH);
 }
 
-int model_options(Model* model, Option* options, int n) {
+void model_options(Model* model) {
     auto* s = &model->own;
     DEIT_SETTINGS(OPTION)
-    return image_options(model, options, n);
+    image_options(model);
 }
 
 // what the bundled data want; a published model is trained by a recipe
@@ -946,9 +948,9 @@ void model_configure(Model* model) {
 // Behind main() for the functions below: checkpoints, files, flags
 int checkpoint_newest(const char* directory, int below); // step with a DONE file; -1: none
 int checkpoint_find(const char* directory);              // the newest whose files are whole; -1: none
-void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int n);
-void read_checkpoint(Model* model, int step, StMetadata* metadata, int n); // refuses other flags
-void write_best(const Model* model, const StMetadata* metadata, int n, const StMetadata* best);
+void write_checkpoint(const Model* model, int step, const List<StMetadata>& metadata);
+void read_checkpoint(Model* model, int step, List<StMetadata>* metadata); // refuses other flags
+void write_best(const Model* model, const List<StMetadata>& metadata, const StMetadata* best);
 void log_cut(FILE* log, int step); // cuts main.log behind the lines of this step
 #define set_value(entry, ...) snprintf((entry)->value, sizeof((entry)->value), __VA_ARGS__)
 Safetensors* safetensors_open(const char* path);
@@ -956,14 +958,13 @@ void safetensors_close(Safetensors* st);
 void path_in(char path[PATH_MAX], const char* directory, const char* name);
 void parse_options(Model* model, int argc, char** argv);
 void settings_derive(Model* model); // checks what fits together
-int options_metadata(const Model* model, StMetadata* metadata, int n); // flags that are not neutral
+void options_metadata(const Model* model, List<StMetadata>* metadata); // flags that are not neutral
 void report_plan(Model* model);
 double seconds(void);
 void write_sheet(Model* model, Loader* loader, size_t number);
 void predict(Model* model, Loader* loader);
 
-// The flags of all trainers; those of one model follow them. A recipe stands for some of them; -h prints
-// all
+// The flags of all trainers; a model adds its own. A recipe stands for some of them; -h prints all
 #define SETTINGS(X) \
     X(s, recipe, "-recipe", NULL, 0, 0, ANY, "published settings as defaults, listed below") \
     X(s, model, "-m", DEFAULT_MODEL, 0, 0, SAME, "model: " MODEL_NAMES) \
@@ -1016,19 +1017,16 @@ struct Settings { SETTINGS(FIELD) };
 
 // A run of the program: what it reads, where it begins, what it writes
 enum { TRAIN, EVALUATE, PREDICT, SHEET };
-enum { FORMAT, STEP, RUN, DATA, RANKS, PRECISION, BEST_STEP, BEST, FIRST_FLAG }; // of the metadata
+enum { FORMAT, STEP, RUN, DATA, RANKS, PRECISION, BEST_STEP, BEST }; // of the metadata
 typedef struct {
     int task;
     Loader *train, *val;
     Safetensors* weights;            // -w
     size_t step_images, epoch_steps; // images of a step over all ranks, steps of an epoch
     int first_step;                  // after the checkpoint; 0: there is none
-    bool resumed;
-    // What a resumed run must share with the one that wrote the checkpoint. RUN is the checksum of the
-    // weights it began with: the same command twice writes the same files. BEST is the best score so
-    // far; -1: none
-    StMetadata metadata[FIRST_FLAG + MAX_OPTIONS];
-    int num_metadata;
+    // What a resumed run must share with the one that wrote the checkpoint; flags come last. RUN: checksum
+    // of the weights it began with: the same command writes the same files. BEST: best score; -1: none
+    List<StMetadata> metadata;
     OptimizerConfig optimizer;
     Schedule schedule;
     size_t loaded;                   // batches brought to the device
@@ -1089,7 +1087,6 @@ void report_step(Run* run, const Model* model, const StepResult* r, int step, in
         fprintf(run->log, "s:%d", step + 1);
         print_metrics(run->log, m, values, "tr");
         fprintf(run->log, " lr:%.9g norm:%.9g ms:%.3f img:%.1f\n", rate, r->norm, ms, 1e3 * images / ms);
-        fflush(run->log);
     }
     if (done > 0 && step + 1 < steps && now - run->printed < 0.25) { return; }
     run->printed = now;
@@ -1110,21 +1107,19 @@ void report_evaluation(const Run* run, const double* scores, bool averaged, int 
     fprintf(run->log, "s:%d", step);
     print_metrics(run->log, model_eval_metrics, scores, averaged ? "e" : "");
     fprintf(run->log, "\n");
-    fflush(run->log);
 }
 
-// Keeps the weights of the best evaluation so far. planned: the schedule asks for this evaluation. One
-// that only -x asks for may write the file, but leaves no trace in later checkpoints: they have the same
-// bits as without -x
+// Keeps the weights of the best evaluation so far. One that is not planned, but asked for by -x alone, may
+// write the file, but leaves no trace in later checkpoints: they have the same bits as without -x
 void save_best(Run* run, const Model* model, int step, bool planned) {
-    StMetadata* m = run->metadata;
+    StMetadata* m = run->metadata.of;
     const double score = run->scores[model_best_metric];
     if (model->s->save_every == 0 || score <= strtod(m[BEST].value, NULL)) { return; }
     const StMetadata before[2] = {m[BEST_STEP], m[BEST]};
     set_value(&m[STEP], "%d", step);
     set_value(&m[BEST_STEP], "%d", step);
     set_value(&m[BEST], "%.17g", score);
-    write_best(model, m, run->num_metadata, &m[BEST]);
+    write_best(model, run->metadata, &m[BEST]);
     if (!planned) { memcpy(&m[BEST_STEP], before, sizeof(before)); }
 }
 
@@ -1132,13 +1127,12 @@ void evaluate_step(Run* run, Model* model, int step, bool planned) {
     evaluate(model, run->val, run->scores);
     report_evaluation(run, run->scores, false, step);
     save_best(run, model, step, planned);
-    if (model->ema != NULL) {
-        double averaged[MAX_METRICS];
-        ema_enter(model);
-        evaluate(model, run->val, averaged);
-        ema_leave(model);
-        report_evaluation(run, averaged, true, step);
-    }
+    if (model->ema == NULL) { return; }
+    ema_enter(model);
+    double averaged[MAX_METRICS];
+    evaluate(model, run->val, averaged);
+    ema_leave(model);
+    report_evaluation(run, averaged, true, step);
 }
 
 void train(Run* run, Model* model) {
@@ -1158,19 +1152,17 @@ void train(Run* run, Model* model) {
         const StepResult r = model_result(model);
         report_step(run, model, &r, step, steps, rate);
         if (!isfinite(r.sums[0]) || r.not_finite > 0) {
-            char name[128];
-            first_not_finite(model, name);
             fail("step %d: loss %g, and DropIT met %u values that are not finite; the first tensor that is not "
                  "is: %s. Lower the learning rate (-l) or clip (-clip)", step + 1, r.sums[0] / run->step_images,
-                 r.not_finite, name);
+                 r.not_finite, first_not_finite(model));
         }
         const bool saves = s->save_every > 0 && ((step + 1) % s->save_every == 0 || last);
         if (planned || last || saves) { share_buffers(model); }
         if (planned || last) { evaluate_step(run, model, step + 1, planned); }
         if (saves) {
-            set_value(&run->metadata[STEP], "%d", step + 1);
+            set_value(&run->metadata.of[STEP], "%d", step + 1);
             weights_agree(model);
-            write_checkpoint(model, step + 1, run->metadata, run->num_metadata);
+            write_checkpoint(model, step + 1, run->metadata);
         }
         if (planned || last || saves) { run->start = seconds(); } // a step's time is its own
     }
@@ -1184,6 +1176,7 @@ FILE* log_open(const char* output, int resumed_step, const Plan* plan) {
     path_in(path, output, "main.log");
     FILE* log = fopen(path, resumed_step > 0 ? "a+" : "w");
     require(log != NULL, "cannot write %s: %m", path);
+    setvbuf(log, NULL, _IOLBF, BUFSIZ); // each line is there as soon as it is written
     if (resumed_step > 0) { log_cut(log, resumed_step); }
     else { fprintf(log, "s:0 cached:%zu total:%zu\n", plan->bytes[CACHED], plan_total(plan)); }
     return log;
@@ -1195,11 +1188,10 @@ void run_schedule(Run* run, const Model* model) {
     run->optimizer = OptimizerConfig{model->adamw, s->lr, s->beta1, s->beta2, 1e-8, s->weight_decay,
                                      s->momentum, s->clip, s->nesterov == 1};
     const bool by_epochs = strcmp(s->schedule, "epoch") == 0;
-    const int unit = by_epochs ? 1 : (int)run->epoch_steps;
+    const int epoch_steps = (int)run->epoch_steps, unit = by_epochs ? 1 : epoch_steps;
     const int warmup = by_epochs || s->warmup_epochs > 0 ? s->warmup_epochs * unit : s->warmup;
     const double lr = s->unscale_lr ? s->lr : s->lr * run->step_images / 512.0;
-    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit,
-                             (int)run->epoch_steps};
+    run->schedule = Schedule{by_epochs, lr, s->min_lr, s->warmup_lr, warmup, s->epochs * unit, epoch_steps};
 }
 
 // reads and checks all that the user gave; nothing is written yet
@@ -1225,44 +1217,41 @@ void run_open(Run* run, Model* model) {
             "with -y 1 or choose another -o", s->output);
     const int found = training && s->resume ? checkpoint_find(s->output) : -1;
     ranks_agree((uint32_t)found, "newest checkpoints");
-    run->resumed = found >= 0;
-    run->first_step = run->resumed ? found : 0;
-    const StMetadata first[FIRST_FLAG] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"data", ""}, {"ranks", ""},
-                                          {"precision", PRECISION_NAME}, {"best_step", ""}, {"", ""}};
-    const char* best = model_eval_metrics[model_best_metric].name;
-    memcpy(run->metadata, first, sizeof(first));
-    snprintf(run->metadata[BEST].key, sizeof(first[0].key), "best_%s", best);
-    set_value(&run->metadata[DATA], "%08x", training ? loader_crc(run->train) : 0);
-    set_value(&run->metadata[RANKS], "%d", num_ranks);
-    run->num_metadata = options_metadata(model, run->metadata, FIRST_FLAG);
+    run->first_step = std::max(found, 0);
+    const StMetadata first[] = {{"format", "pt"}, {"step", ""}, {"run", ""}, {"data", ""}, {"ranks", ""},
+                                {"precision", PRECISION_NAME}, {"best_step", ""}, {"", ""}};
+    for (const StMetadata& entry : first) { run->metadata.push(entry); }
+    StMetadata* m = run->metadata.of;
+    snprintf(m[BEST].key, sizeof(m->key), "best_%s", model_eval_metrics[model_best_metric].name);
+    set_value(&m[DATA], "%08x", training ? loader_crc(run->train) : 0);
+    set_value(&m[RANKS], "%d", num_ranks);
     run_schedule(run, model);
 }
 
 // weights, of a checkpoint, of -w or fresh; says what is trained on what; opens loaders and log
 void run_begin(Run* run, Model* model) {
     const Settings* s = model->s;
-    if (run->resumed) {
-        set_value(&run->metadata[STEP], "%d", run->first_step);
-        read_checkpoint(model, run->first_step, run->metadata, FIRST_FLAG);
+    StMetadata* m = run->metadata.of;
+    if (run->first_step > 0) {
+        set_value(&m[STEP], "%d", run->first_step);
+        read_checkpoint(model, run->first_step, &run->metadata);
         model->pass = (unsigned)(run->first_step * s->accumulation);
     } else {
         if (run->weights != NULL) { load_parameters(model, run->weights, ""); }
         else { init_parameters(model); }
         if (s->save_every > 0) {
-            set_value(&run->metadata[RUN], "%08x", fingerprint(model));
-            set_value(&run->metadata[BEST_STEP], "0");
-            set_value(&run->metadata[BEST], "-1");
+            set_value(&m[RUN], "%08x", fingerprint(model));
+            set_value(&m[BEST_STEP], "0");
+            set_value(&m[BEST], "-1");
         }
     }
+    options_metadata(model, &run->metadata);
     if (run->weights != NULL) { safetensors_close(run->weights); }
     model_print(model);
-    const double MiB = 1048576.0;
     const Plan* plan = &model->plan;
     const char* strategy = s->gamma > 0.0 ? s->strategy : "off";
     printf("DropIT: gamma %g, %s; recompute level %d\nmemory:", s->gamma, strategy, s->recompute);
-    for (int c = 0; c < NUM_CATEGORIES; c++) {
-        printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB);
-    }
+    for (int c = 0; c < NUM_CATEGORIES; c++) { printf(" %s %.1f MiB,", category_names[c], plan->bytes[c] / MiB); }
     printf(" total %.1f MiB; chunks of %zu images\n", plan_total(plan) / MiB, model->chunk_images);
     if (run->train != NULL) { loader_print(run->train, "training"); }
     loader_print(run->val, run->task == PREDICT ? "other" : "validation");
@@ -1270,7 +1259,7 @@ void run_begin(Run* run, Model* model) {
     loader_start(run->val, model);
     if (run->task != TRAIN) { return; }
     if (s->output != NULL && rank == 0) { run->log = log_open(s->output, run->first_step, plan); }
-    if (run->resumed) { printf("resuming after step %d\n", run->first_step); }
+    if (run->first_step > 0) { printf("resuming after step %d\n", run->first_step); }
     else if (s->resume) { printf("no checkpoint in %s: starting at the first step\n", s->output); }
 }
 
@@ -1280,6 +1269,7 @@ void run_close(Run* run, Model* model) {
     loader_close(run->val);
     model_free(model);
     ranks_close();
+    free(run->metadata.of);
     if (run->task != TRAIN && run->task != EVALUATE) { return; }
     printf("final");
     for (const Metric* m = model_eval_metrics; m->name != NULL; m++) {
@@ -3141,14 +3131,13 @@ void ranks_close(void) {
     if (started) { mpiCheck(MPI_Finalize()); }
 }
 
-void ranks_add(float* const* pieces, const size_t* sizes, int n) {
+void ranks_add(const List<Piece>& pieces) {
     if (num_ranks == 1) { return; }
     cudaCheck(cudaEventRecord(gradients_ready, main_stream));
     cudaCheck(cudaStreamWaitEvent(reduce_stream, gradients_ready, 0));
     ncclCheck(ncclGroupStart());
-    for (int i = 0; i < n; i++) {
-        float* p = pieces[i];
-        ncclCheck(ncclAllReduce(p, p, sizes[i], ncclFloat, ncclSum, nccl_comm, reduce_stream));
+    for (const Piece& p : pieces) {
+        ncclCheck(ncclAllReduce(p.data, p.data, p.n, ncclFloat, ncclSum, nccl_comm, reduce_stream));
     }
     ncclCheck(ncclGroupEnd());
     cudaCheck(cudaEventRecord(gradients_reduced, reduce_stream));
@@ -3188,7 +3177,7 @@ static void ranks_join(int) {
     cudaCheck(cudaSetDevice(0));
 }
 void ranks_close(void) {}
-void ranks_add(float* const*, const size_t*, int) {}
+void ranks_add(const List<Piece>&) {}
 void ranks_wait(void) {}
 void ranks_gather(void*, const void*, size_t) {}
 void ranks_broadcast(void*, size_t) {}
@@ -3257,26 +3246,22 @@ void shuffle(unsigned* perm, unsigned n, unsigned long long seed, unsigned epoch
 // A line of the plan: one tensor, or one copy of it
 struct Allocation {
     const char *name, *part, *shape;
-    int category, shares; // shares: number of the line whose memory this one uses; -1: it has its own
+    int category, owner; // owner: number of the line whose memory this one uses; its own, unless it shares
     bool cleared;
-    size_t bytes, dense; // allocated; without DropIT and recomputation, 0: not counted
+    size_t bytes, dense; // of memory of its own; without DropIT and recomputation, 0: not counted
     void** pointer;
 };
 
 template <class T> void plan_add(Plan* plan, int category, const char* name, const char* part,
                                  const char* shape, T** pointer, size_t bytes, size_t dense, T** shared) {
-    Allocation a = {name, part, shape, category, -1, false, align_up(bytes), dense, (void**)pointer};
-    for (int i = 0; shared != NULL && i < plan->lines.n; i++) {
-        const Allocation* line = &plan->lines.of[i];
-        if (line->pointer == (void**)shared) { a.shares = line->shares >= 0 ? line->shares : i; }
-    }
-    assert(shared == NULL || (a.shares >= 0 && plan->lines.of[a.shares].category == a.category));
-    size_t none = 0, *had = a.shares >= 0 ? &plan->lines.of[a.shares].bytes : &none; // shared bytes
-    const size_t more = a.bytes > *had ? a.bytes - *had : 0;
-    plan->bytes[a.category] += more;
+    int owner = plan->lines.n;
+    for (const Allocation& a : plan->lines) { if (shared != NULL && a.pointer == (void**)shared) { owner = a.owner; } }
+    assert(shared == NULL || (owner < plan->lines.n && plan->lines.of[owner].category == category));
+    plan->lines.push({name, part, shape, category, owner, false, 0, dense, (void**)pointer});
+    size_t* had = &plan->lines.of[owner].bytes;
+    const size_t more = std::max(align_up(bytes), *had) - *had;
     *had += more;
-    if (a.shares >= 0) { a.bytes = 0; }
-    plan->lines.push(a);
+    plan->bytes[category] += more;
 }
 
 void plan_clear(Plan* plan) { plan->lines.of[plan->lines.n - 1].cleared = true; }
@@ -3290,37 +3275,36 @@ size_t plan_total(const Plan* plan) {
 void plan_allocate(Plan* plan) {
     char* next[NUM_CATEGORIES] = {};
     for (int c = 0; c < NUM_CATEGORIES; c++) {
-        const size_t bytes = plan->bytes[c], zeros = c == CACHED || c == SCRATCH ? 0 : bytes;
-        if (bytes > 0) { cudaCheck(cudaMalloc((void**)&next[c], bytes)); }
-        if (zeros > 0) { cudaCheck(cudaMemsetAsync(next[c], 0, zeros, main_stream)); }
+        if (plan->bytes[c] == 0) { continue; }
+        cudaCheck(cudaMalloc((void**)&next[c], plan->bytes[c]));
+        if (c != CACHED && c != SCRATCH) { cudaCheck(cudaMemsetAsync(next[c], 0, plan->bytes[c], main_stream)); }
         plan->blocks[c] = next[c];
     }
-    for (Allocation& a : plan->lines) { // a line shares with one before it
-        *a.pointer = a.shares >= 0 ? *plan->lines.of[a.shares].pointer : a.bytes > 0 ? next[a.category] : NULL;
+    for (const Allocation& a : plan->lines) { // a line shares with one before it
+        const Allocation* owner = &plan->lines.of[a.owner];
+        *a.pointer = owner != &a ? *owner->pointer : a.bytes > 0 ? next[a.category] : NULL;
         if (a.cleared && a.bytes > 0) { cudaCheck(cudaMemsetAsync(*a.pointer, 0, a.bytes, main_stream)); }
         next[a.category] += a.bytes;
     }
 }
 
 void plan_print(const Plan* plan) {
-    const double MiB = 1048576.0;
     const char* row = "| %-22s | %-10s | %-22s | %10.2f | %10.2f |\n";
     size_t all[NUM_CATEGORIES] = {0};
     printf("| %-22s | %-10s | %-22s | %10s | %10s |\n", "tensor", "memory", "shape", "dense MiB", "kept MiB");
     for (const Allocation& first : plan->lines) {
         size_t bytes = 0, dense = 0;
-        const Allocation* same = NULL; // the first of those that are printed as one
+        bool printed = false; // with a line before, of the same name and part
+        char name[64];
         for (const Allocation& a : plan->lines) {
             if (strcmp(a.name, first.name) != 0 || strcmp(a.part, first.part) != 0) { continue; }
-            same = same == NULL ? &a : same;
+            printed = printed || &a < &first;
             bytes += a.bytes;
             dense += a.dense;
         }
-        if (same != &first) { continue; }
-        char name[64];
         snprintf(name, sizeof(name), "%s%s", first.name, first.part);
-        all[first.category] += dense;
-        printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB);
+        if (!printed) { printf(row, name, category_names[first.category], first.shape, dense / MiB, bytes / MiB); }
+        all[first.category] += first.dense;
     }
     for (int c = 0; c < NUM_CATEGORIES; c++) {
         printf(row, "all", category_names[c], "", all[c] / MiB, plan->bytes[c] / MiB);
@@ -3379,19 +3363,18 @@ typedef struct {
     char name[96], dtype[8];
     size_t shape[ST_MAX_DIMS], begin, end; // its data, in bytes from where all data begin
     int dims;
+    const void* data;
 } StTensor;
 
 struct Safetensors {
     MappedFile file;
-    StTensor* tensors;
+    List<StTensor> tensors; // in the order of their data
     List<StMetadata> metadata;
-    int num_tensors;
     size_t data_offset, at; // where the header ends and the data begin; the byte that is parsed next
 };
 
 void st_check(const Safetensors* st, bool valid, const char* what) {
-    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path,
-            what, st->at);
+    require(valid, "%s is not a valid safetensors file: %s near byte %zu; write it again", st->file.path, what, st->at);
 }
 
 // the character that comes next, -1 behind the header
@@ -3461,21 +3444,21 @@ int st_numbers(Safetensors* st, size_t* out, int most) {
 // reads the description of a tensor, whose name has been read
 void st_tensor(Safetensors* st, StTensor* t) {
     int fields = 0; // a bit for each that it has
-    size_t range[2];
+    size_t range[2] = {0};
     for (int i = 0; st_element(st, "{}", i); i++) {
         char key[24];
         st_string(st, key, sizeof(key));
         st_expect(st, ':');
         const int field = strcmp(key, "dtype") == 0 ? 1 : strcmp(key, "shape") == 0 ? 2 : 4;
         fields |= field;
-        if (field == 1) { st_string(st, t->dtype, sizeof(t->dtype)); continue; }
-        if (field == 2) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); continue; }
-        st_check(st, strcmp(key, "data_offsets") == 0, "unknown field of a tensor");
-        st_check(st, st_numbers(st, range, 2) == 2, "data_offsets are not two numbers");
-        t->begin = range[0];
-        t->end = range[1];
+        st_check(st, field < 4 || strcmp(key, "data_offsets") == 0, "unknown field of a tensor");
+        if (field == 1) { st_string(st, t->dtype, sizeof(t->dtype)); }
+        else if (field == 2) { t->dims = st_numbers(st, t->shape, ST_MAX_DIMS); }
+        else { st_check(st, st_numbers(st, range, 2) == 2, "data_offsets are not two numbers"); }
     }
     st_check(st, fields == 7, "a tensor lacks dtype, shape or data_offsets");
+    t->begin = range[0];
+    t->end = range[1];
 }
 
 // text = CRC-32 of a file whose eight bytes at `digits` count as zeros in text
@@ -3512,9 +3495,7 @@ size_t st_numel(const StTensor* t) {
 
 // NULL: there is no such tensor
 const StTensor* safetensors_find(const Safetensors* st, const char* name) {
-    for (const StTensor* t = st->tensors; t < st->tensors + st->num_tensors; t++) {
-        if (strcmp(t->name, name) == 0) { return t; }
-    }
+    for (const StTensor& t : st->tensors) { if (strcmp(t.name, name) == 0) { return &t; } }
     return NULL;
 }
 bool safetensors_has(const Safetensors* st, const char* name) { return safetensors_find(st, name) != NULL; }
@@ -3524,21 +3505,21 @@ void st_check_tensors(Safetensors* st) {
     static const struct { const char* name; size_t bytes; } types[] = {{"F64", 8}, {"I64", 8},
         {"F32", 4}, {"I32", 4}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"I8", 1}, {"BOOL", 1}};
     const char* path = st->file.path;
-    std::stable_sort(st->tensors, st->tensors + st->num_tensors, [](const StTensor& a, const StTensor& b) {
+    std::stable_sort(st->tensors.begin(), st->tensors.end(), [](const StTensor& a, const StTensor& b) {
         return a.begin < b.begin || (a.begin == b.begin && a.end < b.end);
     });
     size_t end = 0, bytes = st->file.bytes - st->data_offset;
-    for (int i = 0; i < st->num_tensors; i++) {
-        const StTensor* t = &st->tensors[i];
-        size_t size = 0, n = st_numel(t); // size: of an element
-        for (const auto& type : types) { if (strcmp(type.name, t->dtype) == 0) { size = type.bytes; } }
-        require(size > 0, "%s: tensor %s has the unknown type %s", path, t->name, t->dtype);
-        const bool within = t->begin == end && t->end >= end && t->end <= bytes;
-        require(within && n <= bytes / size && t->end - t->begin == n * size, "%s: tensor %s claims bytes "
+    for (StTensor& t : st->tensors) {
+        size_t size = 0, n = st_numel(&t); // size: of an element
+        for (const auto& type : types) { if (strcmp(type.name, t.dtype) == 0) { size = type.bytes; } }
+        require(size > 0, "%s: tensor %s has the unknown type %s", path, t.name, t.dtype);
+        const bool within = t.begin == end && t.end >= end && t.end <= bytes;
+        require(within && n <= bytes / size && t.end - t.begin == n * size, "%s: tensor %s claims bytes "
                 "%zu to %zu of %zu, expected %zu bytes from %zu (offsets overlap, leave a hole or lie "
-                "outside); write the file again", path, t->name, t->begin, t->end, bytes, n * size, end);
-        end = t->end;
-        require(safetensors_find(st, t->name) == t, "%s: tensor %s appears twice", path, t->name);
+                "outside); write the file again", path, t.name, t.begin, t.end, bytes, n * size, end);
+        t.data = st->file.data + st->data_offset + end;
+        end = t.end;
+        require(safetensors_find(st, t.name) == &t, "%s: tensor %s appears twice", path, t.name);
     }
     require(end == bytes, "%s: its tensors end at byte %zu, its data at %zu; write the file again", path, end, bytes);
 }
@@ -3551,7 +3532,6 @@ const char* safetensors_metadata(const Safetensors* st, const char* key) {
 
 Safetensors* safetensors_open(const char* path) {
     Safetensors* st = host_new<Safetensors>(1, "a safetensors header");
-    List<StTensor> list = {};
     st->file = map_file(path, "give the path of a .safetensors file");
     const size_t bytes = st->file.bytes;
     require(bytes >= 8, "%s has %zu bytes, too few for a safetensors file", path, bytes);
@@ -3565,15 +3545,13 @@ Safetensors* safetensors_open(const char* path) {
         st_expect(st, ':');
         if (strcmp(t.name, "__metadata__") == 0) { st_metadata(st); continue; }
         st_tensor(st, &t);
-        list.push(t);
+        st->tensors.push(t);
     }
     st_skip_space(st);
     st_check(st, st->at == st->data_offset, "text after the header");
     // a checkpoint names its run, and is always written with a checksum
     require(safetensors_metadata(st, "run") == NULL || safetensors_metadata(st, "crc32") != NULL,
             "%s is of a checkpoint, but its checksum is gone: it is damaged; take another copy", path);
-    st->tensors = list.of;
-    st->num_tensors = list.n;
     st_check_tensors(st);
     return st;
 }
@@ -3581,20 +3559,10 @@ Safetensors* safetensors_open(const char* path) {
 void safetensors_close(Safetensors* st) {
     munmap((void*)st->file.data, st->file.bytes);
     free(st->metadata.of);
-    free(st->tensors);
+    free(st->tensors.of);
     free(st);
 }
 
-const void* safetensors_data(const Safetensors* st, const StTensor* t) {
-    return st->file.data + st->data_offset + t->begin;
-}
-
-// prints type and shape of a tensor, "F32 (64, 1, 4, 4)"
-void print_shape(FILE* out, const char* dtype, const size_t* shape, int dims) {
-    fprintf(out, "%s (", dtype);
-    for (int d = 0; d < dims; d++) { fprintf(out, "%s%zu", d > 0 ? ", " : "", shape[d]); }
-    fprintf(out, ")");
-}
 void path_in(char path[PATH_MAX], const char* directory, const char* name) {
     const bool fits = snprintf(path, PATH_MAX, "%s/%s", directory, name) < PATH_MAX;
     require(fits, "the name of the directory is too long: %.80s...", directory);
@@ -3604,7 +3572,7 @@ typedef struct { const void* data; size_t bytes; } FilePart;
 
 // Writes a file so that `path` is whole or as before, whatever happens: to another name, synced, renamed
 void write_file(const char* path, const List<FilePart>& parts) {
-    char temporary[4200];
+    char temporary[PATH_MAX + 4];
     snprintf(temporary, sizeof(temporary), "%s.tmp", path);
     const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     bool written = fd >= 0;
@@ -3620,16 +3588,13 @@ void write_file(const char* path, const List<FilePart>& parts) {
         fail("cannot write %s: %s; what was written before is whole. Make room or choose another "
              "directory", path, reason);
     }
-    char* slash = strrchr(temporary, '/'); // without a sync of the directory a rename may be lost
-    if (slash != NULL) { slash[1] = 0; }
-    const int directory = open(slash != NULL ? temporary : ".", O_RDONLY);
+    const int directory = open(dirname(temporary), O_RDONLY); // without its sync a rename may be lost
     fsync(directory);
     close(directory);
 }
 
-// Writes n float32 tensors, of which name, shape and dims are read, with their data, metadata and crc32
-void safetensors_write(const char* path, const StMetadata* metadata, int num_metadata,
-                       const StTensor* tensors, const float* const* data, int n) {
+// Writes float32 tensors, of which name, shape, dims and data are read, with metadata and crc32
+void safetensors_write(const char* path, const List<StMetadata>& metadata, const List<StTensor>& tensors) {
     char *header = NULL, digits[9];
     size_t length = 0, offset = 0;
     FILE* f = open_memstream(&header, &length);
@@ -3638,14 +3603,13 @@ void safetensors_write(const char* path, const StMetadata* metadata, int num_met
     parts.push({&length, sizeof(uint64_t)});
     parts.push({NULL, 0}); // the header, once it is there
     fprintf(f, ST_BEFORE_DIGITS "00000000\"");
-    for (int i = 0; i < num_metadata; i++) { fprintf(f, ",\"%s\":\"%s\"", metadata[i].key, metadata[i].value); }
+    for (const StMetadata& m : metadata) { fprintf(f, ",\"%s\":\"%s\"", m.key, m.value); }
     fprintf(f, "}");
-    for (int i = 0; i < n; i++) {
-        const StTensor* t = &tensors[i];
-        const size_t bytes = st_numel(t) * sizeof(float);
-        parts.push({data[i], bytes});
-        fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t->name);
-        for (int d = 0; d < t->dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", t->shape[d]); }
+    for (const StTensor& t : tensors) {
+        const size_t bytes = st_numel(&t) * sizeof(float);
+        parts.push({t.data, bytes});
+        fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", t.name);
+        for (int d = 0; d < t.dims; d++) { fprintf(f, "%s%zu", d > 0 ? "," : "", t.shape[d]); }
         fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
         offset += bytes;
     }
@@ -3731,9 +3695,11 @@ Shard shard_open(const char* path, bool verify = true) {
 // ---- shared: checkpoints ---------------------------------------------------
 // A checkpoint of step 20 is model_00000020.safetensors, state_00000020_00000.safetensors and, written
 // last, an empty DONE_00000020: wherever a program is killed, every checkpoint with a DONE file is whole
-void checkpoint_path(char* path, size_t size, const char* directory, const char* kind, int step) {
+void checkpoint_path(char path[PATH_MAX], const char* directory, const char* kind, int step) {
+    char name[64];
     const char* end = kind[0] == 'D' ? "" : kind[0] == 's' ? "_00000.safetensors" : ".safetensors";
-    snprintf(path, size, "%s/%s_%08d%s", directory, kind, step, end);
+    snprintf(name, sizeof(name), "%s_%08d%s", kind, step, end);
+    path_in(path, directory, name);
 }
 
 // Is this a file of ours whose checksum is right? Unlike safetensors_open, it may be missing or damaged
@@ -3763,11 +3729,11 @@ int checkpoint_newest(const char* directory, int below) {
 
 // warns of checkpoints that are damaged, and ends the program if all are
 int checkpoint_find(const char* directory) {
-    char model[4200], state[4200];
+    char model[PATH_MAX], state[PATH_MAX];
     bool damaged = false;
     for (int step = INT_MAX; (step = checkpoint_newest(directory, step)) >= 0; damaged = true) {
-        checkpoint_path(model, sizeof(model), directory, "model", step);
-        checkpoint_path(state, sizeof(state), directory, "state", step);
+        checkpoint_path(model, directory, "model", step);
+        checkpoint_path(state, directory, "state", step);
         if (checkpoint_file_whole(model) && checkpoint_file_whole(state)) { return step; }
         fprintf(stderr, "warning: the checkpoint of step %d in %s is damaged; an older one is tried\n",
                 step, directory);
@@ -3779,30 +3745,29 @@ int checkpoint_find(const char* directory) {
 // Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all), DONE first: what is
 // left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
-    char path[4200];
-    checkpoint_path(path, sizeof(path), directory, "DONE", step);
+    char path[PATH_MAX];
+    checkpoint_path(path, directory, "DONE", step);
     write_file(path, List<FilePart>{});
     int old = INT_MAX;
     for (int i = 0; keep > 0 && (old = checkpoint_newest(directory, old)) >= 0; i++) {
         for (const char* kind : {"DONE", "model", "state"}) {
-            checkpoint_path(path, sizeof(path), directory, kind, old);
+            checkpoint_path(path, directory, kind, old);
             if (i >= keep) { unlink(path); }
         }
     }
 }
 
-// May the file of the best weights at `path` stay, though a run has found weights with this best score?
-// A resumed run goes through steps again, and must not replace what it found later: the file stays if it
-// is whole, of the same run (its metadata agree, but for step and best_*), and as good
-bool checkpoint_best_stands(const char* path, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
+// May the file at `path` stay, though a run has found weights with this best score? One that was resumed
+// repeats steps, and must not replace what it found later: a file that is whole, as good, of the same run
+bool checkpoint_best_stands(const char* path, const List<StMetadata>& metadata, const StMetadata* best) {
     if (!checkpoint_file_whole(path)) { return false; }
     Safetensors* st = safetensors_open(path);
     const char* its = safetensors_metadata(st, best->key);
     bool stands = its != NULL && strtod(its, NULL) >= strtod(best->value, NULL);
-    for (const StMetadata* m = metadata; m < metadata + num_metadata; m++) {
-        const char* was = safetensors_metadata(st, m->key);
-        if (strcmp(m->key, "step") == 0 || strncmp(m->key, "best_", 5) == 0) { continue; }
-        stands = stands && was != NULL && strcmp(was, m->value) == 0;
+    for (const StMetadata& m : metadata) {
+        const char* was = safetensors_metadata(st, m.key);
+        if (strcmp(m.key, "step") == 0 || strncmp(m.key, "best_", 5) == 0) { continue; }
+        stands = stands && was != NULL && strcmp(was, m.value) == 0;
     }
     safetensors_close(st);
     return stands;
@@ -4694,10 +4659,9 @@ struct ImageData {
     int* ranks;
 };
 
-int image_options(Model* model, Option* options, int n) {
+void image_options(Model* model) {
     ImageData* s = model->images = host_new<ImageData>(1, "flags");
     IMAGE_SETTINGS(OPTION)
-    return n;
 }
 
 // the memory of loader and loss; augmenter: what model_augment gets, NULL: nothing
@@ -4803,11 +4767,11 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
         model_pixels(model, b, one);
         for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = one[i]; }
     }
-    const StMetadata metadata = {"format", "pt"};
-    const StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4}, {"label", "F32", {n}, 0, 0, 1},
-                                {"mean", "F32", {CH}, 0, 0, 1}, {"std", "F32", {CH}, 0, 0, 1}};
-    const float* const data[] = {images, labels, batch->stats.mean, batch->stats.std};
-    if (rank == 0) { safetensors_write(model->s->sheet, &metadata, 1, tensors, data, 4); }
+    StMetadata metadata = {"format", "pt"};
+    const PixelStats* stats = &batch->stats;
+    StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4, images}, {"label", "F32", {n}, 0, 0, 1, labels},
+                          {"mean", "F32", {CH}, 0, 0, 1, stats->mean}, {"std", "F32", {CH}, 0, 0, 1, stats->std}};
+    if (rank == 0) { safetensors_write(model->s->sheet, {&metadata, 1}, {tensors, 4}); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
     free(one);
@@ -4815,36 +4779,33 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
 // ---- end shared: image classifiers -----------------------------------------
 
 // ---- shared: command line --------------------------------------------------
-// One table: parser, usage and the entries of a checkpoint are generated from it, so they cannot
-// disagree
+// Parser, usage and the entries of a checkpoint come from one table, so that they cannot disagree
 
-// the value of a flag as text
-void option_text(const Option* o, char text[160]) {
+// the value of a flag as text; digits: of a double, of which 17 tell any two apart
+void option_text(const Option* o, char text[160], int digits = 17) {
     if (o->type == 'i') { snprintf(text, 160, "%d", *(int*)o->value); }
-    else if (o->type == 'f') { snprintf(text, 160, "%.17g", *(double*)o->value); }
+    else if (o->type == 'f') { snprintf(text, 160, "%.*g", digits, *(double*)o->value); }
     else { snprintf(text, 160, "%s", *(const char**)o->value != NULL ? *(const char**)o->value : ""); }
 }
 
-void add_option(Option* options, int n, const char* flag, char type, void* value, const char* help,
-                double least, double most, int resume) {
-    assert(n < MAX_OPTIONS);
-    options[n] = Option{flag, type, value, help, least, most, resume, ""};
-    option_text(&options[n], options[n].neutral);
+void add_option(Model* model, Option o) {
+    assert(model->num_options < MAX_OPTIONS);
+    option_text(&o, o.neutral);
+    model->options[model->num_options++] = o;
 }
 
-static void usage(FILE* out, const char* program, const Model* model) {
-    fprintf(out, "usage: %s [flag value] ...\n", program);
-    for (int i = 0; i < model->num_options; i++) {
-        const Option* o = &model->options[i];
+[[noreturn]] static void usage(const char* program, const Model* model) {
+    printf("usage: %s [flag value] ...\n", program);
+    for (const Option* o = model->options; o < model->options + model->num_options; o++) {
         char text[160];
-        option_text(o, text);
-        if (o->type == 'f') { snprintf(text, sizeof(text), "%g", *(double*)o->value); }
-        fprintf(out, "  %-10s %s (default %s)\n", o->flag, o->help, text[0] != 0 ? text : "none");
+        option_text(o, text, 6);
+        printf("  %-10s %s (default %s)\n", o->flag, o->help, text[0] != 0 ? text : "none");
     }
-    fprintf(out, "recipes (-recipe NAME; flags beside it override):\n");
-    for (int i = 0; model_recipes[i][0] != NULL; i++) {
-        fprintf(out, "  %s: %s\n", model_recipes[i][0], model_recipes[i][1]);
+    printf("recipes (-recipe NAME; flags beside it override):\n");
+    for (auto recipe = model_recipes; (*recipe)[0] != NULL; recipe++) {
+        printf("  %s: %s\n", (*recipe)[0], (*recipe)[1]);
     }
+    exit(EXIT_SUCCESS);
 }
 
 static void set_option(Model* model, const char* program, const char* flag, const char* arg) {
@@ -4896,10 +4857,7 @@ void parse_options(Model* model, int argc, char** argv) {
     set_options(model, argv[0], model_defaults(name != NULL ? name : model->s->model));
     set_options(model, argv[0], flags);
     for (int i = 1; i < argc; i += 2) {
-        if (strcmp(argv[i], "-h") == 0) {
-            usage(stdout, argv[0], model);
-            exit(EXIT_SUCCESS);
-        }
+        if (strcmp(argv[i], "-h") == 0) { usage(argv[0], model); }
         set_option(model, argv[0], argv[i], i + 1 < argc ? argv[i+1] : NULL);
     }
 }
@@ -4918,8 +4876,8 @@ static void parse_size(const char* text, size_t* H, size_t* W) {
 static size_t parse_bytes(const char* text) {
     char* end;
     const double v = strtod(text, &end);
-    const bool GiB = strcmp(end, "GiB") == 0, MiB = strcmp(end, "MiB") == 0;
-    const double unit = GiB ? 1073741824.0 : MiB ? 1048576.0 : *end == 0 ? 1.0 : 0.0;
+    const bool GiB = strcmp(end, "GiB") == 0;
+    const double unit = GiB ? 1024.0 * MiB : strcmp(end, "MiB") == 0 ? MiB : *end == 0 ? 1.0 : 0.0;
     require(end != text && unit > 0.0 && v >= 0.0 && v * unit < 1e18,
             "-plan wants 1 or a memory size such as 24GiB or 512MiB, got '%s'", text);
     return (size_t)(v * unit);
@@ -4953,18 +4911,15 @@ void settings_derive(Model* model) {
     model_configure(model);
 }
 
-// appends an entry for each flag that a resumed run must share and that is not neutral: what a later
-// version adds is then not missing in the checkpoints of before
-int options_metadata(const Model* model, StMetadata* metadata, int n) {
-    for (int i = 0; i < model->num_options; i++) {
-        const Option* o = &model->options[i];
-        char text[160];
-        option_text(o, text);
-        if (o->resume != SAME || strcmp(text, o->neutral) == 0) { continue; }
-        snprintf(metadata[n].key, sizeof(metadata[n].key), "%s", o->flag);
-        set_value(&metadata[n++], "%s", text);
+// adds an entry for each flag that a resumed run must share and that is not neutral: what a later version
+// adds is then not missing in the checkpoints of before
+void options_metadata(const Model* model, List<StMetadata>* metadata) {
+    for (const Option* o = model->options; o < model->options + model->num_options; o++) {
+        StMetadata m;
+        option_text(o, m.value);
+        snprintf(m.key, sizeof(m.key), "%s", o->flag);
+        if (o->resume == SAME && strcmp(m.value, o->neutral) != 0) { metadata->push(m); }
     }
-    return n;
 }
 
 double seconds(void) {
@@ -4974,12 +4929,10 @@ double seconds(void) {
 }
 // ---- end shared: command line ----------------------------------------------
 // ---- shared: tensors -------------------------------------------------------
-// What the lines of a model's two tables become. Parameters lie in memory by kind: decayed, other
-// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers. Each
-// begins at a multiple of 128 elements
+// What a model's two tables become. Parameters begin at multiples of 128 elements, by kind: decayed, other
+// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers
 struct Scratch {
     double* norm_partial;
-    float* buffers;               // of the host, while their moving average is evaluated
     DropScratch drop;
     size_t drop_tiles, drop_list; // of the selections that run together, at most
     float* stats_exact;           // (num_parameters), -stats: gradients of the exact inputs
@@ -5002,19 +4955,11 @@ bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAI
 
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
                                             const char* name, int copy, int copies, int kind, Init init, Dims... dims) {
-    if (numel(dims...) == 0) { return; }
-    Parameter p = {};
+    Parameter p = {"", kind, sizeof...(dims), copy, copies, false, init, {(size_t)dims...}, numel(dims...), 0,
+                   kind == BUFFER ? NULL : param, grad, kind == BUFFER ? buffer : NULL};
     snprintf(p.name, sizeof(p.name), name, copy);
-    p.kind = kind;
-    p.init = init;
-    p.copy = copy;
-    p.copies = copies;
-    for (size_t dim : {(size_t)dims...}) { p.shape[p.dims++] = dim; }
-    p.n = numel(dims...);
-    p.param = kind == BUFFER ? NULL : param;
-    p.grad = is_trained(&p) ? grad : NULL;
-    p.buffer = kind == BUFFER ? buffer : NULL;
-    model->parameters.push(p);
+    if (!is_trained(&p)) { p.grad = NULL; }
+    if (p.n > 0) { model->parameters.push(p); }
 }
 
 // gives the parameters their places
@@ -5038,6 +4983,7 @@ static void place_parameters(Model* model) {
     model->num_parameters = ends[PLAIN];
     model->num_frozen = ends[FROZEN] - ends[PLAIN];
     model->num_buffers = ends[BUFFER] - ends[FROZEN];
+    model->num_values = offset;
 }
 
 static void plan_floats(Model* model, int category, const char* name, float** pointer, size_t n, size_t dense) {
@@ -5065,18 +5011,10 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     const Settings* s = model->s;
     const Activation* before = model->activations.n > 0 ? model->activations.end()[-1] : NULL;
     if (copy == 0) { model->num_lines++; }
-    *a = Activation{};
+    const bool dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
+    *a = {name, copy, copies, model->num_lines - 1, bits, cache, n, n / model->B, n > 0 && s->recompute < level,
+          n > 0 && dropped, false, 0, 0, 0, NULL, NULL, NULL, {}};
     if (n == 0) { return; }
-    a->name = name;
-    a->copy = copy;
-    a->copies = copies;
-    a->line = model->num_lines - 1;
-    a->bits = bits;
-    a->cache = cache;
-    a->n = n;
-    a->per_image = n / model->B;
-    a->cached = s->recompute < level;
-    a->dropped = s->gamma > 0.0 && (cache == DROP || (cache == ALL && s->drop_all));
     assert(n % model->B == 0 && a->per_image * bits % 8 == 0);
     model->activations.push(a);
     // copies of a line share the memory of their chunks and batches
@@ -5119,19 +5057,18 @@ void plan_selection(Model* model, std::initializer_list<const Activation*> activ
     model->scratch->drop_list = std::max(model->scratch->drop_list, list);
 }
 
-// numbers the dropped tensors: those of the published DropIT copy by copy, then those of -g_all; returns
-// how many there are
+// numbers and counts the dropped tensors: those of the published DropIT copy by copy, then those of -g_all
 static int number_dropped(Model* model) {
-    int lines = 0, copies = 0, extra = 0, last = -1, line_id[256];
-    for (const Activation* a : model->activations) {
+    int lines = 0, copies = 0, extra = 0, last = -1;
+    for (Activation* a : model->activations) {
         if (!a->dropped || a->cache != DROP) { continue; }
-        if (a->line != last) { line_id[a->line] = lines++; }
+        lines += a->line != last;
         last = a->line;
+        a->id = lines - 1; // the line's
         copies = std::max(copies, a->copies);
     }
     for (Activation* a : model->activations) {
-        if (!a->dropped) { continue; }
-        a->id = a->cache == DROP ? lines * a->copy + line_id[a->line] : lines * copies + extra++;
+        if (a->dropped) { a->id = a->cache == DROP ? lines * a->copy + a->id : lines * copies + extra++; }
     }
     return lines * copies + extra;
 }
@@ -5175,8 +5112,7 @@ void drop_activations(const Model* model, std::initializer_list<const Activation
     if (n > 0) { dropit_select(choices, n, &model->scratch->drop, model->s->gamma, main_stream); }
 }
 
-// sums[0] += sum of a*b, sums[1] += of a^2, sums[2] += of b^2. One block of 128 threads: for reports,
-// not for speed
+// sums (3) += sums of a*b, a*a and b*b over n. One block of 128 threads: for reports, not for speed
 template <class T> __global__ void dot_kernel(double* sums, const T* a, const T* b, size_t n) {
     __shared__ double of[3][128];
     const int t = threadIdx.x;
@@ -5192,23 +5128,11 @@ template <class T> __global__ void dot_kernel(double* sums, const T* a, const T*
     for (int i = 0; t < 3 && i < 128; i++) { sums[t] += of[t][i]; }
 }
 
-// -stats: adds a chunk of n elements of a dropped tensor, x as DropIT has it and exact as it was. Returns where
-// its layer adds what the exact one gives for the gradient dweight (dweight_n)
-static float* stats_add(Model* model, Activation* a, const floatX* x, const floatX* exact, size_t n,
-                        const float* dweight, size_t dweight_n) {
-    a->gradient = dweight - model->grads_memory;
-    a->gradient_n = dweight_n;
-    dot_kernel<floatX><<<1, 128, 0, main_stream>>>(model->scratch->stats_sums + 6 * a->id, x, exact, n);
-    kernelCheck();
-    return model->scratch->stats_exact + a->gradient;
-}
-
 // prints what DropIT kept of a tensor, and what that does to its weight gradient, which is complete
 static void stats_report(Model* model, Activation* a) {
     double *device = model->scratch->stats_sums + 6 * a->id, sums[6];
     const float *kept = model->grads_memory + a->gradient, *exact = model->scratch->stats_exact + a->gradient;
-    dot_kernel<float><<<1, 128, 0, main_stream>>>(device + 3, kept, exact, a->gradient_n);
-    kernelCheck();
+    LAUNCH_BLOCKS(dot_kernel<float>, 1, 128, main_stream, device + 3, kept, exact, a->gradient_n);
     a->gradient_n = 0; // reported
     cudaCheck(cudaStreamSynchronize(main_stream));
     to_host(sums, device, 6);
@@ -5218,21 +5142,19 @@ static void stats_report(Model* model, Activation* a) {
            sums[3] / sqrt(sums[4] * sums[5]));
 }
 
-// X as the weight gradient of images b0 .. b0+nb-1 sees it: dense, unpacked, or recomputed and masked
-static const floatX* weight_input(const Model* model, const Activation* a, size_t b0, size_t nb) {
+void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
+                     size_t nb, size_t rows, size_t C, size_t OC) {
+    const floatX* exact = (const floatX*)activation_at(a, b0, false); // what DropIT chose from
     floatX* x = (floatX*)activation_at(a, b0, true);
     const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
     if (a->dropped && a->cached) { dropit_unpack(x, &a->dropit, begin, end, main_stream); }
     else if (a->dropped && !a->masked) { dropit_mask(x, &a->dropit, begin, end, drop_rule(model, a), main_stream); }
-    return x;
-}
-
-void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
-                     size_t nb, size_t rows, size_t C, size_t OC) {
-    const floatX *x = weight_input(model, a, b0, nb), *exact = (const floatX*)activation_at(a, b0, false);
     if (a->dropped && model->stats_now) {
-        float* of_exact = stats_add(model, a, x, exact, nb * a->per_image, dweight, C * OC);
-        linear_backward_weight(of_exact, dout, exact, nb * rows, C, OC);
+        const Scratch* s = model->scratch;
+        a->gradient = dweight - model->grads_memory;
+        a->gradient_n = C * OC;
+        LAUNCH_BLOCKS(dot_kernel<floatX>, 1, 128, main_stream, s->stats_sums + 6 * a->id, x, exact, end - begin);
+        linear_backward_weight(s->stats_exact + a->gradient, dout, exact, nb * rows, C, OC);
     }
     linear_backward_weight(dweight, dout, x, nb * rows, C, OC);
     column_sum(dbias, dout, model->partial, nb * rows, OC);
@@ -5244,18 +5166,14 @@ void gradients_done(Model* model, int copy) {
         const bool complete = copy < 0 || (a->copies > 1 && a->copy == copy);
         if (model->stats_now && complete && a->gradient_n > 0) { stats_report(model, a); }
     }
-    float** pieces = host_new<float*>(model->parameters.n, "pieces of gradients");
-    size_t* sizes = host_new<size_t>(model->parameters.n, "pieces of gradients");
-    int n = 0;
+    List<Piece> pieces = {};
     for (Parameter& p : model->parameters) {
         if (!is_trained(&p) || p.added || (copy >= 0 && (p.copies == 1 || p.copy != copy))) { continue; }
         p.added = true;
-        pieces[n] = model->grads_memory + p.offset;
-        sizes[n++] = p.n;
+        pieces.push({model->grads_memory + p.offset, p.n});
     }
-    if (n > 0) { ranks_add(pieces, sizes, n); }
-    free(pieces);
-    free(sizes);
+    if (pieces.n > 0) { ranks_add(pieces); }
+    free(pieces.of);
 }
 
 void zero_gradients(Model* model) {
@@ -5274,11 +5192,9 @@ void zero_gradients(Model* model) {
 // Memory, weights and optimizer states of a model as a whole
 Model* model_new(void) {
     Model* model = host_new<Model>(1, "the model");
-    Option* options = model->options;
     Settings* s = model->s = host_new<Settings>(1, "flags");
-    int n = 0;
     SETTINGS(OPTION)
-    model->num_options = model_options(model, options, n);
+    model_options(model);
     model->scratch = host_new<Scratch>(1, "scratch");
     return model;
 }
@@ -5287,8 +5203,7 @@ void plan_model(Model* model) {
     Plan* plan = &model->plan;
     Scratch* s = model->scratch;
     memset(plan->bytes, 0, sizeof(plan->bytes));
-    plan->lines.n = model->parameters.n = model->activations.n = 0;
-    model->num_lines = 0;
+    plan->lines.n = model->parameters.n = model->activations.n = model->num_lines = 0;
     model->too_large = NULL;
     s->drop_tiles = s->drop_list = 0;
     model_plan(model);
@@ -5300,13 +5215,11 @@ void plan_model(Model* model) {
     plan_add(plan, SCRATCH, "cuBLAS workspace", "", "bytes", &cublas_workspace, CUBLAS_WORKSPACE);
 }
 
-// the largest batch whose plan fits into `bytes`; 0: none. The plan is that of model->B again when it
-// returns
+// the largest batch whose plan fits into `bytes`; 0: none. When it returns, the plan is that of model->B
 size_t largest_batch(Model* model, size_t bytes) {
     const size_t own = model->B;
     size_t fits = 0, limit = 64;
-    // a larger batch may need less scratch, where it divides into smaller chunks: so no bisection, but a
-    // look at all batches up to twice what fits
+    // no bisection: a larger batch in smaller chunks may need less scratch. So all up to twice what fits
     for (model->B = 1; model->B <= limit; model->B++) {
         plan_model(model);
         if (plan_total(&model->plan) > bytes || model->too_large != NULL) { continue; }
@@ -5336,6 +5249,15 @@ void report_plan(Model* model) {
     printf(" total=%zu\n", plan_total(&model->plan));
 }
 
+// points the model at trained parameters and buffers: its own, or their moving averages
+static void point_at(Model* model, floatX* trained, float* buffers) {
+    const size_t first = model->num_parameters + model->num_frozen; // place of the first buffer
+    for (Parameter& p : model->parameters) {
+        if (is_trained(&p)) { *p.param = trained + p.offset; }
+        if (p.buffer != NULL) { *p.buffer = buffers + (p.offset - first); }
+    }
+}
+
 // allocates everything; fails with what is needed, what is there and what would fit
 void model_allocate(Model* model) {
     plan_checked(model);
@@ -5346,13 +5268,12 @@ void model_allocate(Model* model) {
             "-b %zu, and a higher -r or -g lowers the need", need, free_bytes, largest_batch(model, free_bytes));
     plan_allocate(&model->plan);
     cublasCheck(cublasSetWorkspace(cublas_handle, cublas_workspace, CUBLAS_WORKSPACE)); // else it allocates its own
-    const bool fp32 = sizeof(floatX) == sizeof(float);
-    if (fp32) { model->master = (float*)model->params_memory + model->shard_begin; }
+    if (sizeof(floatX) == 4) { model->master = (float*)model->params_memory + model->shard_begin; }
     for (Parameter& p : model->parameters) {
-        if (p.param != NULL) { *p.param = model->params_memory + p.offset; }
+        if (p.kind == FROZEN) { *p.param = model->params_memory + p.offset; }
         if (p.grad != NULL) { *p.grad = model->grads_memory + p.offset; }
-        if (p.buffer != NULL) { *p.buffer = model->fixed + (p.offset - model->num_parameters); }
     }
+    point_at(model, model->params_memory, model->fixed + model->num_frozen);
     model->scratch->drop.not_finite = &model->result->not_finite;
     cudaCheck(cudaStreamSynchronize(main_stream));
 }
@@ -5363,12 +5284,7 @@ void model_free(Model* model) {
                     (void*)model->scratch, (void*)model->s, (void*)model}) { free(p); }
 }
 
-// elements of all parameters on the host: trained ones, padding, frozen ones, buffers
-static size_t all_values(const Model* model) {
-    return model->num_parameters + model->num_frozen + model->num_buffers;
-}
-
-// copies host values (all_values) to the device, as masters, rounded, and as their moving average
+// copies host values (num_values) to the device, as masters, rounded, and as their moving average
 static void set_parameters(Model* model, const float* values) {
     const size_t n = model->num_parameters, rounded_n = n + model->num_frozen, buffers = model->num_buffers;
     const float* shard = values + model->shard_begin;
@@ -5395,7 +5311,7 @@ void initial_values(const Model* model, const Parameter* p, float* out) {
 }
 
 void init_parameters(Model* model) {
-    float* values = host_new<float>(all_values(model), "parameters");
+    float* values = host_new<float>(model->num_values, "parameters");
     for (const Parameter& p : model->parameters) { initial_values(model, &p, values + p.offset); }
     set_parameters(model, values);
     free(values);
@@ -5412,56 +5328,58 @@ static bool in_set(const TensorSet* set, const Parameter* p) {
     return (p->kind == BUFFER ? set->buffers : p->kind == FROZEN ? set->frozen : set->trained) != NULL;
 }
 
-static TensorSet weights_set(const Model* model) {
-    return TensorSet{"", model->master, model->fixed, model->fixed + model->num_frozen};
-}
-
-// The states of a checkpoint: those of the optimizer under the names that torch.optim has for them
-// (AdamW has two), the moving average of the weights; returns how many there are
-static int state_sets(const Model* model, TensorSet sets[3]) {
+// The weights; then the states of a checkpoint: those of the optimizer under the names that torch.optim
+// has for them (AdamW has two), the moving average of the weights. Returns how many sets there are
+static int tensor_sets(const Model* model, TensorSet sets[4]) {
     int n = 0;
+    sets[n++] = TensorSet{"", model->master, model->fixed, model->fixed + model->num_frozen};
     sets[n++] = TensorSet{model->adamw ? "exp_avg." : "momentum_buffer.", model->m, NULL, NULL};
     if (model->v != NULL) { sets[n++] = TensorSet{"exp_avg_sq.", model->v, NULL, NULL}; }
     if (model->ema != NULL) { sets[n++] = TensorSet{"ema.", model->ema, NULL, model->buffers_ema}; }
     return n;
 }
 
-// Values (all_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
+// text = type and shape of a tensor: "F32 (64, 1, 4, 4)"
+static void shape_text(char text[256], const char* dtype, const size_t* shape, int dims) {
+    int n = snprintf(text, 256, "%s (", dtype);
+    for (int d = 0; d < dims; d++) { n += snprintf(text + n, 256 - n, "%s%zu", d > 0 ? ", " : "", shape[d]); }
+    snprintf(text + n, 256 - n, ")");
+}
+
+// Values (num_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
 // all that do not are listed. values NULL: only checks. set NULL: all tensors of the model
 static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set,
                          float* values) {
-    bool* known = host_new<bool>(st->num_tensors, "the tensor list");
+    const char* path = st->file.path;
+    bool* known = host_new<bool>(st->tensors.n, "the tensor list");
+    char name[128], found[256], expected[256];
     int wrong = 0;
     for (const Parameter& p : model->parameters) {
-        char name[128];
         if (set != NULL && !in_set(set, &p)) { continue; }
         snprintf(name, sizeof(name), "%s%s", prefix, p.name);
         const StTensor* t = safetensors_find(st, name);
-        if (t != NULL) { known[t - st->tensors] = true; }
+        if (t != NULL) { known[t - st->tensors.of] = true; }
         const bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == p.dims
             && memcmp(t->shape, p.shape, p.dims * sizeof(size_t)) == 0;
-        if (fits && values != NULL) { memcpy(values + p.offset, safetensors_data(st, t), p.n * sizeof(float)); }
+        if (fits && values != NULL) { memcpy(values + p.offset, t->data, p.n * sizeof(float)); }
         if (fits) { continue; }
-        fprintf(stderr, "%s: %s: %s", st->file.path, name, t != NULL ? "found " : "missing");
-        if (t != NULL) { print_shape(stderr, t->dtype, t->shape, t->dims); }
-        fprintf(stderr, ", expected ");
-        print_shape(stderr, "F32", p.shape, p.dims);
-        fprintf(stderr, "\n");
+        if (t != NULL) { shape_text(found, t->dtype, t->shape, t->dims); }
+        shape_text(expected, "F32", p.shape, p.dims);
+        const char* there = t != NULL ? "found " : "missing";
+        fprintf(stderr, "%s: %s: %s%s, expected %s\n", path, name, there, t != NULL ? found : "", expected);
         wrong++;
     }
-    for (int i = 0; i < st->num_tensors; i++) {
-        const StTensor* t = &st->tensors[i];
-        const bool counts = strstr(t->name, "num_batches_tracked") != NULL; // PyTorch's batch norms; unused
-        if (known[i] || strncmp(t->name, prefix, strlen(prefix)) != 0 || counts) { continue; }
-        fprintf(stderr, "%s: %s: found ", st->file.path, t->name);
-        print_shape(stderr, t->dtype, t->shape, t->dims);
-        fprintf(stderr, ", expected no such tensor\n");
+    for (const StTensor& t : st->tensors) {
+        const bool counts = strstr(t.name, "num_batches_tracked") != NULL; // PyTorch's batch norms; unused
+        if (known[&t - st->tensors.of] || strncmp(t.name, prefix, strlen(prefix)) != 0 || counts) { continue; }
+        shape_text(found, t.dtype, t.shape, t.dims);
+        fprintf(stderr, "%s: %s: found %s, expected no such tensor\n", path, t.name, found);
         wrong++;
     }
     free(known);
     require(wrong == 0, "%s: tensors that are missing, do not fit or are not of this model: %d; check -m, -size, "
             "-chans and -classes. data/convert.py makes weights for another image size, number of classes or precision",
-            st->file.path, wrong);
+            path, wrong);
 }
 
 void check_parameters(const Model* model, const Safetensors* st) {
@@ -5470,7 +5388,7 @@ void check_parameters(const Model* model, const Safetensors* st) {
 }
 
 void load_parameters(Model* model, const Safetensors* st, const char* prefix) {
-    float* values = host_new<float>(all_values(model), "parameters");
+    float* values = host_new<float>(model->num_values, "parameters");
     read_tensors(model, st, prefix, NULL, values);
     set_parameters(model, values);
     free(values);
@@ -5502,16 +5420,13 @@ void share_buffers(Model* model) {
 }
 
 // one file of some sets. All ranks call, rank 0 writes
-static void write_tensors(const Model* model, const char* path, const StMetadata* metadata, int num_metadata,
+static void write_tensors(const Model* model, const char* path, const List<StMetadata>& metadata,
                           const TensorSet* sets, int num_sets) {
-    const size_t n = model->num_parameters, frozen = model->num_frozen, all = all_values(model);
-    float* values = host_new<float>(num_sets * all, "parameters");
-    StTensor* tensors = host_new<StTensor>(numel(num_sets, model->parameters.n), "the tensor list");
-    const float** data = host_new<const float*>(numel(num_sets, model->parameters.n), "the tensor list");
-    int count = 0;
-    for (const TensorSet* set = sets; set < sets + num_sets; set++) {
+    const size_t n = model->num_parameters, frozen = model->num_frozen, all = model->num_values;
+    float *values = host_new<float>(num_sets * all, "parameters"), *to = values;
+    List<StTensor> tensors = {};
+    for (const TensorSet* set = sets; set < sets + num_sets; set++, to += all) {
         const float* full = set->trained;
-        float* to = values + (set - sets) * all;
         if (model->s->sharded && num_ranks > 1) { // used gradients leave their memory to the parts of all ranks
             ranks_gather(model->grads_memory, full, model->shard_n * sizeof(float));
             full = model->grads_memory;
@@ -5522,41 +5437,39 @@ static void write_tensors(const Model* model, const char* path, const StMetadata
         if (set->buffers != NULL) { to_host(to + n + frozen, set->buffers, model->num_buffers); }
         for (const Parameter& p : model->parameters) {
             if (!in_set(set, &p)) { continue; }
-            StTensor* t = &tensors[count];
-            snprintf(t->name, sizeof(t->name), "%s%s", set->prefix, p.name);
-            t->dims = p.dims;
-            memcpy(t->shape, p.shape, p.dims * sizeof(size_t));
-            data[count++] = to + p.offset;
+            StTensor t = {"", "F32", {}, 0, 0, p.dims, to + p.offset};
+            snprintf(t.name, sizeof(t.name), "%s%s", set->prefix, p.name);
+            memcpy(t.shape, p.shape, p.dims * sizeof(size_t));
+            tensors.push(t);
         }
     }
-    if (rank == 0) { safetensors_write(path, metadata, num_metadata, tensors, data, count); }
+    if (rank == 0) { safetensors_write(path, metadata, tensors); }
     free(values);
-    free(tensors);
-    free(data);
+    free(tensors.of);
 }
 
-// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0
-// writes
-void write_checkpoint(const Model* model, int step, const StMetadata* metadata, int num_metadata) {
+// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0 writes
+void write_checkpoint(const Model* model, int step, const List<StMetadata>& metadata) {
     char path[PATH_MAX];
-    TensorSet weights = weights_set(model), sets[3];
-    const int num_sets = state_sets(model, sets);
-    checkpoint_path(path, sizeof(path), model->s->output, "model", step);
-    write_tensors(model, path, metadata, num_metadata, &weights, 1);
-    checkpoint_path(path, sizeof(path), model->s->output, "state", step);
-    write_tensors(model, path, metadata, num_metadata, sets, num_sets);
+    TensorSet sets[4];
+    const int num_sets = tensor_sets(model, sets);
+    checkpoint_path(path, model->s->output, "model", step);
+    write_tensors(model, path, metadata, sets, 1);
+    checkpoint_path(path, model->s->output, "state", step);
+    write_tensors(model, path, metadata, sets + 1, num_sets - 1);
     if (rank == 0) { checkpoint_done(model->s->output, step, model->s->keep); }
 }
 
 // Writes the weights of this step as best.safetensors, if they are better than those there: by `best`,
 // an entry of the metadata. All ranks call, rank 0 writes
-void write_best(const Model* model, const StMetadata* metadata, int num_metadata, const StMetadata* best) {
+void write_best(const Model* model, const List<StMetadata>& metadata, const StMetadata* best) {
     char path[PATH_MAX];
-    const TensorSet weights = weights_set(model);
+    TensorSet sets[4];
+    tensor_sets(model, sets);
     path_in(path, model->s->output, "best.safetensors");
-    double stands = rank == 0 && checkpoint_best_stands(path, metadata, num_metadata, best);
+    double stands = rank == 0 && checkpoint_best_stands(path, metadata, best);
     ranks_sum(&stands, 1); // only rank 0 may see the file
-    if (stands == 0.0) { write_tensors(model, path, metadata, num_metadata, &weights, 1); }
+    if (stands == 0.0) { write_tensors(model, path, metadata, sets, 1); }
 }
 
 // an entry that a resumed run must share: as the file has it, and as it is
@@ -5567,12 +5480,12 @@ static void require_same(const char* path, const char* key, const char* was, con
 
 // Metadata and the flags that a resumed run must share are as in the file. An empty value becomes the
 // file's; a flag that the file does not name was neutral
-static void check_metadata(const Model* model, const Safetensors* st, StMetadata* metadata, int num_metadata) {
+static void check_metadata(const Model* model, const Safetensors* st, List<StMetadata>* metadata) {
     const char* path = st->file.path;
-    for (StMetadata* m = metadata; m < metadata + num_metadata; m++) {
-        const char* was = safetensors_metadata(st, m->key);
-        if (was != NULL && m->value[0] == 0) { strcpy(m->value, was); }
-        require_same(path, m->key, was, m->value);
+    for (StMetadata& m : *metadata) {
+        const char* was = safetensors_metadata(st, m.key);
+        if (was != NULL && m.value[0] == 0) { strcpy(m.value, was); }
+        require_same(path, m.key, was, m.value);
     }
     for (const Option* o = model->options; o < model->options + model->num_options; o++) {
         char is[sizeof(o->neutral)];
@@ -5583,21 +5496,21 @@ static void check_metadata(const Model* model, const Safetensors* st, StMetadata
 }
 
 // reads the checkpoint of a step in -o back
-void read_checkpoint(Model* model, int step, StMetadata* metadata, int num_metadata) {
+void read_checkpoint(Model* model, int step, List<StMetadata>* metadata) {
     char path[PATH_MAX];
-    TensorSet sets[3];
-    const int num_sets = state_sets(model, sets);
+    TensorSet sets[4];
+    const int num_sets = tensor_sets(model, sets);
     const size_t buffers_at = model->num_parameters + model->num_frozen;
-    checkpoint_path(path, sizeof(path), model->s->output, "model", step);
+    checkpoint_path(path, model->s->output, "model", step);
     Safetensors* st = safetensors_open(path);
-    check_metadata(model, st, metadata, num_metadata);
+    check_metadata(model, st, metadata);
     load_parameters(model, st, "");
     safetensors_close(st);
-    checkpoint_path(path, sizeof(path), model->s->output, "state", step);
+    checkpoint_path(path, model->s->output, "state", step);
     st = safetensors_open(path);
-    check_metadata(model, st, metadata, num_metadata);
-    float* values = host_new<float>(all_values(model), "parameters");
-    for (const TensorSet* set = sets; set < sets + num_sets; set++) {
+    check_metadata(model, st, metadata);
+    float* values = host_new<float>(model->num_values, "parameters");
+    for (const TensorSet* set = sets + 1; set < sets + num_sets; set++) {
         read_tensors(model, st, set->prefix, set, values);
         to_device(set->trained, values + model->shard_begin, model->shard_n);
         if (set->buffers != NULL) { to_device(set->buffers, values + buffers_at, model->num_buffers); }
@@ -5606,7 +5519,6 @@ void read_checkpoint(Model* model, int step, StMetadata* metadata, int num_metad
     safetensors_close(st);
 }
 
-// step counts from 1
 void model_update(Model* model, OptimizerConfig o, double lr, int step) {
     const size_t first = model->shard_begin, last = first + model->shard_n; // of this rank
     const size_t decayed = model->s->decay_all ? model->num_parameters : model->num_decayed;
@@ -5630,84 +5542,69 @@ void model_update(Model* model, OptimizerConfig o, double lr, int step) {
     }
 }
 
-// The gradients have been used: their memory keeps the weights. The host keeps the buffers
+// The gradients have been used: their memory takes the rounded average, and the model's pointers go there
 void ema_enter(Model* model) {
-    const size_t n = model->shard_n, bytes = model->num_parameters * sizeof(floatX);
-    floatX *params = model->params_memory, *shard = params + model->shard_begin;
-    cudaCheck(cudaMemcpyAsync(model->grads_memory, params, bytes, cudaMemcpyDeviceToDevice, main_stream));
-    round_kernel<<<CEIL_DIV(n, (size_t)256 * VEC), 256, 0, main_stream>>>(shard, model->ema, n);
-    kernelCheck();
-    if (model->s->sharded && num_ranks > 1) { ranks_gather(params, shard, n * sizeof(floatX)); }
-    if (model->num_buffers == 0) { return; }
-    float* buffers = model->fixed + model->num_frozen;
-    model->scratch->buffers = host_new<float>(model->num_buffers, "buffers");
-    to_host(model->scratch->buffers, buffers, model->num_buffers);
-    const size_t buffer_bytes = model->num_buffers * sizeof(float);
-    cudaCheck(cudaMemcpyAsync(buffers, model->buffers_ema, buffer_bytes, cudaMemcpyDeviceToDevice, main_stream));
+    const size_t n = model->shard_n;
+    floatX *averaged = (floatX*)model->grads_memory, *shard = averaged + model->shard_begin;
+    LAUNCH_BLOCKS(round_kernel, CEIL_DIV(n, (size_t)256 * VEC), 256, main_stream, shard, model->ema, n);
+    if (model->s->sharded && num_ranks > 1) { ranks_gather(averaged, shard, n * sizeof(floatX)); }
+    point_at(model, averaged, model->buffers_ema);
 }
 
-void ema_leave(Model* model) {
-    const size_t bytes = model->num_parameters * sizeof(floatX);
-    floatX* params = model->params_memory;
-    cudaCheck(cudaMemcpyAsync(params, model->grads_memory, bytes, cudaMemcpyDeviceToDevice, main_stream));
-    if (model->num_buffers == 0) { return; }
-    to_device(model->fixed + model->num_frozen, model->scratch->buffers, model->num_buffers);
-    free(model->scratch->buffers);
-}
+void ema_leave(Model* model) { point_at(model, model->params_memory, model->fixed + model->num_frozen); }
 
 StepResult model_result(const Model* model) {
     StepResult result;
-    double sums[MAX_METRICS + 1];
     cudaCheck(cudaMemcpyAsync(&result, model->result, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
     cudaCheck(cudaStreamSynchronize(main_stream));
-    memcpy(sums, result.sums, sizeof(result.sums));
-    sums[MAX_METRICS] = result.not_finite;
-    ranks_sum(sums, MAX_METRICS + 1);
-    memcpy(result.sums, sums, sizeof(result.sums));
-    result.not_finite = (unsigned)sums[MAX_METRICS];
+    double not_finite = result.not_finite;
+    ranks_sum(&not_finite, 1);
+    ranks_sum(result.sums, MAX_METRICS);
+    result.not_finite = (unsigned)not_finite;
     return result;
 }
 
-static bool finite(const void* device, int bits, size_t n) {
-    uint8_t* host = host_new<uint8_t>(n * bits / 8, "a tensor");
-    to_host(host, (const uint8_t*)device, n * bits / 8);
+// are all n elements of a tensor on the device finite?
+template <class T> static bool finite(const T* device, size_t n) {
+    T* host = host_new<T>(n, "a tensor");
+    to_host(host, device, n);
     bool all = true;
-    for (size_t i = 0; i < n; i++) {
-        all = all && isfinite(bits == FP32 ? ((float*)host)[i] : (float)((floatX*)host)[i]);
-    }
+    for (size_t i = 0; i < n; i++) { all = all && isfinite((float)host[i]); }
     free(host);
     return all;
 }
 
 static bool activation_finite(const Activation* a) {
     if (!a->cached || a->bits < 16) { return true; }
-    return a->dropped ? finite(a->dropit.values, FLOATX, a->dropit.k) : finite(a->data, a->bits, a->n);
+    if (a->dropped) { return finite(a->dropit.values, a->dropit.k); }
+    return a->bits == FP32 ? finite((float*)a->data, a->n) : finite((floatX*)a->data, a->n);
 }
 
-// name = the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
-void first_not_finite(const Model* model, char name[128]) {
-    snprintf(name, 128, "no stored tensor");
+// the first tensor, in the order of computation, that holds a NaN or an Inf; of those that are stored
+const char* first_not_finite(const Model* model) {
+    static char name[128];
     for (const Parameter& p : model->parameters) {
-        if (p.kind == BUFFER ? finite(*p.buffer, FP32, p.n) : finite(*p.param, FLOATX, p.n)) { continue; }
-        snprintf(name, 128, "parameter %s", p.name);
-        return;
+        if (p.kind == BUFFER ? finite(*p.buffer, p.n) : finite(*p.param, p.n)) { continue; }
+        snprintf(name, sizeof(name), "parameter %s", p.name);
+        return name;
     }
     // lines of one copy before the first of several, then the copies of all lines, then the other lines of one copy
-    for (int copy = -1; copy <= MAX_COPIES + 1; copy++) {
-        bool several = false;
-        for (const Activation* a : model->activations) {
-            several = several || a->copies > 1;
-            const int order = a->copies > 1 ? a->copy : several ? MAX_COPIES + 1 : -1;
-            if (order != copy || activation_finite(a)) { continue; }
-            snprintf(name, 128, "activation %s, copy %d", a->name, a->copy);
-            return;
-        }
+    int first = INT_MAX;
+    bool several = false;
+    for (const Activation* a : model->activations) {
+        several = several || a->copies > 1;
+        const int order = a->copies > 1 ? a->copy : several ? MAX_COPIES : -1;
+        if (order >= first || activation_finite(a)) { continue; }
+        snprintf(name, sizeof(name), "activation %s, copy %d", a->name, a->copy);
+        first = order;
     }
+    if (first < INT_MAX) { return name; }
     for (const Parameter& p : model->parameters) {
-        if (!is_trained(&p) || finite(*p.grad, FP32, p.n)) { continue; }
-        snprintf(name, 128, "gradient of %s", p.name);
-        return;
+        if (!is_trained(&p) || finite(*p.grad, p.n)) { continue; }
+        snprintf(name, sizeof(name), "gradient of %s", p.name);
+        return name;
     }
+    return "no stored tensor";
 }
 // ---- end shared: model state -----------------------------------------------
 

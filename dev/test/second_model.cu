@@ -337,10 +337,10 @@ void model_plan(Model* model) {
     plan_images(model, NULL);
 }
 
-int model_options(Model* model, Option* options, int n) {
+void model_options(Model* model) {
     auto* s = &model->own;
     OWN_SETTINGS(OPTION)
-    return image_options(model, options, n);
+    image_options(model);
 }
 const char* model_defaults(const char* name) {
     return strcmp(name, "single") == 0 ? "-i data/fashion_val.bin -j data/fashion_val.bin -b 100 -l 0.05"
@@ -376,11 +376,18 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
 // checks
 #include "check.cuh"
 
+// where the model reads its buffers: in its own memory, or in that of their moving average
+const float* buffers_in_use(const Model* model) {
+    const Parameter* first = model->parameters.begin(); // they lie in the order of the table
+    while (first->kind != BUFFER) { first++; }
+    return *first->buffer;
+}
+
 bool buffers_differ(const Model* model, uint32_t* crc) {
     const size_t n = model->num_buffers;
     float* values = host_new<float>(n, "buffers");
     cudaCheck(cudaStreamSynchronize(main_stream));
-    cudaCheck(cudaMemcpy(values, model->fixed + model->num_frozen, n * sizeof(float), cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(values, buffers_in_use(model), n * sizeof(float), cudaMemcpyDeviceToHost));
     *crc = crc_32(0, values, n * sizeof(float));
     free(values);
     double sum = *crc;
@@ -405,12 +412,7 @@ void model_scores(const Model* model, size_t images, double* scores) {
 
 static int list_tensors(const char* path) {
     Safetensors* st = safetensors_open(path);
-    for (int i = 0; i < st->num_tensors; i++) {
-        const StTensor* t = &st->tensors[i];
-        size_t n = 1;
-        for (int d = 0; d < t->dims; d++) { n *= t->shape[d]; }
-        printf("%s %08x\n", t->name, crc_32(0, safetensors_data(st, t), n * sizeof(float)));
-    }
+    for (const StTensor& t : st->tensors) { printf("%s %08x\n", t.name, crc_32(0, t.data, st_numel(&t) * sizeof(float))); }
     safetensors_close(st);
     return EXIT_SUCCESS;
 }
@@ -560,10 +562,10 @@ static void test_average(void) {
     const double own = loss_of(&t);
     ema_enter(model);
     const double averaged = loss_of(&t);
-    float* inside = host_copy(model->fixed + frozen, n);
+    float* inside = host_copy(buffers_in_use(model), n);
     ema_leave(model);
     const double again = loss_of(&t);
-    float* after = host_copy(model->fixed + frozen, n);
+    float* after = host_copy(buffers_in_use(model), n);
     check(memcmp(inside, average[2], bytes) == 0 && averaged != own, "ema_enter: losses %.9g, %.9g", own, averaged);
     check(memcmp(after, fixed[2] + frozen, bytes) == 0 && again == own, "ema_leave: losses %.9g, %.9g", own, again);
     for (float* p : {fixed[0], fixed[1], fixed[2], average[0], average[1], average[2], inside, after}) { free(p); }
@@ -572,10 +574,9 @@ static void test_average(void) {
 
 // the name that is found when a NaN stands at this place
 static void find_nan(Model* model, void* device, const char* expected) {
-    char name[128];
     float *was = host_copy(device, 1), bad = NAN;
     cudaCheck(cudaMemcpy(device, &bad, sizeof(float), cudaMemcpyHostToDevice));
-    first_not_finite(model, name);
+    const char* name = first_not_finite(model);
     cudaCheck(cudaMemcpy(device, was, sizeof(float), cudaMemcpyHostToDevice));
     check(strcmp(name, expected) == 0, "a NaN in %s: %s is named", expected, name);
     free(was);

@@ -40,7 +40,7 @@ static const void* fixture(const Safetensors* st, const char* group, int i, cons
     const StTensor* t = safetensors_find(st, key);
     require(t != NULL, "the fixture has no %s; run dev/reference/augment.py", key);
     for (int k = 0; shape != NULL && k < t->dims; k++) { shape[k] = t->shape[k]; }
-    return safetensors_data(st, t);
+    return t->data;
 }
 
 // augments (layers, n) on n images of the host; flips NULL: none

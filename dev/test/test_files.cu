@@ -41,9 +41,8 @@ static int open_in_child(int kind, const std::string& bytes) {
         const Safetensors* st = safetensors_open(path);
         if (kind == WEIGHTS) { check_parameters(tiny, st); }
         unsigned long sum = 0;
-        for (int i = 0; i < st->num_tensors; i++) {
-            const uint8_t* data = (const uint8_t*)safetensors_data(st, &st->tensors[i]);
-            for (size_t j = 0; j < st->tensors[i].end - st->tensors[i].begin; j++) { sum += data[j]; }
+        for (const StTensor& t : st->tensors) {
+            for (size_t j = 0; j < t.end - t.begin; j++) { sum += ((const uint8_t*)t.data)[j]; }
         }
         _exit(sum == 1 ? 2 : 0);
     }
@@ -174,21 +173,15 @@ static void test_safetensors(void) {
 // a file of our own has a checksum: a change is refused
 static void test_checkpoints(void) {
     const float x[3] = {1.0f, -2.0f, 3.0f}, y[1] = {4.0f};
-    const float* const data[] = {x, y};
-    StTensor tensors[2] = {};
-    const StMetadata metadata[] = {{"step", "7"}, {"run", "0123abcd"}};
-    snprintf(tensors[0].name, sizeof(tensors[0].name), "a.weight");
-    tensors[0].dims = 2;
-    tensors[0].shape[0] = 3;
-    tensors[0].shape[1] = 1;
-    snprintf(tensors[1].name, sizeof(tensors[1].name), "a.bias");
-    safetensors_write(path, metadata, 2, tensors, data, 2);
+    StTensor tensors[] = {{"a.weight", "F32", {3, 1}, 0, 0, 2, x}, {"a.bias", "F32", {}, 0, 0, 0, y}};
+    StMetadata metadata[] = {{"step", "7"}, {"run", "0123abcd"}};
+    safetensors_write(path, {metadata, 2}, {tensors, 2});
     check(checkpoint_file_whole(path), "a written file is whole");
     Safetensors* st = safetensors_open(path);
     const std::string good((const char*)st->file.data, st->file.bytes);
     const StTensor *a = safetensors_find(st, "a.weight"), *b = safetensors_find(st, "a.bias");
-    check(a != NULL && a->dims == 2 && a->shape[0] == 3 && a->shape[1] == 1 && memcmp(safetensors_data(st, a), x, sizeof(x)) == 0, "a tensor comes back");
-    check(b != NULL && b->dims == 0 && memcmp(safetensors_data(st, b), y, sizeof(y)) == 0, "a scalar comes back");
+    check(a != NULL && a->dims == 2 && a->shape[0] == 3 && a->shape[1] == 1 && memcmp(a->data, x, sizeof(x)) == 0, "a tensor comes back");
+    check(b != NULL && b->dims == 0 && memcmp(b->data, y, sizeof(y)) == 0, "a scalar comes back");
     check(strcmp(safetensors_metadata(st, "step"), "7") == 0 && safetensors_metadata(st, "none") == NULL, "metadata come back");
     safetensors_close(st);
     check(!checkpoint_file_whole("/nowhere") && !checkpoint_file_whole("/tmp"), "what is not there is not whole");

@@ -17,7 +17,7 @@ template <class T> static const T* values(const char* name, const char* dtype, s
     const StTensor* t = safetensors_find(fixture, name);
     require(t != NULL && strcmp(t->dtype, dtype) == 0, "%s lacks %s as %s; run dev/reference/recipes.py", fixture->file.path, name, dtype);
     *n = st_numel(t);
-    return (const T*)safetensors_data(fixture, t);
+    return (const T*)t->data;
 }
 
 // value of a flag in a recipe, "" where it lacks; the same memory each time
@@ -189,7 +189,7 @@ static void test_decay(int decay_all) {
         check(worst <= 1e-7 && worst_ema <= 1e-7, "%s, -wd_all %d: weights are %g, their average %g away", name,
               decay_all, worst, worst_ema);
     }
-    for (int i = 0; i < fixture->num_tensors; i++) { in_fixture += strncmp(fixture->tensors[i].name, "decay.", 6) == 0; }
+    for (const StTensor& t : fixture->tensors) { in_fixture += strncmp(t.name, "decay.", 6) == 0; }
     check(model->parameters.n == in_fixture, "%d tensors, timm's model has %d", model->parameters.n, in_fixture);
     free(before);
     free(after);
@@ -402,11 +402,12 @@ static void test_flags_of_a_run(void) {
         for (const char* flag : any) { may_change = may_change || strcmp(flag, model->options[i].flag) == 0; }
         check(model->options[i].resume == (may_change ? ANY : SAME), "%s of a resumed run", model->options[i].flag);
     }
-    StMetadata metadata[MAX_OPTIONS];
+    List<StMetadata> list = {};
     model = small_model("-clip 1 -mixup 0 -v 3 -reprob 0.5");
-    const int n = options_metadata(model, metadata, 0);
-    check(n == 2 && strcmp(metadata[0].key, "-clip") == 0 && strcmp(metadata[0].value, "1") == 0 &&
-          strcmp(metadata[1].key, "-reprob") == 0 && strcmp(metadata[1].value, "0.5") == 0, "%d flags in the metadata", n);
+    options_metadata(model, &list);
+    const StMetadata* m = list.of;
+    check(list.n == 2 && strcmp(m[0].key, "-clip") == 0 && strcmp(m[0].value, "1") == 0 &&
+          strcmp(m[1].key, "-reprob") == 0 && strcmp(m[1].value, "0.5") == 0, "%d flags in the metadata", list.n);
 }
 
 int main(void) {

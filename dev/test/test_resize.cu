@@ -85,7 +85,7 @@ static Difference run_views(const Safetensors* st, int S, int CH, bool plain) {
         const StTensor* t = safetensors_find(st, name);
         if (t == NULL) { break; }
         int p[11];
-        memcpy(p, safetensors_data(st, t), sizeof(p));
+        memcpy(p, t->data, sizeof(p));
         snprintf(name, sizeof(name), "image.%d", p[0]);
         image[n] = safetensors_find(st, name);
         snprintf(name, sizeof(name), "out.%d", i);
@@ -109,7 +109,7 @@ static Difference run_views(const Safetensors* st, int S, int CH, bool plain) {
     cudaCheck(cudaMalloc(&images, n * pixels));
     cudaCheck(cudaMalloc(&device_tasks, n * sizeof(ResizeTask)));
     for (int i = 0; i < n; i++) {
-        const uint8_t* data = (const uint8_t*)safetensors_data(st, image[i]);
+        const uint8_t* data = (const uint8_t*)image[i]->data;
         resize_stage(host + tasks[i].staged, &tasks[i], &views[i], data, (int)image[i]->shape[1], S, CH);
     }
     cudaCheck(cudaMemcpy(staging, host, bytes, cudaMemcpyHostToDevice));
@@ -118,9 +118,9 @@ static Difference run_views(const Safetensors* st, int S, int CH, bool plain) {
     cudaCheck(cudaDeviceSynchronize());
     cudaCheck(cudaMemcpy(got, images, n * pixels, cudaMemcpyDeviceToHost));
     for (int i = 0; i < n; i++) {
-        if (plain) { plain_view(host, (const uint8_t*)safetensors_data(st, image[i]), (int)image[i]->shape[1], &views[i], S, CH); }
+        if (plain) { plain_view(host, (const uint8_t*)image[i]->data, (int)image[i]->shape[1], &views[i], S, CH); }
         const Difference before = difference;
-        add_difference(&difference, got + i * pixels, plain ? host : (const uint8_t*)safetensors_data(st, out[i]), pixels);
+        add_difference(&difference, got + i * pixels, plain ? host : (const uint8_t*)out[i]->data, pixels);
         if (!plain) {
             check(difference.equal - before.equal == pixels, "image %dx%d, box %d,%d %dx%d -> %zux%zu, window %zu,%zu of %d: %zu of %zu bytes equal Pillow's",
                   (int)image[i]->shape[0], (int)image[i]->shape[1], views[i].top, views[i].left, views[i].height, views[i].width, views[i].full_height,
@@ -167,7 +167,7 @@ static void test_choices(const Safetensors* st) {
     const StTensor* t = safetensors_find(st, "crops");
     for (size_t i = 0; i < t->shape[0]; i++) {
         int p[10];
-        memcpy(p, (const char*)safetensors_data(st, t) + i * sizeof(p), sizeof(p));
+        memcpy(p, (const char*)t->data + i * sizeof(p), sizeof(p));
         const ImageView v = random_crop(p[0], p[1], p[2] / 1000.0, p[3], p[4], p[5]);
         check(v.top == p[6] && v.left == p[7] && v.height == p[8] && v.width == p[9], "crop %zu of %dx%d: %d,%d %dx%d, timm has %d,%d %dx%d", i, p[0], p[1], v.top,
               v.left, v.height, v.width, p[6], p[7], p[8], p[9]);
@@ -175,17 +175,17 @@ static void test_choices(const Safetensors* st) {
     t = safetensors_find(st, "centers");
     for (size_t i = 0; i < t->shape[0]; i++) {
         int p[8];
-        memcpy(p, (const char*)safetensors_data(st, t) + i * sizeof(p), sizeof(p));
+        memcpy(p, (const char*)t->data + i * sizeof(p), sizeof(p));
         const ImageView v = center_crop(p[0], p[1], p[2], p[3] / 1000.0);
         check((int)v.full_height == p[4] && (int)v.full_width == p[5] && (int)v.window_top == p[6] && (int)v.window_left == p[7],
               "%dx%d to %d at %d: %zux%zu, window %zu,%zu; torchvision has %dx%d, %d,%d", p[0], p[1], p[2], p[3], v.full_height, v.full_width, v.window_top,
               v.window_left, p[4], p[5], p[6], p[7]);
     }
     int samplers = 0;
-    for (int i = 0; i < st->num_tensors; i++) {
+    for (const StTensor& tensor : st->tensors) {
         unsigned n, repeats, ranks, rank_, seed, epoch;
-        if (sscanf(st->tensors[i].name, "sampler.%u.%u.%u.%u.%u.%u", &n, &repeats, &ranks, &rank_, &seed, &epoch) != 6) { continue; }
-        const int* expected = (const int*)safetensors_data(st, &st->tensors[i]);
+        if (sscanf(tensor.name, "sampler.%u.%u.%u.%u.%u.%u", &n, &repeats, &ranks, &rank_, &seed, &epoch) != 6) { continue; }
+        const int* expected = (const int*)tensor.data;
         unsigned* order = (unsigned*)malloc(n * sizeof(unsigned));
         shuffle(order, n, seed, epoch);
         LoaderOptions o = {};
@@ -195,9 +195,9 @@ static void test_choices(const Safetensors* st) {
         o.repeats = (int)repeats;
         o.training = true;
         const size_t count = loader_epoch_images(n, repeats, ranks);
-        bool equal = count == st->tensors[i].shape[0];
+        bool equal = count == tensor.shape[0];
         for (size_t k = 0; equal && k < count; k++) { equal = (int)loader_image(&o, order, n, loader_place(&o, k / o.B, k % o.B)) == expected[k]; }
-        check(equal, "%s: %zu images, timm has %zu", st->tensors[i].name, count, st->tensors[i].shape[0]);
+        check(equal, "%s: %zu images, timm has %zu", tensor.name, count, tensor.shape[0]);
         free(order);
         samplers++;
     }
