@@ -327,7 +327,7 @@ typedef struct Augmenter Augmenter;
 int image_options(Model* model, struct Option* options, int n);
 void plan_images(Model* model, Augmenter* augmenter);
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale);
-void mean_scores(const Model* model, size_t images, double* scores); // from the sums over an evaluation's images
+void mean_scores(const Model* model, size_t images, double* scores); // of an evaluation, from its sums
 
 // A tensor of parameters: a line of the model's table, for one copy
 //   DECAY   is trained, with weight decay
@@ -489,7 +489,7 @@ void model_train(Model* model, const Batch* batch, float scale);
 void model_evaluate(Model* model, const Batch* batch);   // without DropIT; result += the sums
 floatX* model_predict(Model* model, const Batch* batch); // classifiers: the logits (n, V)
 void model_input(Model* model, const Batch* batch);      // normalised, erased, mixed: the first tensor
-void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (H, W, CH)
+void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (CH, H, W)
 void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: bytes of images
 void model_check_file(const Safetensors* st);            // refuses weights of what it does not train
 double model_flops(const Model* model, size_t n);        // of the products of a training step on n images
@@ -1777,7 +1777,7 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
     cudaCheck(cudaMemcpy(patches, activation_at(a, b, false), n * sizeof(floatX), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) {
         const size_t t = i / (CH*P*P), h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
-        pixels[(h * W + w) * CH + i / (P*P) % CH] = (float)patches[i];
+        pixels[(i / (P*P) % CH * model->H + h) * W + w] = (float)patches[i];
     }
     free(patches);
 }
@@ -3874,27 +3874,20 @@ void log_cut(FILE* log, int step) {
 // An axis of an image: n pixels from `begin` on are resized to `full`, of which S from `window` on are kept
 typedef struct { int begin, n; size_t full, window; } ViewAxis;
 struct ImageView { ViewAxis y, x; bool mirror = false; }; // mirror: left to right
-typedef struct {
-    ViewAxis view;
-    int first, n, taps; // of view.n: the first pixel that is needed, how many; weights of an output pixel
-} ResizeAxis;
+// of these n, the first pixel that is needed, and how many are; weights of an output pixel
+typedef struct { int first, n, taps; } ResizeAxis;
 
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
-//
 //   staged:   first (S) | weights (S, x.taps) | first (S) | weights (S, y.taps) | pixels
 //             int, of the columns               int, of the rows                  transposed
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
-//
-// Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
-// pixels are (columns, CH, pitch). pitch and row pitch are the number of rows and S * CH, rounded up to a
-// multiple of RESIZE_V
+// Output pixel i is made of the input pixels from first[i] on, with the weights of row i. pixels are
+// (columns, CH, pitch). pitch and row pitch: rows and S * CH, rounded up to multiples of RESIZE_V
 typedef struct {
     ResizeAxis y, x;
-    bool mirror;
-    int image, pitch;                   // image: place in the batch
-    size_t staged, resized;             // offsets in the staging buffer, in bytes
-    size_t pixels, straight;            // offset from `staged`, offset from `resized`
-    size_t staged_bytes, scratch_bytes; // bytes at `staged`, and at `resized`
+    int image, pitch;                         // image: place in the batch
+    size_t staged, resized, pixels, straight; // offsets in bytes: in the buffer, from staged, from resized
+    size_t staged_bytes, scratch_bytes;       // bytes at `staged`, and at `resized`
 } ResizeTask;
 
 // how many input pixels, from *first on, make output pixel `at` of all
@@ -3904,12 +3897,12 @@ inline int resize_range(const ViewAxis* v, size_t at, int* first) {
     return std::min((int)(center + support + 0.5), v->n) - *first;
 }
 
-ResizeAxis resize_axis(ViewAxis v, int S) {
+ResizeAxis resize_axis(const ViewAxis* v, int S) {
     // the most of resize_range: where that is more, the last pixel has the weight 0
-    const int taps = std::min((int)ceil(4.0 * std::max((double)v.n / v.full, 1.0)), v.n);
-    int first, last, count = resize_range(&v, v.window + S - 1, &last);
-    resize_range(&v, v.window, &first);
-    return ResizeAxis{v, first, last + count - first, taps};
+    const int taps = std::min((int)ceil(4.0 * std::max((double)v->n / v->full, 1.0)), v->n);
+    int first, last, count = resize_range(v, v->window + S - 1, &last);
+    resize_range(v, v->window, &first);
+    return ResizeAxis{first, last + count - first, taps};
 }
 
 // Pillow's bicubic filter, and PyTorch's antialiased one: Keys' cubic, a = -0.5
@@ -3920,13 +3913,13 @@ inline double resize_filter(double x) {
 }
 
 // first (S), from a->first on, and weights (S, taps) of the window's pixels, in reverse order if mirrored
-void resize_weights(int* first, int* weights, const ResizeAxis* a, int S, bool mirror) {
-    const double scale = (double)a->view.n / a->view.full, inverse = 1.0 / std::max(scale, 1.0);
+void resize_weights(int* first, int* weights, const ResizeAxis* a, const ViewAxis* v, int S, bool mirror) {
+    const double scale = (double)v->n / v->full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
-        const double center = (a->view.window + i + 0.5) * scale;
+        const double center = (v->window + i + 0.5) * scale;
         int low;
-        const int count = std::min(resize_range(&a->view, a->view.window + i, &low), a->taps);
+        const int count = std::min(resize_range(v, v->window + i, &low), a->taps);
         double sum = 0.0; // positive: the pixel at the centre outweighs the negative ones
         for (int k = 0; k < count; k++) { sum += resize_filter((k + low - center + 0.5) * inverse); }
         first[out] = low - a->first;
@@ -3941,9 +3934,8 @@ void resize_weights(int* first, int* weights, const ResizeAxis* a, int S, bool m
 ResizeTask resize_task(const ImageView* v, int S, int CH) {
     const size_t row_pitch = CEIL_DIV((size_t)S * CH, (size_t)RESIZE_V) * RESIZE_V;
     ResizeTask t = {};
-    t.y = resize_axis(v->y, S);
-    t.x = resize_axis(v->x, S);
-    t.mirror = v->mirror;
+    t.y = resize_axis(&v->y, S);
+    t.x = resize_axis(&v->x, S);
     t.pitch = CEIL_DIV(t.y.n, RESIZE_V) * RESIZE_V;
     t.pixels = align_up(numel(S, 2 + t.x.taps + t.y.taps) * sizeof(int));
     // weights of 0 may reach up to `taps` pixels behind the last column, and behind the last row
@@ -3983,13 +3975,13 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
     }
 }
 
-// the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
-void resize_stage(uint8_t* staged, const ResizeTask* t, const uint8_t* image, int width, int S, int CH) {
+// the host's part: weights and transposed pixels of an image (h, w, CH), as the task lays them out
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* in, int w, int S, int CH) {
     int *x = (int*)staged, *y = x + (size_t)S * (1 + t->x.taps); // first; weights lie behind it
-    resize_weights(x, x + S, &t->x, S, t->mirror);
-    resize_weights(y, y + S, &t->y, S, false);
-    const size_t stride = (size_t)width * CH, top = t->y.view.begin + t->y.first, left = t->x.view.begin + t->x.first;
-    turn_bytes(staged + t->pixels, t->pitch, image + top * stride + left * CH, stride, t->y.n, (size_t)t->x.n * CH);
+    resize_weights(x, x + S, &t->x, &v->x, S, v->mirror);
+    resize_weights(y, y + S, &t->y, &v->y, S, false);
+    const size_t stride = (size_t)w * CH, top = v->y.begin + t->y.first, left = v->x.begin + t->x.first;
+    turn_bytes(staged + t->pixels, t->pitch, in + top * stride + left * CH, stride, t->y.n, (size_t)t->x.n * CH);
 }
 
 // out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for j < RESIZE_V
@@ -4093,7 +4085,7 @@ typedef struct {
     const uint8_t* record;
     size_t bytes, piece, offset; // of the record; where it is staged: piece, and byte of its slot
     uint32_t crc;      // of the record, as read
-    const void* plan;  // the loader's: how it is staged
+    int batch, image;  // which of the loader's two batches, and which of its images
 } ReadJob;
 typedef struct { uint8_t* slot; size_t first, jobs, bytes, left; } ReadPiece; // left: of its jobs, to be done
 
@@ -4192,7 +4184,7 @@ ReadJob set_image(const ShardSet* set, unsigned i) {
     const Shard* shard = &set->shards[s];
     const ShardEntry* e = &shard->entries[i - set->begin[s]];
     const size_t bytes = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
-    return ReadJob{shard, e, shard->file.data + e->offset, bytes, 0, 0, 0, NULL};
+    return ReadJob{shard, e, shard->file.data + e->offset, bytes, 0, 0, 0, 0, 0};
 }
 
 // Does the next job if it is of one of the next `pieces` to be copied: else returns false. The lock is
@@ -4256,26 +4248,25 @@ void reader_close(Reader* r) {
 }
 
 // Adds a job to a batch, of which `bytes` are staged; the threads see it when `planned` is num_jobs. It
-// begins a piece (at offset 0) where the last one has no room for these bytes and, behind all that is
-// staged, `behind` more
-ReadJob* reader_add(Reader* r, ReadJob image, size_t bytes, size_t behind) {
+// begins a piece where the last one has no room for these bytes and, behind all that is staged, `behind`
+// more. Returns its place in the slot
+size_t reader_add(Reader* r, ReadJob job, size_t bytes, size_t behind) {
     const bool first = r->num_jobs == r->planned; // of the batch
     ReadPiece* p = first ? NULL : &r->pieces[(r->num_pieces - 1) % r->ring];
     if (first || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes) {
         p = &r->pieces[r->num_pieces % r->ring];
         *p = ReadPiece{r->slots[r->num_pieces++ % PIECE_SLOTS], r->num_jobs, 0, 0, 0};
     }
-    ReadJob* job = &r->jobs[r->num_jobs++ % r->ring];
-    *job = image;
-    job->piece = r->num_pieces - 1;
-    job->offset = p->bytes;
+    job.piece = r->num_pieces - 1;
+    job.offset = p->bytes;
+    r->jobs[r->num_jobs++ % r->ring] = job;
     p->left = ++p->jobs;
     p->bytes += bytes;
     if (!r->set.verified) { // the system begins to read the record from disk
-        const uintptr_t page = (uintptr_t)job->record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)job->record + job->bytes - page, MADV_WILLNEED);
+        const uintptr_t page = (uintptr_t)job.record & ~(uintptr_t)4095;
+        madvise((void*)page, (uintptr_t)job.record + job.bytes - page, MADV_WILLNEED);
     }
-    return job;
+    return job.offset;
 }
 
 // Returns the next piece to be copied, when all its jobs are done; until then the caller reads too.
@@ -4299,7 +4290,8 @@ void reader_copied(Reader* r, cudaStream_t stream) {
 // ---- end shared: shard reader ----------------------------------------------
 
 // ---- shared: image classifiers ---------------------------------------------
-// What trainers of image classifiers share: flags, batches of images, loss, predictions, a batch to look at
+// What trainers of image classifiers share: flags, batches of images, loss, predictions, a batch to look
+// at. Random choices are drawn by Philox from an image's place in the epoch or from the batch's number
 #define IMAGE_SETTINGS(X) \
     X(f, smoothing,  "-smoothing", 0.0, 0, 0.999999, SAME, "label smoothing") \
     X(i, flip,       "-flip", 0, 0, 1, SAME, "1: mirror half of the training images") \
@@ -4317,9 +4309,8 @@ struct ImageData {
     size_t staging_bytes;  // for images that are resized on the device; 0: none are
     Augmenter* augmenter;  // what model_augment gets
     // on the device: what the loader writes
-    uint8_t* images;       // (B, S, S, CH): H and W are S
+    uint8_t *images, *staging; // (B, S, S, CH): H and W are S; where images are resized
     int *labels, *flips;   // (B)
-    uint8_t* staging;      // where images are resized
     ResizeTask* tasks;     // (B), where images are resized
     EraseBox* erased;      // (B), where images are erased
     float* losses;         // (B) of cross_entropy, as ranks (B)
@@ -4346,8 +4337,6 @@ void plan_images(Model* model, Augmenter* augmenter) {
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
 }
-
-// Random choices, by Philox from an image's place in the epoch or from the batch's number.
 
 // The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
 // image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre
@@ -4376,16 +4365,13 @@ ImageView center_crop(int height, int width, size_t S, double crop_pct) {
     return {axis(height, width), axis(width, height)};
 }
 
-// number of draw i (up to 15) of an image's erased box; those of its pixels are 0 to 0xFFFFFFEF
-u64 erase_draw(u64 place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
-
 // Random erasing (Zhong et al., arXiv 1708.04896), as timm's RandomErasing: a box of 0.02 to 1/3 of the
-// area, its sides' ratio log-uniform from 0.3 to 1/0.3
+// area, its sides' ratio log-uniform from 0.3 to 1/0.3. The noise of its pixels has the numbers up to 0xFFFFFFEF
 EraseBox draw_erase(double probability, u64 seed, unsigned epoch, u64 place, int S) {
-    const int attempts = 10;
-    const bool drawn = uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, attempts)).x) <= probability;
-    for (int attempt = 0; drawn && attempt < attempts; attempt++) {
-        const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
+    const auto draw = [=](int i) { return philox(seed, RNG_ERASE, epoch, place << 32 | (0xFFFFFFF0u + i)); };
+    const bool drawn = uniform(draw(10).x) <= probability;
+    for (int attempt = 0; drawn && attempt < 10; attempt++) {
+        const uint4 u = draw(attempt);
         const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S;
         const double ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
         const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
@@ -4416,14 +4402,13 @@ double draw_log_gamma(double alpha, u64 seed, unsigned step, u64* i) {
     }
 }
 
-// How this rank mixes its images, of side S, of the run's batch number `batch`: mixup (Zhang et al.,
-// arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
+// How this rank mixes its images, of side S, of the run's batch number `batch`, if it does: by mixup (Zhang
+// et al., arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
 void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int S) {
     u64 i = (u64)rank << 32;
     const uint4 u = philox(seed, RNG_MIX, batch, i++);
     const bool mixed = (d->mixup > 0.0 || d->cutmix > 0.0) && uniform(u.x) < d->mix;
     a->cut = d->cutmix > 0.0 && (d->mixup == 0.0 || uniform(u.y) < d->mix_switch);
-    a->lam = 1.0f;
     if (!mixed) { return; }
     const double alpha = a->cut ? d->cutmix : d->mixup; // lam is drawn from Beta(alpha, alpha)
     const double log_a = draw_log_gamma(alpha, seed, batch, &i), log_b = draw_log_gamma(alpha, seed, batch, &i);
@@ -4442,8 +4427,7 @@ void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int
 // The loader: which images a batch holds, and what part of each is wanted, follow from seed and batch
 // number alone. The shard reader stages the images; the loader's stream copies them to the device, piece
 // by piece, and resizes them if it must, while the step before computes. A group, images in a row of one
-// piece, is resized at once. The groups of a piece use the same scratch at the end of the memory, so
-// little that it stays in the device's cache:
+// piece, is resized at once, with scratch at the end of the memory that stays in the device's cache:
 //   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
 typedef struct { // what is planned of a batch beside its jobs
     Batch batch;           // as the model will see it
@@ -4456,12 +4440,10 @@ struct Loader : Reader {
     const Model* model;
     bool training;         // else evaluation: every image once, in the order of the files
     bool resizes;          // else all images are S x S and only copied
-    size_t ranks, rank;    // that share the images, and which of them this one is
-    size_t repeats;        // how often in a row an image is shown (the ranks together)
+    size_t ranks, rank, repeats; // that share the images; times in a row that they, together, show one
     unsigned* order;       // (images) of the current epoch
     long long epoch, ahead; // of that order, -1: the files'; the batch that is being read, -1: none
     ImageBatch batches[2]; // batch b is batches[b % 2]
-    const ImageBatch* current; // was brought to the device last
     size_t group_bytes;    // most scratch of a group
     cudaStream_t stream;   // copies and resizes
     cudaEvent_t released;  // what is on the device may be overwritten
@@ -4482,21 +4464,18 @@ ImageView loader_view(const Loader* loader, const ShardEntry* e, unsigned epoch,
 // Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
 // takes. 0: all images are of the model's size, and nothing is resized
 size_t loader_staging_bytes(const Loader* loader) {
-    const ShardSet* set = &loader->set;
     const ImageData* d = loader->model->images;
     const size_t S = loader->model->H;
     const bool crops = loader->training && d->crop;
     bool resizes = crops || (!loader->training && floor(S / d->crop_pct) != S);
     size_t largest = PIECE_BYTES;
-    for (const Shard* s = set->shards; s < set->shards + set->num_shards; s++) {
-        for (const ShardEntry* e = s->entries; e < s->entries + s->header->images; e++) {
-            const int height = e->height, width = e->width;
-            const ImageView whole = {{0, height, S, 0}, {0, width, S, 0}};
-            const ImageView v = crops ? whole : center_crop(height, width, S, d->crop_pct);
-            const ResizeTask t = resize_task(&v, (int)S, (int)loader->model->CH);
-            largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
-            resizes = resizes || e->height != S || e->width != S;
-        }
+    for (unsigned i = 0; i < loader->set.images; i++) {
+        const ShardEntry* e = set_image(&loader->set, i).entry;
+        const ImageView whole = {{0, (int)e->height, S, 0}, {0, (int)e->width, S, 0}};
+        const ImageView v = crops ? whole : center_crop(e->height, e->width, S, d->crop_pct);
+        const ResizeTask t = resize_task(&v, (int)S, (int)loader->model->CH);
+        largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
+        resizes = resizes || e->height != S || e->width != S;
     }
     return resizes ? largest : 0;
 }
@@ -4520,7 +4499,8 @@ Loader* loader_new(const char* path, Model* model, bool training) {
     require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
     require(h->channels == model->CH, "%s has images of %u channels, the model takes %zu; set -chans", path,
             h->channels, model->CH);
-    require(alone || h->classes == model->V, "%s has %u classes, the model %zu; set -classes", path, h->classes, model->V);
+    require(alone || h->classes == model->V, "%s has %u classes, the model %zu; set -classes", path,
+            h->classes, model->V);
     const size_t staging = loader_staging_bytes(loader);
     loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
     loader->piece_bytes = loader->resizes ? staging
@@ -4549,15 +4529,14 @@ size_t loader_place(const Loader* l, size_t batch, size_t i) {
 }
 
 // which image of the set stands at a place of the epoch
-unsigned loader_image(const Loader* loader, size_t place) {
-    return loader->order[place % (loader->set.images * loader->repeats) / loader->repeats];
+unsigned loader_image(const Loader* l, size_t place) {
+    return l->order[place % (l->set.images * l->repeats) / l->repeats];
 }
 
-size_t loader_batches(const Loader* loader) {
-    const size_t B = loader->model->B, ranks = loader->ranks, rank = loader->rank, all = CEIL_DIV(loader_images(loader), B);
-    const size_t accumulation = loader->model->s->accumulation; // an epoch of training has whole steps
-    if (loader->training) { return loader_epoch(loader) / ranks / (B * accumulation) * accumulation; }
-    return all > rank ? CEIL_DIV(all - rank, ranks) : 0;
+size_t loader_batches(const Loader* l) {
+    const size_t B = l->model->B, all = CEIL_DIV(l->set.images, B), accumulation = l->model->s->accumulation;
+    if (l->training) { return loader_epoch(l) / l->ranks / (B * accumulation) * accumulation; } // of whole steps
+    return all > l->rank ? CEIL_DIV(all - l->rank, l->ranks) : 0;
 }
 
 void loader_print(const Loader* loader, const char* what) {
@@ -4590,13 +4569,12 @@ void loader_start(Loader* loader, Model* model) {
 }
 
 void loader_close(Loader* loader) {
-    if (loader == NULL) { return; }
-    if (loader->order != NULL) { // it was started
+    if (loader != NULL && loader->order != NULL) { // it was started
         cudaCheck(cudaStreamSynchronize(loader->stream));
         reader_close(loader);
         for (const ImageBatch& b : loader->batches) { cudaCheck(cudaFreeHost(b.tasks)); }
+        free(loader->order);
     }
-    free(loader->order);
     free(loader);
 }
 
@@ -4605,7 +4583,10 @@ void stage_record(const Reader* r, const ReadJob* job, uint8_t* staged) {
     const Loader* loader = static_cast<const Loader*>(r);
     const int S = (int)loader->model->H, CH = (int)loader->model->CH;
     if (!loader->resizes) { memcpy(staged, job->record, numel(S, S, CH)); return; }
-    resize_stage(staged, (const ResizeTask*)job->plan, job->record, job->entry->width, S, CH);
+    const ImageBatch* b = &loader->batches[job->batch];
+    const BatchAugment* a = &b->batch.augment;
+    const ImageView v = loader_view(loader, job->entry, a->epoch, a->place + job->image * a->place_step);
+    resize_stage(staged, &b->tasks[job->image], &v, job->record, job->entry->width, S, CH);
 }
 
 // what holds for a whole batch (`number` counts those of this rank's run): its place, how it is mixed
@@ -4626,6 +4607,7 @@ void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
 
 // plans the images of a batch and gives them to the threads
 void loader_plan(Loader* loader, size_t number) {
+    const ImageData* d = loader->model->images;
     const int S = (int)loader->model->H, CH = (int)loader->model->CH;
     ImageBatch* b = &loader->batches[number % 2];
     const BatchAugment* a = &b->batch.augment;
@@ -4634,24 +4616,24 @@ void loader_plan(Loader* loader, size_t number) {
     loader_plan_batch(loader, &b->batch, number);
     for (size_t i = 0; i < b->batch.n; i++) {
         const size_t place = a->place + i * a->place_step;
-        const ReadJob image = set_image(&loader->set, loader_image(loader, place));
+        ReadJob image = set_image(&loader->set, loader_image(loader, place));
+        image.batch = number % 2;
+        image.image = (int)i;
         const ImageView v = loader_view(loader, image.entry, a->epoch, place);
         b->labels[i] = image.entry->label;
         b->flips[i] = !loader->resizes && v.mirror;
-        if (a->erased != NULL) { b->erased[i] = draw_erase(loader->model->images->erase, a->seed, a->epoch, place, S); }
+        if (a->erased != NULL) { b->erased[i] = draw_erase(d->erase, a->seed, a->epoch, place, S); }
         ResizeTask t = {};
         if (loader->resizes) { t = resize_task(&v, S, CH); } else { t.staged_bytes = numel(S, S, CH); }
         if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
         group += t.scratch_bytes;
         most = std::max(most, group);
-        ReadJob* job = reader_add(loader, image, t.staged_bytes, most);
-        if (job->offset == 0) { group = most = t.scratch_bytes; } // a piece begins
-        assert(job->offset + t.staged_bytes + most <= loader->piece_bytes);
-        t.staged = job->offset;
+        t.staged = reader_add(loader, image, t.staged_bytes, most);
+        if (t.staged == 0) { group = most = t.scratch_bytes; } // a piece begins
+        assert(t.staged + t.staged_bytes + most <= loader->piece_bytes);
         t.resized = loader->piece_bytes - group;
         t.image = (int)i;
         b->tasks[i] = t;
-        job->plan = &b->tasks[i];
     }
     loader->ahead = (long long)number;
     reader_set(loader, &loader->planned, loader->num_jobs);
@@ -4662,11 +4644,11 @@ template <class T> static void upload(T* device, const T* host, size_t n, cudaSt
     cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, stream));
 }
 
-// copies the next piece from its slot to the device, and resizes it group by group
-void loader_copy_piece(Loader* loader) {
+// copies the next piece of batch b from its slot to the device, and resizes it group by group
+void loader_copy_piece(Loader* loader, const ImageBatch* b) {
     const ReadPiece* piece = reader_wait(loader);
     const ImageData* d = loader->model->images;
-    const ResizeTask* t = (const ResizeTask*)loader->jobs[piece->first % loader->ring].plan, *last = t + piece->jobs;
+    const ResizeTask *t = b->tasks + loader->jobs[piece->first % loader->ring].image, *last = t + piece->jobs;
     const int S = (int)loader->model->H, CH = (int)loader->model->CH;
     const cudaStream_t stream = loader->stream;
     if (!loader->resizes) {
@@ -4699,15 +4681,15 @@ void loader_batch(Loader* loader, size_t number) {
     upload(d->flips, b->flips, n, stream);
     if (loader->resizes) { upload(d->tasks, b->tasks, n, stream); }
     if (b->batch.augment.erased != NULL) { upload(d->erased, b->erased, n, stream); }
-    while (loader->issued < pieces) { loader_copy_piece(loader); }
+    while (loader->issued < pieces) { loader_copy_piece(loader, b); }
     if (loader->training) { model_augment(d->augmenter, &b->batch, stream); }
     cudaCheck(cudaEventRecord(b->copied, stream));
-    loader->current = b;
 }
 
 const Batch* loader_take(const Loader* loader) {
-    cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
-    return &loader->current->batch;
+    const ImageBatch* b = &loader->batches[(loader->ahead + 1) % 2]; // the one before `ahead`
+    cudaCheck(cudaStreamWaitEvent(main_stream, b->copied, 0));
+    return &b->batch;
 }
 void batch_used(const Batch* batch) {
     if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
@@ -4721,9 +4703,8 @@ void classifier_loss(Model* model, floatX* logits, const int* labels, const Batc
 
 void mean_scores(const Model* model, size_t images, double* scores) {
     const StepResult r = model_result(model);
-    for (int i = 0; model_eval_metrics[i].name != NULL; i++) {
-        scores[i] = model_eval_metrics[i].unit * (r.sums[i] / images);
-    }
+    const Metric* m = model_eval_metrics;
+    for (int i = 0; m[i].name != NULL; i++) { scores[i] = m[i].unit * (r.sums[i] / images); }
 }
 
 // prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V),
@@ -4766,16 +4747,15 @@ void predict(Model* model, Loader* loader) {
 // label (n), and mean and std (CH) of the normalisation. data/sheet.py draws the file
 void write_sheet(Model* model, Loader* loader, size_t number) {
     const size_t H = model->H, W = model->W, CH = model->CH, n = std::min<size_t>(model->B, 64), pixels = H * W;
-    float *images = host_new<float>(n * pixels * CH, "images"), *one = host_new<float>(pixels * CH, "an image");
+    float* images = host_new<float>(n * CH * pixels, "images");
     float labels[64];
     loader_batch(loader, number);
     const Batch* batch = loader_take(loader);
     model_input(model, batch);
     cudaCheck(cudaStreamSynchronize(main_stream));
     for (size_t b = 0; b < n; b++) {
-        labels[b] = (float)loader->current->labels[b];
-        model_pixels(model, b, one);
-        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = one[i]; }
+        labels[b] = (float)loader->batches[number % 2].labels[b];
+        model_pixels(model, b, images + b * CH * pixels);
     }
     const StMetadata metadata = {"format", "pt"};
     const StTensor tensors[] = {{"image", "F32", {n, CH, H, W}, 0, 0, 4}, {"label", "F32", {n}, 0, 0, 1},
@@ -4784,7 +4764,6 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     if (rank == 0) { safetensors_write(model->s->sheet, &metadata, 1, tensors, data, 4); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
-    free(one);
 }
 // ---- end shared: image classifiers -----------------------------------------
 
