@@ -3874,8 +3874,7 @@ void log_cut(FILE* log, int step) {
 // An axis of an image: n pixels from `begin` on are resized to `full`, of which S from `window` on are kept
 typedef struct { int begin, n; size_t full, window; } ViewAxis;
 struct ImageView { ViewAxis y, x; bool mirror = false; }; // mirror: left to right
-// of these n, the first pixel that is needed, and how many are; weights of an output pixel
-typedef struct { int first, n, taps; } ResizeAxis;
+typedef struct { int first, n, taps; } ResizeAxis; // of these: what is needed; weights of an output pixel
 
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
 //   staged:   first (S) | weights (S, x.taps) | first (S) | weights (S, y.taps) | pixels
@@ -3918,8 +3917,7 @@ void resize_weights(int* first, int* weights, const ResizeAxis* a, const ViewAxi
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
         const double center = (v->window + i + 0.5) * scale;
-        int low;
-        const int count = std::min(resize_range(v, v->window + i, &low), a->taps);
+        int low, count = std::min(resize_range(v, v->window + i, &low), a->taps);
         double sum = 0.0; // positive: the pixel at the centre outweighs the negative ones
         for (int k = 0; k < count; k++) { sum += resize_filter((k + low - center + 0.5) * inverse); }
         first[out] = low - a->first;
@@ -4115,10 +4113,9 @@ unsigned shards_count(const char* prefix, unsigned* end) {
     const char *slash = strrchr(prefix, '/'), *base = slash != NULL ? slash + 1 : prefix;
     const size_t n = strlen(base);
     char folder[4200];
-    unsigned found = 0, number;
+    unsigned found = *end = 0, number;
     snprintf(folder, sizeof(folder), "%.*s.", (int)(base - prefix), prefix);
     DIR* directory = opendir(folder);
-    *end = 0;
     for (const struct dirent* e; directory != NULL && (e = readdir(directory)) != NULL; ) {
         int used = 0;
         const bool named = strncmp(e->d_name, base, n) == 0 && sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) == 1;
@@ -4262,10 +4259,8 @@ size_t reader_add(Reader* r, ReadJob job, size_t bytes, size_t behind) {
     r->jobs[r->num_jobs++ % r->ring] = job;
     p->left = ++p->jobs;
     p->bytes += bytes;
-    if (!r->set.verified) { // the system begins to read the record from disk
-        const uintptr_t page = (uintptr_t)job.record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)job.record + job.bytes - page, MADV_WILLNEED);
-    }
+    const size_t in_page = (uintptr_t)job.record % 4096; // the system begins to read the record from disk
+    if (!r->set.verified) { madvise((void*)(job.record - in_page), in_page + job.bytes, MADV_WILLNEED); }
     return job.offset;
 }
 
@@ -4402,6 +4397,22 @@ double draw_log_gamma(double alpha, u64 seed, unsigned step, u64* i) {
     }
 }
 
+// a draw of Beta(alpha, alpha)
+double draw_beta(double alpha, u64 seed, unsigned step, u64* i) {
+    const double a = draw_log_gamma(alpha, seed, step, i), b = draw_log_gamma(alpha, seed, step, i);
+    return 1.0 / (1.0 + exp(b - a));
+}
+
+// cutmix's box: what lies in the image of a square of (1 - lam) * S * S pixels about (y, x)
+void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
+    const int side = (int)(S * sqrt(1.0 - lam));
+    a->top = std::max(y - side / 2, 0);
+    a->left = std::max(x - side / 2, 0);
+    a->bottom = std::min(y + (side + 1) / 2, S);
+    a->right = std::min(x + (side + 1) / 2, S);
+    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
+}
+
 // How this rank mixes its images, of side S, of the run's batch number `batch`, if it does: by mixup (Zhang
 // et al., arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
 void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int S) {
@@ -4410,18 +4421,9 @@ void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int
     const bool mixed = (d->mixup > 0.0 || d->cutmix > 0.0) && uniform(u.x) < d->mix;
     a->cut = d->cutmix > 0.0 && (d->mixup == 0.0 || uniform(u.y) < d->mix_switch);
     if (!mixed) { return; }
-    const double alpha = a->cut ? d->cutmix : d->mixup; // lam is drawn from Beta(alpha, alpha)
-    const double log_a = draw_log_gamma(alpha, seed, batch, &i), log_b = draw_log_gamma(alpha, seed, batch, &i);
-    const double lam = 1.0 / (1.0 + exp(log_b - log_a));
+    const double lam = draw_beta(a->cut ? d->cutmix : d->mixup, seed, batch, &i);
     a->lam = (float)lam;
-    if (!a->cut) { return; }
-    // the box: what lies in the image of a square of (1 - lam) * S * S pixels about (y, x)
-    const int y = draw_below(u.z, S), x = draw_below(u.w, S), side = (int)(S * sqrt(1.0 - lam));
-    a->top = std::max(y - side / 2, 0);
-    a->left = std::max(x - side / 2, 0);
-    a->bottom = std::min(y + (side + 1) / 2, S);
-    a->right = std::min(x + (side + 1) / 2, S);
-    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
+    if (a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
 }
 
 // The loader: which images a batch holds, and what part of each is wanted, follow from seed and batch
@@ -4650,10 +4652,9 @@ void loader_copy_piece(Loader* loader, const ImageBatch* b) {
     const ImageData* d = loader->model->images;
     const ResizeTask *t = b->tasks + loader->jobs[piece->first % loader->ring].image, *last = t + piece->jobs;
     const int S = (int)loader->model->H, CH = (int)loader->model->CH;
-    const cudaStream_t stream = loader->stream;
     if (!loader->resizes) {
-        upload(d->images + numel(t->image, S, S, CH), piece->slot, piece->bytes, stream);
-        reader_copied(loader, stream);
+        upload(d->images + numel(t->image, S, S, CH), piece->slot, piece->bytes, loader->stream);
+        reader_copied(loader, loader->stream);
         return;
     }
     for (const ResizeTask* end; t < last; t = end) {
@@ -4662,9 +4663,9 @@ void loader_copy_piece(Loader* loader, const ImageBatch* b) {
             pitch = std::max(pitch, end->pitch);
         }
         const size_t at = t->staged, bytes = (end < last ? end->staged : piece->bytes) - at;
-        upload(d->staging + at, piece->slot + at, bytes, stream);
-        if (end == last) { reader_copied(loader, stream); }
-        resize_images(d->images, d->staging, d->tasks + t->image, (int)(end - t), pitch, S, CH, stream);
+        upload(d->staging + at, piece->slot + at, bytes, loader->stream);
+        if (end == last) { reader_copied(loader, loader->stream); }
+        resize_images(d->images, d->staging, d->tasks + t->image, (int)(end - t), pitch, S, CH, loader->stream);
     }
 }
 
@@ -4674,16 +4675,15 @@ void loader_batch(Loader* loader, size_t number) {
     const ImageBatch* b = &loader->batches[number % 2];
     const ImageData* d = loader->model->images;
     const size_t n = b->batch.n, pieces = loader->num_pieces; // up to the end of this batch
-    const cudaStream_t stream = loader->stream;
     loader_plan(loader, number + 1);
-    cudaCheck(cudaStreamWaitEvent(stream, loader->released, 0));
-    upload(d->labels, b->labels, n, stream);
-    upload(d->flips, b->flips, n, stream);
-    if (loader->resizes) { upload(d->tasks, b->tasks, n, stream); }
-    if (b->batch.augment.erased != NULL) { upload(d->erased, b->erased, n, stream); }
+    cudaCheck(cudaStreamWaitEvent(loader->stream, loader->released, 0));
+    upload(d->labels, b->labels, n, loader->stream);
+    upload(d->flips, b->flips, n, loader->stream);
+    if (loader->resizes) { upload(d->tasks, b->tasks, n, loader->stream); }
+    if (b->batch.augment.erased != NULL) { upload(d->erased, b->erased, n, loader->stream); }
     while (loader->issued < pieces) { loader_copy_piece(loader, b); }
-    if (loader->training) { model_augment(d->augmenter, &b->batch, stream); }
-    cudaCheck(cudaEventRecord(b->copied, stream));
+    if (loader->training) { model_augment(d->augmenter, &b->batch, loader->stream); }
+    cudaCheck(cudaEventRecord(b->copied, loader->stream));
 }
 
 const Batch* loader_take(const Loader* loader) {
