@@ -329,7 +329,7 @@ typedef struct Augmenter Augmenter;
 void image_options(Model* model);
 void plan_images(Model* model, Augmenter* augmenter);
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale);
-void mean_scores(const Model* model, size_t images, double* scores);
+void mean_scores(const Model* model, size_t images, double* scores); // of an evaluation, from its sums
 
 // A tensor of parameters: a line of the model's table, for one copy
 //   DECAY   is trained, with weight decay
@@ -432,7 +432,6 @@ struct Common {
     unsigned long long seed;
     size_t chunk_bytes;          // of the widest tensor in a chunk
     size_t chunk_images;         // of the chunks that the passes work in: the model's plan sets it
-    size_t staging_bytes;        // for images that are resized on the device; 0: none are
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
     int num_lines;               // of the table of activations
@@ -493,7 +492,7 @@ void model_train(Model* model, const Batch* batch, float scale);
 void model_evaluate(Model* model, const Batch* batch);   // without DropIT; result += the sums
 floatX* model_predict(Model* model, const Batch* batch); // classifiers: the logits (n, V)
 void model_input(Model* model, const Batch* batch);      // normalised, erased, mixed: the first tensor
-void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (H, W, CH)
+void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (CH, H, W)
 void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: bytes of images
 void model_check_file(const Safetensors* st);            // refuses weights of what it does not train
 double model_flops(const Model* model, size_t n);        // of the products of a training step on n images
@@ -1733,7 +1732,7 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
     cudaCheck(cudaMemcpy(patches, activation_at(a, b, false), n * sizeof(floatX), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) {
         const size_t t = i / (CH*P*P), h = t / (W/P) * P + i / P % P, w = t % (W/P) * P + i % P;
-        pixels[(h * W + w) * CH + i / (P*P) % CH] = (float)patches[i];
+        pixels[(i / (P*P) % CH * model->H + h) * W + w] = (float)patches[i];
     }
     free(patches);
 }
@@ -2021,7 +2020,7 @@ void augment_plan(Plan* plan, Augmenter* a, size_t B, size_t S, size_t CH) {
     plan_add(plan, SCRATCH, "augment tables", "", "(B, CH, 256) bytes", &a->tables, B * CH * 256);
 }
 
-// the loader's hook (see "shared: image batches"): RandAugment
+// the loader's hook (see "shared: image classifiers"): RandAugment
 void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     const BatchAugment* b = &batch->augment;
     const int S = (int)a->S, CH = (int)a->CH, layers = a->options.layers;
@@ -3794,40 +3793,37 @@ void log_cut(FILE* log, int step) {
 #define RESIZE_V 64
 #define RESIZE_BITS 22
 
-// A box of an image is resized to full_height x full_width, of which a window of S x S is kept
-typedef struct {
-    int top, left, height, width; // of the box
-    size_t full_height, full_width, window_top, window_left;
-    bool mirror; // left to right
-} ImageView;
+// An axis of an image: n pixels from `begin` on are resized to `full`, of which S from `window` on are kept
+typedef struct { int begin, n; size_t full, window; } ViewAxis;
+struct ImageView { ViewAxis y, x; bool mirror = false; }; // mirror: left to right
+typedef struct { int first, n, taps; } ResizeAxis; // of these: what is needed; weights of an output pixel
 
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
-//
-//   staged:   first (S) | weights (S, column_taps) | first (S) | weights (S, row_taps) | pixels
-//             int, of the columns                    int, of the rows                    transposed
+//   staged:   first (S) | weights (S, x.taps) | first (S) | weights (S, y.taps) | pixels
+//             int, of the columns               int, of the rows                  transposed
 //   resized:  columns resized (S * CH, pitch) | straight: the same transposed back (pitch, row pitch)
-//
-// Output pixel i is made of the input pixels first[i], first[i] + 1, ... with the weights of row i.
-// pixels are (columns, CH, pitch). pitch and row pitch are the number of rows and S * CH, rounded up to a
-// multiple of RESIZE_V
+// Output pixel i is made of the input pixels from first[i] on, with the weights of row i. pixels are
+// (columns, CH, pitch). pitch and row pitch: rows and S * CH, rounded up to multiples of RESIZE_V
 typedef struct {
-    size_t staged, resized;             // offsets in the staging buffer, in bytes
-    size_t pixels, straight;            // offset from `staged`, offset from `resized`
-    size_t staged_bytes, scratch_bytes; // bytes at `staged`, and at `resized`
-    int image, pitch, column_taps, row_taps; // place in the batch; taps: weights of an output pixel
-    int first_row, rows, first_column, columns; // of the box: what the window needs
+    ResizeAxis y, x;
+    int image, pitch;                         // image: place in the batch
+    size_t staged, resized, pixels, straight; // offsets in bytes: in the buffer, from staged, from resized
+    size_t staged_bytes, scratch_bytes;       // bytes at `staged`, and at `resized`
 } ResizeTask;
 
-// how many input pixels, from *first on, make output pixel `at` when n pixels are resized to `full`
-inline int resize_range(int n, size_t full, size_t at, int* first) {
-    const double scale = (double)n / full, support = 2.0 * std::max(scale, 1.0), center = (at + 0.5) * scale;
+// how many input pixels, from *first on, make output pixel `at` of all
+inline int resize_range(const ViewAxis* v, size_t at, int* first) {
+    const double scale = (double)v->n / v->full, support = 2.0 * std::max(scale, 1.0), center = (at + 0.5) * scale;
     *first = std::max((int)(center - support + 0.5), 0);
-    return std::min((int)(center + support + 0.5), n) - *first;
+    return std::min((int)(center + support + 0.5), v->n) - *first;
 }
 
-// the most of these: where resize_range returns more, the last pixel has the weight 0
-inline int resize_taps(int n, size_t full) {
-    return std::min((int)ceil(4.0 * std::max((double)n / full, 1.0)), n);
+ResizeAxis resize_axis(const ViewAxis* v, int S) {
+    // the most of resize_range: where that is more, the last pixel has the weight 0
+    const int taps = std::min((int)ceil(4.0 * std::max((double)v->n / v->full, 1.0)), v->n);
+    int first, last, count = resize_range(v, v->window + S - 1, &last);
+    resize_range(v, v->window, &first);
+    return ResizeAxis{first, last + count - first, taps};
 }
 
 // Pillow's bicubic filter, and PyTorch's antialiased one: Keys' cubic, a = -0.5
@@ -3837,47 +3833,35 @@ inline double resize_filter(double x) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// first (S) and weights (S, taps) of the S output pixels from `window` on, in reverse order if mirrored.
-// `first` counts from input pixel `origin`
-void resize_weights(int* first, int* weights, int taps, int n, size_t full, size_t window, int S,
-                    int origin, bool mirror) {
-    const double scale = (double)n / full, inverse = 1.0 / std::max(scale, 1.0);
+// first (S), from a->first on, and weights (S, taps) of the window's pixels, in reverse order if mirrored
+void resize_weights(int* first, int* weights, const ResizeAxis* a, const ViewAxis* v, int S, bool mirror) {
+    const double scale = (double)v->n / v->full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
         const int out = mirror ? S - 1 - i : i;
-        const double center = (window + i + 0.5) * scale;
-        int low;
-        const int count = std::min(resize_range(n, full, window + i, &low), taps);
+        const double center = (v->window + i + 0.5) * scale;
+        int low, count = std::min(resize_range(v, v->window + i, &low), a->taps);
         double sum = 0.0; // positive: the pixel at the centre outweighs the negative ones
         for (int k = 0; k < count; k++) { sum += resize_filter((k + low - center + 0.5) * inverse); }
-        first[out] = low - origin;
-        for (int k = 0; k < taps; k++) {
+        first[out] = low - a->first;
+        for (int k = 0; k < a->taps; k++) {
             const double w = k < count ? resize_filter((k + low - center + 0.5) * inverse) / sum : 0.0;
-            weights[(size_t)out * taps + k] = (int)(w * (1 << RESIZE_BITS) + (w < 0.0 ? -0.5 : 0.5));
+            weights[(size_t)out * a->taps + k] = (int)(w * (1 << RESIZE_BITS) + (w < 0.0 ? -0.5 : 0.5));
         }
     }
 }
 
-// how many input pixels a window of S output pixels needs; *first: the first one
-int resize_window(int n, size_t full, size_t window, int S, int* first) {
-    int last, taps = resize_range(n, full, window + S - 1, &last);
-    resize_range(n, full, window, first);
-    return last + taps - *first;
-}
-
 // the task of a view; its caller sets where the data lie (staged, resized), and image
 ResizeTask resize_task(const ImageView* v, int S, int CH) {
-    ResizeTask t = {};
-    t.row_taps = resize_taps(v->height, v->full_height);
-    t.column_taps = resize_taps(v->width, v->full_width);
-    t.rows = resize_window(v->height, v->full_height, v->window_top, S, &t.first_row);
-    t.columns = resize_window(v->width, v->full_width, v->window_left, S, &t.first_column);
-    t.pitch = CEIL_DIV(t.rows, RESIZE_V) * RESIZE_V;
     const size_t row_pitch = CEIL_DIV((size_t)S * CH, (size_t)RESIZE_V) * RESIZE_V;
-    t.pixels = align_up(numel(S, 2 + t.column_taps + t.row_taps) * sizeof(int));
+    ResizeTask t = {};
+    t.y = resize_axis(&v->y, S);
+    t.x = resize_axis(&v->x, S);
+    t.pitch = CEIL_DIV(t.y.n, RESIZE_V) * RESIZE_V;
+    t.pixels = align_up(numel(S, 2 + t.x.taps + t.y.taps) * sizeof(int));
     // weights of 0 may reach up to `taps` pixels behind the last column, and behind the last row
-    t.staged_bytes = align_up(t.pixels + numel(t.columns + t.column_taps, CH, t.pitch));
+    t.staged_bytes = align_up(t.pixels + numel(t.x.n + t.x.taps, CH, t.pitch));
     t.straight = align_up(row_pitch * t.pitch);
-    t.scratch_bytes = align_up(t.straight + row_pitch * (t.pitch + t.row_taps));
+    t.scratch_bytes = align_up(t.straight + row_pitch * (t.pitch + t.y.taps));
     return t;
 }
 
@@ -3911,15 +3895,13 @@ void turn_bytes(uint8_t* out, size_t pitch, const uint8_t* in, size_t stride, si
     }
 }
 
-// the host's part: weights and transposed pixels of image (height, width, CH), as the task lays them out
-void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* image,
-                  int width, int S, int CH) {
-    int *x = (int*)staged, *y = x + (size_t)S * (1 + t->column_taps); // first; weights lie behind it
-    resize_weights(x, x + S, t->column_taps, v->width, v->full_width, v->window_left, S, t->first_column, v->mirror);
-    resize_weights(y, y + S, t->row_taps, v->height, v->full_height, v->window_top, S, t->first_row, false);
-    const size_t stride = (size_t)width * CH, left = v->left + t->first_column;
-    const uint8_t* needed = image + (v->top + t->first_row) * stride + left * CH;
-    turn_bytes(staged + t->pixels, t->pitch, needed, stride, t->rows, (size_t)t->columns * CH);
+// the host's part: weights and transposed pixels of an image (h, w, CH), as the task lays them out
+void resize_stage(uint8_t* staged, const ResizeTask* t, const ImageView* v, const uint8_t* in, int w, int S, int CH) {
+    int *x = (int*)staged, *y = x + (size_t)S * (1 + t->x.taps); // first; weights lie behind it
+    resize_weights(x, x + S, &t->x, &v->x, S, v->mirror);
+    resize_weights(y, y + S, &t->y, &v->y, S, false);
+    const size_t stride = (size_t)w * CH, top = v->y.begin + t->y.first, left = v->x.begin + t->x.first;
+    turn_bytes(staged + t->pixels, t->pitch, in + top * stride + left * CH, stride, t->y.n, (size_t)t->x.n * CH);
 }
 
 // out[j] = sum over k of weights[k] * pixels[k * stride + j], rounded to a byte, for j < RESIZE_V
@@ -3942,10 +3924,10 @@ __global__ void resize_columns_kernel(uint8_t* staging, const ResizeTask* tasks,
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned runs = t.pitch / RESIZE_V, xc = (unsigned)i / runs, x = xc / CH, y = (i - xc * runs) * RESIZE_V;
     if (i >= (size_t)S * CH * runs) { return; }
-    const int *first = (const int*)(staging + t.staged), *w = first + S + (size_t)x * t.column_taps;
+    const int *first = (const int*)(staging + t.staged), *w = first + S + (size_t)x * t.x.taps;
     const uint8_t* column = staging + t.staged + t.pixels + ((size_t)first[x] * CH + xc % CH) * t.pitch;
     uint8_t* out = staging + t.resized + (size_t)xc * t.pitch + y;
-    resize_run((ResizeRun*)out, column + y, (size_t)CH * t.pitch, w, t.column_taps);
+    resize_run((ResizeRun*)out, column + y, (size_t)CH * t.pitch, w, t.x.taps);
 }
 
 // straight[y][xc] = resized[xc][y]; a thread transposes 8 x 8 bytes
@@ -3971,10 +3953,10 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     if (i >= (size_t)S * (row_pitch / RESIZE_V)) { return; }
     const unsigned runs = row_pitch / RESIZE_V, y = (unsigned)i / runs, xc = (i - y * runs) * RESIZE_V;
     const unsigned row = S * CH, n = min(row - xc, RESIZE_V);
-    const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.column_taps);
+    const int* first = (const int*)(staging + t.staged) + (size_t)S * (1 + t.x.taps);
     const uint8_t* pixels = staging + t.resized + t.straight + (size_t)first[y] * row_pitch + xc;
     ResizeRun bytes;
-    resize_run(&bytes, pixels, row_pitch, first + S + (size_t)y * t.row_taps, t.row_taps);
+    resize_run(&bytes, pixels, row_pitch, first + S + (size_t)y * t.y.taps, t.y.taps);
     uint8_t* out = images + ((size_t)t.image * S + y) * row + xc;
     for (unsigned j = 0; j < RESIZE_V; j += 16) { // of constant length, so that the bytes stay in registers
         if (row % 16 == 0 && j < n) { *(Pack<16, uint8_t>*)(out + j) = *(Pack<16, uint8_t>*)(bytes.v + j); }
@@ -3982,95 +3964,17 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     for (unsigned j = 0; j < RESIZE_V; j++) { if (row % 16 != 0 && j < n) { out[j] = bytes.v[j]; } }
 }
 
-#define RESIZE(kernel, threads, ...) do { \
-    kernel<<<dim3((unsigned)CEIL_DIV(threads, (size_t)128), n), 128, 0, stream>>>(__VA_ARGS__); \
-    kernelCheck(); } while (0)
-// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging
-void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int largest_pitch,
-                   int S, int CH, cudaStream_t stream) {
+// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging; pitch: the largest
+void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int pitch, int S, int CH,
+                   cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
-    RESIZE(resize_columns_kernel, numel(S, CH, largest_pitch / RESIZE_V), staging, tasks, S, CH);
-    RESIZE(resize_turn_kernel, numel(row_pitch / 8, largest_pitch / 8), staging, tasks, row_pitch);
-    RESIZE(resize_rows_kernel, numel(S, row_pitch / RESIZE_V), images, staging, tasks, S, CH, row_pitch);
+    const auto grid = [n](size_t threads) { return dim3((unsigned)CEIL_DIV(threads, (size_t)128), n); };
+    const dim3 x = grid(numel(S, CH, pitch / RESIZE_V)), y = grid(numel(S, row_pitch / RESIZE_V));
+    LAUNCH_BLOCKS(resize_columns_kernel, x, 128, stream, staging, tasks, S, CH);
+    LAUNCH_BLOCKS(resize_turn_kernel, grid(numel(row_pitch / 8, pitch / 8)), 128, stream, staging, tasks, row_pitch);
+    LAUNCH_BLOCKS(resize_rows_kernel, y, 128, stream, images, staging, tasks, S, CH, row_pitch);
 }
 // ---- end shared: image resize ----------------------------------------------
-
-// ---- shared: mixing --------------------------------------------------------
-// Random erasing (Zhong et al., arXiv 1708.04896), mixup (Zhang et al., arXiv 1710.09412) and cutmix (Yun et
-// al., arXiv 1905.04899), as timm has them. The host draws what happens, by Philox from an image's place in
-// the epoch or from the batch's number; the model's kernel that normalises the images applies it
-typedef struct {
-    double erase, mixup, cutmix; // probability of erasing; alphas of beta distributions, 0: off
-    double mix, mix_cutmix;      // probabilities of mixing a batch, and of cutmix where both are on
-} MixOptions;
-
-#define ERASE_ATTEMPTS 10
-// number of draw i (up to 15) of an image's box; those of its pixels are 0 to 0xFFFFFFEF
-uint64_t erase_draw(uint64_t place, int i) { return place << 32 | (0xFFFFFFF0u + i); }
-
-// timm's RandomErasing: a box of 0.02 to 1/3 of the area, its sides' ratio log-uniform from 0.3 to 1/0.3
-EraseBox draw_erase(double probability, uint64_t seed, unsigned epoch, uint64_t place, int S) {
-    const bool drawn = uniform(philox(seed, RNG_ERASE, epoch, erase_draw(place, ERASE_ATTEMPTS)).x) <= probability;
-    for (int attempt = 0; drawn && attempt < ERASE_ATTEMPTS; attempt++) {
-        const uint4 u = philox(seed, RNG_ERASE, epoch, erase_draw(place, attempt));
-        const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S;
-        const double ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
-        const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
-        if (h >= S || w >= S) { continue; }
-        return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
-    }
-    return EraseBox{};
-}
-
-// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows
-// where alpha is small. *i counts the draws of this purpose and step
-double draw_log_gamma(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
-    const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
-    for (;;) {
-        const uint4 u = philox(seed, RNG_MIX, step, (*i)++);
-        const double x = normal(u), root = 1.0 + c * x, v = root * root * root;
-        if (v > 0.0 && log(uniform(u.z)) < 0.5 * x * x + d - d * v + d * log(v)) {
-            return log(d * v) + (alpha < 1.0 ? log(uniform(u.w)) / alpha : 0.0);
-        }
-    }
-}
-
-// a draw of Beta(alpha, alpha)
-double draw_beta(double alpha, unsigned long long seed, unsigned step, unsigned long long* i) {
-    const double a = draw_log_gamma(alpha, seed, step, i), b = draw_log_gamma(alpha, seed, step, i);
-    return 1.0 / (1.0 + exp(b - a));
-}
-
-// cutmix's box: what lies in the image of a square of (1 - lam) * S * S pixels about (y, x)
-void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
-    const int side = (int)(S * sqrt(1.0 - lam));
-    a->top = std::max(y - side / 2, 0);
-    a->left = std::max(x - side / 2, 0);
-    a->bottom = std::min(y + (side + 1) / 2, S);
-    a->right = std::min(x + (side + 1) / 2, S);
-    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
-}
-
-// how this rank mixes its images, of side S, of the run's batch number `batch`: timm's Mixup, mode batch
-void draw_mix(BatchAugment* a, const MixOptions* o, unsigned long long seed, unsigned batch, int S) {
-    unsigned long long i = (unsigned long long)rank << 32;
-    const uint4 u = philox(seed, RNG_MIX, batch, i++);
-    const bool mixed = (o->mixup > 0.0 || o->cutmix > 0.0) && uniform(u.x) < o->mix;
-    a->cut = o->cutmix > 0.0 && (o->mixup == 0.0 || uniform(u.y) < o->mix_cutmix);
-    const double lam = mixed ? draw_beta(a->cut ? o->cutmix : o->mixup, seed, batch, &i) : 1.0;
-    a->lam = (float)lam;
-    if (mixed && a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
-}
-
-// Box and Muller; the four words of one Philox serve four channels
-__device__ inline float erase_noise(unsigned long long seed, unsigned epoch, unsigned long long place,
-                                    unsigned pixel, unsigned c) {
-    const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
-    const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f; // 2^-32
-    const float turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f;            // 2 pi 2^-32
-    return sqrtf(-2.0f * logf(length)) * (c & 1 ? sinf(turn) : cosf(turn));
-}
-// ---- end shared: mixing ----------------------------------------------------
 
 // ---- shared: shard reader --------------------------------------------------
 // Threads bring records (an image's bytes and annotations) from mapped files to pinned memory, the next
@@ -4099,52 +4003,47 @@ typedef struct {
     const Shard* shard;
     const ShardEntry* entry;
     const uint8_t* record;
-    size_t bytes;          // of the record
-    size_t piece, offset;  // where it is staged: piece, counted over the run, and byte of the slot
-    uint32_t crc;          // of the record, as read
+    size_t bytes, piece, offset; // of the record; where it is staged: piece, and byte of its slot
+    uint32_t crc;      // of the record, as read
+    int batch, image;  // which of the loader's two batches, and which of its images
 } ReadJob;
-typedef struct { size_t first, jobs, bytes, left; } ReadPiece; // left: jobs to be done, of `jobs`
-typedef struct {
-    ReadJob* jobs;         // (max_jobs)
-    ReadPiece* pieces;     // (max_jobs)
-    size_t num_jobs, num_pieces, first_piece; // first_piece: pieces of all batches before this one
-} ReadBatch;
+typedef struct { uint8_t* slot; size_t first, jobs, bytes, left; } ReadPiece; // left: of its jobs, to be done
 
-// A trainer's loader is a Reader and what it needs beyond that
+// A trainer's loader is a Reader and what it needs beyond that. Jobs and pieces are numbered over the
+// run: number i is element i % ring, and the two batches that are planned have `ring` at most
 struct Reader {
     ShardSet set;
-    size_t piece_bytes, pieces; // bytes of a slot; pieces planned
-    ReadBatch read[2];     // batch b of those planned is read[b % 2]
+    ReadJob* jobs;         // (ring)
+    ReadPiece* pieces;     // (ring)
+    size_t ring, piece_bytes, num_jobs, num_pieces; // of a slot; in the run so far
     uint8_t* slots[PIECE_SLOTS];      // pinned, of piece_bytes each
     cudaEvent_t emptied[PIECE_SLOTS]; // the slot has been copied to the device
     pthread_t threads[MAX_READERS];
     int num_threads, device;
     pthread_mutex_t lock;  // of what follows, which the threads share
     pthread_cond_t changed;
-    size_t planned, next_batch, next_job; // batches planned; the job that is to be read next
+    size_t planned, next;  // jobs that the threads may do; the one that is done next
     size_t issued;         // pieces whose copy to the device has been asked for
     bool stop;
 };
 
-// what a loader defines: writes job i of a batch to its place in a slot. Several threads call it at once
-void stage_record(const Reader* r, const ReadBatch* b, size_t i, uint8_t* staged);
+// what a loader defines: writes a record to its place in a slot. Several threads call it at once
+void stage_record(const Reader* r, const ReadJob* job, uint8_t* staged);
 
 // how many files PREFIX_NNNNN.bin there are; *end: one more than the largest number
 unsigned shards_count(const char* prefix, unsigned* end) {
     const char *slash = strrchr(prefix, '/'), *base = slash != NULL ? slash + 1 : prefix;
     const size_t n = strlen(base);
     char folder[4200];
-    unsigned found = 0, number;
+    unsigned found = *end = 0, number;
     snprintf(folder, sizeof(folder), "%.*s.", (int)(base - prefix), prefix);
     DIR* directory = opendir(folder);
-    *end = 0;
     for (const struct dirent* e; directory != NULL && (e = readdir(directory)) != NULL; ) {
         int used = 0;
-        if (strncmp(e->d_name, base, n) == 0 && sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) == 1
-            && used == 10 && e->d_name[n + 10] == 0) {
-            found++;
-            *end = std::max(*end, number + 1);
-        }
+        const bool named = strncmp(e->d_name, base, n) == 0 && sscanf(e->d_name + n, "_%5u.bin%n", &number, &used) == 1;
+        if (!named || used != 10 || e->d_name[n + 10] != 0) { continue; }
+        found++;
+        *end = std::max(*end, number + 1);
     }
     if (directory != NULL) { closedir(directory); }
     return found;
@@ -4198,29 +4097,28 @@ ShardSet shards_open(const char* path) {
     return set;
 }
 
-// the shard that image i of a set is in; *number: which one of that shard it is
-const Shard* set_image(const ShardSet* set, unsigned i, unsigned* number) {
+// image i of a set as a job that has no place yet
+ReadJob set_image(const ShardSet* set, unsigned i) {
     const size_t s = std::upper_bound(set->begin, set->begin + set->num_shards, i) - set->begin - 1;
-    *number = i - set->begin[s];
-    return &set->shards[s];
+    const Shard* shard = &set->shards[s];
+    const ShardEntry* e = &shard->entries[i - set->begin[s]];
+    const size_t bytes = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
+    return ReadJob{shard, e, shard->file.data + e->offset, bytes, 0, 0, 0, 0, 0};
 }
 
-// Does the next job, if there is one whose piece is `last` at most and has a free slot: else returns
-// false. The lock is held before and after
-bool reader_work(Reader* r, size_t last) {
-    const size_t i = r->next_job;
-    ReadBatch* b = &r->read[r->next_batch % 2];
-    ReadJob* job = &b->jobs[i];
-    if (r->next_batch == r->planned || job->piece > last || job->piece >= r->issued + PIECE_SLOTS) { return false; }
-    r->next_job = (i + 1) % b->num_jobs;
-    r->next_batch += r->next_job == 0;
+// Does the next job if it is of one of the next `pieces` to be copied: else returns false. The lock is
+// held before and after
+bool reader_work(Reader* r, size_t pieces) {
+    ReadJob* job = &r->jobs[r->next % r->ring];
+    if (r->next == r->planned || job->piece >= r->issued + pieces) { return false; }
+    r->next++;
     pthread_mutex_unlock(&r->lock);
-    const size_t slot = job->piece % PIECE_SLOTS;
+    ReadPiece* piece = &r->pieces[job->piece % r->ring];
     job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
-    if (job->piece >= PIECE_SLOTS) { cudaCheck(cudaEventSynchronize(r->emptied[slot])); }
-    stage_record(r, b, i, r->slots[slot] + job->offset);
+    cudaCheck(cudaEventSynchronize(r->emptied[job->piece % PIECE_SLOTS])); // at once if it was not copied yet
+    stage_record(r, job, piece->slot + job->offset);
     pthread_mutex_lock(&r->lock);
-    if (--b->pieces[job->piece - b->first_piece].left == 0) { pthread_cond_broadcast(&r->changed); }
+    if (--piece->left == 0) { pthread_cond_broadcast(&r->changed); }
     return true;
 }
 
@@ -4228,7 +4126,7 @@ void* reader_thread(void* argument) {
     Reader* r = (Reader*)argument;
     cudaCheck(cudaSetDevice(r->device));
     pthread_mutex_lock(&r->lock);
-    while (!r->stop) { if (!reader_work(r, SIZE_MAX)) { pthread_cond_wait(&r->changed, &r->lock); } }
+    while (!r->stop) { if (!reader_work(r, PIECE_SLOTS)) { pthread_cond_wait(&r->changed, &r->lock); } }
     pthread_mutex_unlock(&r->lock);
     return NULL;
 }
@@ -4241,12 +4139,11 @@ template <class T> void reader_set(Reader* r, T* field, T value) {
     pthread_mutex_unlock(&r->lock);
 }
 
-// set and piece_bytes say what is read; threads 0: reader_wait reads alone
+// set and piece_bytes say what is read, in batches of up to max_jobs; threads 0: reader_wait reads alone
 void reader_start(Reader* r, size_t max_jobs, int threads) {
-    for (ReadBatch& b : r->read) {
-        b.jobs = host_new<ReadJob>(max_jobs, "a batch");
-        b.pieces = host_new<ReadPiece>(max_jobs, "a batch");
-    }
+    r->ring = 2 * max_jobs;
+    r->jobs = host_new<ReadJob>(r->ring, "a batch");
+    r->pieces = host_new<ReadPiece>(r->ring, "a batch");
     for (int i = 0; i < PIECE_SLOTS; i++) {
         cudaCheck(cudaMallocHost((void**)&r->slots[i], r->piece_bytes));
         cudaCheck(cudaEventCreateWithFlags(&r->emptied[i], cudaEventDisableTiming | cudaEventBlockingSync));
@@ -4265,381 +4162,53 @@ void reader_close(Reader* r) {
     reader_set(r, &r->stop, true);
     for (int i = 0; i < r->num_threads; i++) { pthread_join(r->threads[i], NULL); }
     for (uint8_t* slot : r->slots) { cudaCheck(cudaFreeHost(slot)); }
-    for (const ReadBatch& b : r->read) {
-        free(b.jobs);
-        free(b.pieces);
-    }
+    free(r->jobs);
+    free(r->pieces);
 }
 
-// Adds a job to a batch that is planned, read[planned % 2]: image i of a shard, of which `bytes`
-// are staged. Returns whether a piece begins with it: where the last one has no room for these bytes
-// and, behind all that is staged, `behind` more
-bool reader_add(Reader* r, ReadBatch* b, const Shard* shard, unsigned i, size_t bytes, size_t behind) {
-    const ShardEntry* e = &shard->entries[i];
-    const uint8_t* record = shard->file.data + e->offset;
-    const size_t size = numel(e->height, e->width, shard->header->channels) + e->annotation_bytes;
-    ReadPiece* p = &b->pieces[b->num_pieces - 1];
-    const bool begins = b->num_pieces == 0 || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes;
-    if (begins) { *(p = &b->pieces[b->num_pieces++]) = ReadPiece{b->num_jobs, 0, 0, 0}; }
-    b->jobs[b->num_jobs++] = ReadJob{shard, e, record, size, b->first_piece + b->num_pieces - 1, p->bytes, 0};
+// Adds a job to a batch, of which `bytes` are staged; the threads see it when `planned` is num_jobs. It
+// begins a piece where the last one has no room for these bytes and, behind all that is staged, `behind`
+// more. Returns its place in the slot
+size_t reader_add(Reader* r, ReadJob job, size_t bytes, size_t behind) {
+    const bool first = r->num_jobs == r->planned; // of the batch
+    ReadPiece* p = first ? NULL : &r->pieces[(r->num_pieces - 1) % r->ring];
+    if (first || p->jobs == MAX_PIECE_JOBS || p->bytes + bytes + behind > r->piece_bytes) {
+        p = &r->pieces[r->num_pieces % r->ring];
+        *p = ReadPiece{r->slots[r->num_pieces++ % PIECE_SLOTS], r->num_jobs, 0, 0, 0};
+    }
+    job.piece = r->num_pieces - 1;
+    job.offset = p->bytes;
+    r->jobs[r->num_jobs++ % r->ring] = job;
     p->left = ++p->jobs;
     p->bytes += bytes;
-    if (!r->set.verified) { // the system begins to read the record from disk
-        const uintptr_t page = (uintptr_t)record & ~(uintptr_t)4095;
-        madvise((void*)page, (uintptr_t)record + size - page, MADV_WILLNEED);
-    }
-    return begins;
+    const size_t in_page = (uintptr_t)job.record % 4096; // the system begins to read the record from disk
+    if (!r->set.verified) { madvise((void*)(job.record - in_page), in_page + job.bytes, MADV_WILLNEED); }
+    return job.offset;
 }
 
-// Returns the slot that holds piece p of a batch when all its jobs are done; until then the caller reads
-// too. Pieces are waited for in order; each wait is followed by reader_copied
-const uint8_t* reader_wait(Reader* r, const ReadBatch* b, size_t p) {
-    const ReadPiece* piece = &b->pieces[p];
+// Returns the next piece to be copied, when all its jobs are done; until then the caller reads too.
+// reader_copied follows, when the stream has been asked to copy it
+const ReadPiece* reader_wait(Reader* r) {
+    const ReadPiece* piece = &r->pieces[r->issued % r->ring];
     pthread_mutex_lock(&r->lock);
-    while (piece->left > 0) { if (!reader_work(r, b->first_piece + p)) { pthread_cond_wait(&r->changed, &r->lock); } }
+    while (piece->left > 0) { if (!reader_work(r, 1)) { pthread_cond_wait(&r->changed, &r->lock); } }
     pthread_mutex_unlock(&r->lock);
     for (size_t i = piece->first; i < piece->first + piece->jobs; i++) {
-        const ReadJob j = b->jobs[i];
+        const ReadJob j = r->jobs[i % r->ring];
         require(j.crc == j.entry->crc, "%s: checksum of image %zu is %08x, expected %08x: it is "
                 "damaged; write the shard again", j.shard->file.path, j.entry - j.shard->entries, j.crc, j.entry->crc);
     }
-    return r->slots[(b->first_piece + p) % PIECE_SLOTS];
+    return piece;
 }
-
-// piece p of a batch has been copied when the stream has done all that it was asked to until now
-void reader_copied(Reader* r, const ReadBatch* b, size_t p, cudaStream_t stream) {
-    cudaCheck(cudaEventRecord(r->emptied[(b->first_piece + p) % PIECE_SLOTS], stream));
+void reader_copied(Reader* r, cudaStream_t stream) {
+    cudaCheck(cudaEventRecord(r->emptied[r->issued % PIECE_SLOTS], stream));
     reader_set(r, &r->issued, r->issued + 1);
 }
 // ---- end shared: shard reader ----------------------------------------------
 
-// ---- shared: image batches -------------------------------------------------
-// The loader of a classifier: which images a batch holds, and what part of each is wanted, follow from
-// seed and batch number alone. The shard reader stages the images; the loader's stream copies them to
-// the device, piece by piece, and resizes them if it must, while the step before computes. A group,
-// images in a row of one piece, is resized at once. The groups of a piece use the same scratch at the
-// end of the memory, so little that it stays in the device's cache:
-//   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
-typedef struct {
-    size_t B, S, CH, ranks, rank;
-    unsigned long long seed;
-    bool training;          // else evaluation: every image once, in the order of the files
-    bool crop, flip;        // training: random resized crops; mirror half of the images
-    double scale, crop_pct; // least area of a random crop; evaluation: part of the shorter side
-    int repeats;            // training: how often in a row an image is shown (the ranks together)
-    size_t accumulation;    // training: an epoch ends with a step of so many batches
-    int classes;            // that the shards must have; 0: any
-    float smoothing;        // training, as mix
-    MixOptions mix;
-} LoaderOptions;
-typedef struct { // what the loader fills, all of it on the device
-    uint8_t* images;     // (B, S, S, CH)
-    int *labels, *flips; // (B)
-    uint8_t* staging;    // where images are resized: loader_staging_bytes
-    ResizeTask* tasks;   // (B), where images are resized
-    EraseBox* erased;    // (B), where images are erased
-    Augmenter* augmenter; // for model_augment, which may do nothing
-} LoaderTarget;
-typedef struct { // beside the jobs of a batch: what the loader planned for its images
-    Batch batch;           // as the model will see it
-    ResizeTask* tasks;     // (B) in pinned memory, and behind them
-    EraseBox* erased;      // (B)
-    int *labels, *flips;   // (B)
-    cudaEvent_t copied;    // the batch is on the device
-} ImageBatch;
-
-struct Loader : Reader {
-    LoaderOptions options;
-    LoaderTarget target;
-    bool resizes;           // else all images are S x S and only copied
-    unsigned* order;        // (images) of the current epoch
-    long long epoch, ahead; // of that order, -1: the files'; the batch that is being read, -1: none
-    ImageBatch batches[2];  // beside read[2]
-    const ImageBatch* current; // was brought to the device last
-    size_t group_bytes;     // most scratch of a group
-    cudaStream_t stream;    // copies and resizes
-    cudaEvent_t released;   // the target may be written again
-};
-
-// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
-// image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre
-ImageView random_crop(int height, int width, double scale, uint64_t seed, unsigned epoch, size_t place) {
-    const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width, ratio = (double)width / height;
-    for (int attempt = 0; attempt < 10; attempt++) {
-        const uint4 u = philox(seed, RNG_CROP, epoch, 16 * (unsigned long long)place + attempt);
-        const double wanted = (scale + (1.0 - scale) * uniform(u.x)) * area;
-        const double r = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
-        const int w = (int)rint(sqrt(wanted * r)), h = (int)rint(sqrt(wanted / r));
-        if (w >= 1 && h >= 1 && w <= width && h <= height) {
-            return ImageView{draw_below(u.z, height - h + 1), draw_below(u.w, width - w + 1), h, w, 0, 0, 0, 0, false};
-        }
-    }
-    const int h = ratio < low ? (int)rint(width / low) : height, w = ratio > high ? (int)rint(height * high) : width;
-    return ImageView{(height - h) / 2, (width - w) / 2, h, w, 0, 0, 0, 0, false};
-}
-
-// The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes
-// floor(S / crop_pct), the longer keeps the aspect, rounded down, and S x S are cut out of the middle
-ImageView center_crop(int height, int width, size_t S, double crop_pct) {
-    const size_t shorter = (size_t)floor(S / crop_pct);
-    ImageView v = {0, 0, height, width, shorter, shorter, 0, 0, false};
-    if (width <= height) { v.full_height = (size_t)((double)(shorter * height) / width); }
-    else { v.full_width = (size_t)((double)(shorter * width) / height); }
-    v.window_top = (size_t)rint((v.full_height - S) / 2.0);
-    v.window_left = (size_t)rint((v.full_width - S) / 2.0);
-    return v;
-}
-
-// what part of an image is wanted at a place of an epoch
-ImageView loader_view(const LoaderOptions* o, const ShardEntry* e, unsigned epoch, size_t place) {
-    const bool whole = o->training && e->height == o->S && e->width == o->S;
-    ImageView v = center_crop(e->height, e->width, o->S, whole ? 1.0 : o->crop_pct);
-    if (o->training && o->crop) {
-        v = random_crop(e->height, e->width, o->scale, o->seed, epoch, place);
-        v.full_height = v.full_width = o->S;
-    }
-    v.mirror = o->training && o->flip && (philox(o->seed, RNG_AUGMENT, epoch, place).x & 1);
-    return v;
-}
-
-// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
-// takes. 0: all images are of the model's size, and nothing is resized
-size_t loader_staging_bytes(const ShardSet* set, const LoaderOptions* o) {
-    const bool crops = o->training && o->crop;
-    bool resizes = crops || (!o->training && floor(o->S / o->crop_pct) != o->S);
-    size_t largest = PIECE_BYTES;
-    for (const Shard* s = set->shards; s < set->shards + set->num_shards; s++) {
-        for (const ShardEntry* e = s->entries; e < s->entries + s->header->images; e++) {
-            ImageView v = center_crop(e->height, e->width, o->S, o->crop_pct);
-            if (crops) { v = ImageView{0, 0, v.height, v.width, o->S, o->S, 0, 0, false}; }
-            const ResizeTask t = resize_task(&v, (int)o->S, (int)o->CH);
-            largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
-            resizes = resizes || e->height != o->S || e->width != o->S;
-        }
-    }
-    return resizes ? largest : 0;
-}
-
-// Images of an epoch that a rank trains on. With repeats, as timm's RepeatAugSampler: each image of the
-// permutation stands `repeats` times in a row; of these a rank takes each ranks-th, up to `chosen`
-size_t loader_epoch_images(size_t images, size_t repeats, size_t ranks) {
-    const size_t chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
-    return repeats == 1 ? images / ranks : std::min(chosen, CEIL_DIV(images * repeats, ranks));
-}
-
-// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the
-// epoch. Random choices depend on the place, and one image stands at `repeats` places in a row
-size_t loader_place(const LoaderOptions* o, size_t batch, size_t i) {
-    return o->repeats > 1 ? (batch * o->B + i) * o->ranks + o->rank : (batch * o->ranks + o->rank) * o->B + i;
-}
-
-// which image of a set of so many stands at a place of an epoch that has this order
-unsigned loader_image(const LoaderOptions* o, const unsigned* order, unsigned images, size_t place) {
-    return order[o->training ? place % ((size_t)images * o->repeats) / o->repeats : place];
-}
-
-// opens the shards and checks that they suit a classifier with these options
-Loader* loader_open(const char* path, LoaderOptions o) {
-    Loader* loader = host_new<Loader>(1, "the loader");
-    loader->set = shards_open(path);
-    loader->options = o;
-    loader->epoch = loader->ahead = -1;
-    const ShardHeader* h = loader->set.shards[0].header;
-    require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
-    require(h->channels == o.CH, "%s has images of %u channels, the model takes %zu; set -chans", path,
-            h->channels, o.CH);
-    require(o.classes == 0 || (int)h->classes == o.classes, "%s has %u classes, the model %d; set "
-            "-classes", path, h->classes, o.classes);
-    const size_t image = align_up(numel(o.S, o.S, o.CH)), batch = align_up(numel(o.B, o.S, o.S, o.CH));
-    const size_t staging = loader_staging_bytes(&loader->set, &o);
-    loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
-    loader->piece_bytes = loader->resizes ? staging : std::min(batch, std::max(image, PIECE_BYTES));
-    return loader;
-}
-
-uint32_t loader_crc(const Loader* loader) { return loader->set.crc; }
-size_t loader_images(const Loader* loader) { return loader->set.images; }
-size_t loader_first(const Loader* loader) { return loader->ahead < 0 ? 0 : (size_t)loader->ahead; }
-size_t loader_epoch(const Loader* loader) {
-    const LoaderOptions* o = &loader->options;
-    return o->ranks * loader_epoch_images(loader->set.images, o->repeats, o->ranks);
-}
-size_t loader_batches(const Loader* loader) {
-    const LoaderOptions* o = &loader->options;
-    if (o->training) { return loader_epoch(loader) / o->ranks / (o->B * o->accumulation) * o->accumulation; }
-    const size_t all = CEIL_DIV(loader->set.images, o->B);
-    return all > o->rank ? CEIL_DIV(all - o->rank, o->ranks) : 0;
-}
-
-void loader_print(const Loader* loader, const char* what) {
-    const ShardSet* set = &loader->set;
-    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards,
-           set->num_shards > 1 ? "s" : "", loader->resizes ? "resized on the device" : "of the model's size");
-}
-
-// allocates what batches need, and starts the threads
-void loader_begin(Loader* loader, LoaderTarget target, int threads) {
-    const size_t B = loader->options.B;
-    const PixelStats stats = *(const PixelStats*)loader->set.shards[0].header->mean; // mean, then std
-    loader->target = target;
-    loader->order = host_new<unsigned>(loader->set.images, "the order of images");
-    for (unsigned i = 0; i < loader->set.images; i++) { loader->order[i] = i; }
-    for (ImageBatch& b : loader->batches) {
-        b.batch = Batch{target.images, target.labels, target.flips, 0, stats, loader->options.smoothing, {}, loader};
-        cudaCheck(cudaMallocHost((void**)&b.tasks, B * (sizeof(ResizeTask) + sizeof(EraseBox) + 2 * sizeof(int))));
-        b.erased = (EraseBox*)(b.tasks + B);
-        b.labels = (int*)(b.erased + B);
-        b.flips = b.labels + B;
-        cudaCheck(cudaEventCreateWithFlags(&b.copied, cudaEventDisableTiming | cudaEventBlockingSync));
-    }
-    cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
-    cudaCheck(cudaEventCreateWithFlags(&loader->released, cudaEventDisableTiming));
-    reader_start(loader, B, threads);
-    cudaDeviceProp properties;
-    cudaCheck(cudaGetDeviceProperties(&properties, loader->device));
-    if (loader->group_bytes == 0) { loader->group_bytes = (size_t)properties.l2CacheSize; }
-}
-
-void loader_close(Loader* loader) {
-    if (loader == NULL) { return; }
-    if (loader->order != NULL) { // it was started
-        cudaCheck(cudaStreamSynchronize(loader->stream));
-        reader_close(loader);
-        for (const ImageBatch& b : loader->batches) { cudaCheck(cudaFreeHost(b.tasks)); }
-    }
-    free(loader->order);
-    free(loader);
-}
-
-// what a thread does with a record: it becomes weights and transposed pixels, or is copied
-void stage_record(const Reader* r, const ReadBatch* read, size_t i, uint8_t* staged) {
-    const Loader* loader = static_cast<const Loader*>(r);
-    const LoaderOptions* o = &loader->options;
-    const ReadJob* job = &read->jobs[i];
-    const ImageBatch* b = &loader->batches[read - loader->read];
-    const BatchAugment* a = &b->batch.augment;
-    if (!loader->resizes) { memcpy(staged, job->record, numel(o->S, o->S, o->CH)); return; }
-    const ImageView v = loader_view(o, job->entry, a->epoch, a->place + i * a->place_step);
-    resize_stage(staged, &b->tasks[i], &v, job->record, job->entry->width, (int)o->S, (int)o->CH);
-}
-
-// what holds for a whole batch (`number` counts those of this rank's run): its place, how it is mixed
-void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
-    const LoaderOptions* o = &loader->options;
-    BatchAugment* a = &batch->augment;
-    const size_t batches = loader_batches(loader), images = loader->set.images;
-    const size_t at = number % batches;
-    const size_t place = loader_place(o, at, 0), step = loader_place(o, at, 1) - place;
-    const unsigned epoch = (unsigned)(number / batches);
-    const EraseBox* erased = o->training && o->mix.erase > 0.0 ? loader->target.erased : NULL;
-    batch->n = o->training ? o->B : std::min(o->B, images - place);
-    *a = BatchAugment{erased, o->seed, place, step, epoch, (int)batch->n, 1.0f, false, 0, 0, 0, 0};
-    if (!o->training) { return; }
-    draw_mix(a, &o->mix, o->seed, (unsigned)number, (int)o->S);
-    if (loader->epoch != (long long)epoch) { shuffle(loader->order, (unsigned)images, o->seed, epoch); }
-    loader->epoch = epoch;
-}
-
-// plans the images of a batch and gives them to the threads
-void loader_plan(Loader* loader, size_t number) {
-    const LoaderOptions* o = &loader->options;
-    ReadBatch* read = &loader->read[loader->planned % 2];
-    ImageBatch* b = &loader->batches[loader->planned % 2];
-    const BatchAugment* a = &b->batch.augment;
-    size_t group = 0, most = 0; // scratch of the group so far, and of the largest group of the piece
-    *read = ReadBatch{read->jobs, read->pieces, 0, 0, loader->pieces};
-    cudaCheck(cudaEventSynchronize(b->copied)); // the device may still read its pinned memory
-    loader_plan_batch(loader, &b->batch, number);
-    for (size_t i = 0; i < b->batch.n; i++) {
-        const size_t place = a->place + i * a->place_step;
-        unsigned in_shard;
-        const unsigned image = loader_image(o, loader->order, loader->set.images, place);
-        const Shard* shard = set_image(&loader->set, image, &in_shard);
-        const ShardEntry* e = &shard->entries[in_shard];
-        const ImageView v = loader_view(o, e, a->epoch, place);
-        b->labels[i] = e->label;
-        b->flips[i] = !loader->resizes && v.mirror;
-        if (a->erased != NULL) { b->erased[i] = draw_erase(o->mix.erase, o->seed, a->epoch, place, (int)o->S); }
-        ResizeTask t = loader->resizes ? resize_task(&v, (int)o->S, (int)o->CH) : ResizeTask{};
-        if (!loader->resizes) { t.staged_bytes = numel(o->S, o->S, o->CH); }
-        if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
-        group += t.scratch_bytes;
-        most = std::max(most, group);
-        const bool begins = reader_add(loader, read, shard, in_shard, t.staged_bytes, most); // a piece
-        if (begins) { group = most = t.scratch_bytes; }
-        assert(read->pieces[read->num_pieces - 1].bytes + most <= loader->piece_bytes);
-        t.staged = read->jobs[i].offset;
-        t.resized = loader->piece_bytes - group;
-        t.image = (int)i;
-        b->tasks[i] = t;
-    }
-    loader->ahead = (long long)number;
-    loader->pieces += read->num_pieces;
-    reader_set(loader, &loader->planned, loader->planned + 1);
-}
-
-// device = host (n), in pinned memory
-template <class T> static void upload(T* device, const T* host, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, stream));
-}
-
-// copies piece p of a batch from its slot to the device, and resizes it group by group
-void loader_copy_piece(Loader* loader, const ReadBatch* read, size_t p) {
-    const uint8_t* slot = reader_wait(loader, read, p);
-    const LoaderTarget* to = &loader->target;
-    const ReadPiece* piece = &read->pieces[p];
-    const ResizeTask* tasks = loader->batches[read - loader->read].tasks;
-    const size_t first = piece->first, last = first + piece->jobs;
-    const int S = (int)loader->options.S, CH = (int)loader->options.CH;
-    if (!loader->resizes) {
-        upload(to->images + numel(first, S, S, CH), slot, piece->bytes, loader->stream);
-        reader_copied(loader, read, p, loader->stream);
-    }
-    for (size_t i = first, end; loader->resizes && i < last; i = end) {
-        int pitch = tasks[i].pitch; // the largest of the group
-        for (end = i + 1; end < last; end++) {
-            const ResizeTask* t = &tasks[end];
-            if (t->resized + t->scratch_bytes == loader->piece_bytes) { break; } // it begins a group
-            pitch = std::max(pitch, t->pitch);
-        }
-        const size_t at = tasks[i].staged, bytes = (end < last ? tasks[end].staged : piece->bytes) - at;
-        upload(to->staging + at, slot + at, bytes, loader->stream);
-        if (end == last) { reader_copied(loader, read, p, loader->stream); }
-        resize_images(to->images, to->staging, to->tasks + i, (int)(end - i), pitch, S, CH, loader->stream);
-    }
-}
-
-void loader_batch(Loader* loader, size_t number) {
-    if (loader->ahead < 0) { loader_plan(loader, number); }
-    assert(loader->ahead == (long long)number);
-    const ReadBatch* read = &loader->read[(loader->planned - 1) % 2];
-    const ImageBatch* b = &loader->batches[read - loader->read];
-    const LoaderTarget* to = &loader->target;
-    const size_t n = b->batch.n;
-    const cudaStream_t stream = loader->stream;
-    loader_plan(loader, number + 1);
-    cudaCheck(cudaStreamWaitEvent(stream, loader->released, 0));
-    upload(to->labels, b->labels, n, stream);
-    upload(to->flips, b->flips, n, stream);
-    if (loader->resizes) { upload(to->tasks, b->tasks, n, stream); }
-    if (b->batch.augment.erased != NULL) { upload(to->erased, b->erased, n, stream); }
-    for (size_t p = 0; p < read->num_pieces; p++) { loader_copy_piece(loader, read, p); }
-    if (loader->options.training) { model_augment(to->augmenter, &b->batch, stream); }
-    cudaCheck(cudaEventRecord(b->copied, stream));
-    loader->current = b;
-}
-
-const Batch* loader_take(const Loader* loader) {
-    cudaCheck(cudaStreamWaitEvent(main_stream, loader->current->copied, 0));
-    return &loader->current->batch;
-}
-void batch_used(const Batch* batch) {
-    if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
-}
-// ---- end shared: image batches ---------------------------------------------
-
 // ---- shared: image classifiers ---------------------------------------------
-// What trainers of image classifiers share: flags, loss, predictions, and a batch to look at
+// What trainers of image classifiers share: flags, batches of images, loss, predictions, a batch to look
+// at. Random choices are drawn by Philox from an image's place in the epoch or from the batch's number
 #define IMAGE_SETTINGS(X) \
     X(f, smoothing,  "-smoothing", 0.0, 0, 0.999999, SAME, "label smoothing") \
     X(i, flip,       "-flip", 0, 0, 1, SAME, "1: mirror half of the training images") \
@@ -4654,8 +4223,14 @@ void batch_used(const Batch* batch) {
     X(f, mix_switch, "-mixup_switch", 0.5, 0, 1, SAME, "probability of cutmix where mixup is on too")
 struct ImageData {
     IMAGE_SETTINGS(FIELD)
-    LoaderTarget target; // what the loader fills
-    float* losses;       // (B) of cross_entropy, as ranks (B)
+    size_t staging_bytes;  // for images that are resized on the device; 0: none are
+    Augmenter* augmenter;  // what model_augment gets
+    // on the device: what the loader writes
+    uint8_t *images, *staging; // (B, S, S, CH): H and W are S; where images are resized
+    int *labels, *flips;   // (B)
+    ResizeTask* tasks;     // (B), where images are resized
+    EraseBox* erased;      // (B), where images are erased
+    float* losses;         // (B) of cross_entropy, as ranks (B)
     int* ranks;
 };
 
@@ -4664,40 +4239,382 @@ void image_options(Model* model) {
     IMAGE_SETTINGS(OPTION)
 }
 
-// the memory of loader and loss; augmenter: what model_augment gets, NULL: nothing
 void plan_images(Model* model, Augmenter* augmenter) {
     Plan* plan = &model->plan;
     ImageData* d = model->images;
-    LoaderTarget* t = &d->target;
-    const size_t B = model->B, tasks = model->staging_bytes > 0 ? B : 0, erased = d->erase > 0.0 ? B : 0;
-    t->augmenter = augmenter;
-    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &t->images, B * model->H * model->W * model->CH);
-    plan_add(plan, SCRATCH, "next labels", "", "(B)", &t->labels, B * sizeof(int));
-    plan_add(plan, SCRATCH, "flips", "", "(B)", &t->flips, B * sizeof(int));
-    plan_add(plan, SCRATCH, "image staging", "", "bytes", &t->staging, model->staging_bytes);
-    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &t->tasks, tasks * sizeof(ResizeTask));
-    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &t->erased, erased * sizeof(EraseBox));
+    const size_t B = model->B, tasks = d->staging_bytes > 0 ? B : 0, erased = d->erase > 0.0 ? B : 0;
+    d->augmenter = augmenter;
+    plan_add(plan, SCRATCH, "images", "", "(B, H, W, CH) bytes", &d->images, B * model->H * model->W * model->CH);
+    plan_add(plan, SCRATCH, "next labels", "", "(B)", &d->labels, B * sizeof(int));
+    plan_add(plan, SCRATCH, "flips", "", "(B)", &d->flips, B * sizeof(int));
+    plan_add(plan, SCRATCH, "image staging", "", "bytes", &d->staging, d->staging_bytes);
+    plan_add(plan, SCRATCH, "resize tasks", "", "(B)", &d->tasks, tasks * sizeof(ResizeTask));
+    plan_add(plan, SCRATCH, "erased", "", "(B, 4)", &d->erased, erased * sizeof(EraseBox));
     plan_add(plan, SCRATCH, "losses", "", "(B)", &d->losses, B * sizeof(float));
     plan_add(plan, SCRATCH, "ranks", "", "(B)", &d->ranks, B * sizeof(int));
 }
 
+// The box of a random resized crop, as timm and torchvision choose it: an area of scale to 1 of the
+// image's, a ratio of 3/4 to 4/3; after ten attempts that do not fit, the centre
+ImageView random_crop(int height, int width, size_t S, double scale, u64 seed, unsigned epoch, size_t place) {
+    const double low = 3.0 / 4.0, high = 4.0 / 3.0, area = (double)height * width, ratio = (double)width / height;
+    for (int attempt = 0; attempt < 10; attempt++) {
+        const uint4 u = philox(seed, RNG_CROP, epoch, 16 * (u64)place + attempt);
+        const double wanted = (scale + (1.0 - scale) * uniform(u.x)) * area;
+        const double r = exp(log(low) + (log(high) - log(low)) * uniform(u.y));
+        const int w = (int)rint(sqrt(wanted * r)), h = (int)rint(sqrt(wanted / r));
+        if (w < 1 || h < 1 || w > width || h > height) { continue; }
+        return {{draw_below(u.z, height - h + 1), h, S, 0}, {draw_below(u.w, width - w + 1), w, S, 0}};
+    }
+    const int h = ratio < low ? (int)rint(width / low) : height, w = ratio > high ? (int)rint(height * high) : width;
+    return {{(height - h) / 2, h, S, 0}, {(width - w) / 2, w, S, 0}};
+}
+
+// The evaluation transform, as torchvision's Resize and CenterCrop have it: the shorter side becomes
+// floor(S / crop_pct), the longer keeps the aspect, rounded down, and S x S are cut out of the middle
+ImageView center_crop(int height, int width, size_t S, double crop_pct) {
+    const auto axis = [=](int n, int other) {
+        const size_t shorter = (size_t)floor(S / crop_pct);
+        const size_t full = n <= other ? shorter : (size_t)((double)(shorter * n) / other);
+        return ViewAxis{0, n, full, (size_t)rint((full - S) / 2.0)};
+    };
+    return {axis(height, width), axis(width, height)};
+}
+
+// Random erasing (Zhong et al., arXiv 1708.04896), as timm's RandomErasing: a box of 0.02 to 1/3 of the
+// area, its sides' ratio log-uniform from 0.3 to 1/0.3. The noise of its pixels has the numbers up to 0xFFFFFFEF
+EraseBox draw_erase(double probability, u64 seed, unsigned epoch, u64 place, int S) {
+    const auto draw = [=](int i) { return philox(seed, RNG_ERASE, epoch, place << 32 | (0xFFFFFFF0u + i)); };
+    const bool drawn = uniform(draw(10).x) <= probability;
+    for (int attempt = 0; drawn && attempt < 10; attempt++) {
+        const uint4 u = draw(attempt);
+        const double area = (0.02 + (1.0 / 3.0 - 0.02) * uniform(u.x)) * S * S;
+        const double ratio = exp(log(0.3) * (1.0 - 2.0 * uniform(u.y)));
+        const int h = (int)rint(sqrt(area * ratio)), w = (int)rint(sqrt(area / ratio));
+        if (h >= S || w >= S) { continue; }
+        return EraseBox{draw_below(u.z, S - h + 1), draw_below(u.w, S - w + 1), w > 0 ? h : 0, w};
+    }
+    return EraseBox{};
+}
+
+// Box and Muller; the four words of one Philox serve four channels
+__device__ inline float erase_noise(u64 seed, unsigned epoch, u64 place, unsigned pixel, unsigned c) {
+    const uint4 u = philox(seed, RNG_ERASE, epoch, place << 32 | pixel);
+    const float length = ((c < 2 ? u.x : u.z) + 0.5f) * 2.3283064365386963e-10f; // 2^-32
+    const float turn = (c < 2 ? u.y : u.w) * 1.4629180792671596e-09f;            // 2 pi 2^-32
+    return sqrtf(-2.0f * logf(length)) * (c & 1 ? sinf(turn) : cosf(turn));
+}
+
+// log of a draw of Gamma(alpha, 1) (Marsaglia and Tsang, ACM TOMS 26, 2000): the draw itself underflows
+// where alpha is small. *i counts the draws of this purpose and step
+double draw_log_gamma(double alpha, u64 seed, unsigned step, u64* i) {
+    const double d = (alpha < 1.0 ? alpha + 1.0 : alpha) - 1.0 / 3.0, c = 1.0 / sqrt(9.0 * d);
+    for (;;) {
+        const uint4 u = philox(seed, RNG_MIX, step, (*i)++);
+        const double x = normal(u), root = 1.0 + c * x, v = root * root * root;
+        if (v > 0.0 && log(uniform(u.z)) < 0.5 * x * x + d - d * v + d * log(v)) {
+            return log(d * v) + (alpha < 1.0 ? log(uniform(u.w)) / alpha : 0.0);
+        }
+    }
+}
+
+// a draw of Beta(alpha, alpha)
+double draw_beta(double alpha, u64 seed, unsigned step, u64* i) {
+    const double a = draw_log_gamma(alpha, seed, step, i), b = draw_log_gamma(alpha, seed, step, i);
+    return 1.0 / (1.0 + exp(b - a));
+}
+
+// cutmix's box: what lies in the image of a square of (1 - lam) * S * S pixels about (y, x)
+void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
+    const int side = (int)(S * sqrt(1.0 - lam));
+    a->top = std::max(y - side / 2, 0);
+    a->left = std::max(x - side / 2, 0);
+    a->bottom = std::min(y + (side + 1) / 2, S);
+    a->right = std::min(x + (side + 1) / 2, S);
+    a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
+}
+
+// How this rank mixes its images, of side S, of the run's batch number `batch`, if it does: by mixup (Zhang
+// et al., arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
+void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int S) {
+    u64 i = (u64)rank << 32;
+    const uint4 u = philox(seed, RNG_MIX, batch, i++);
+    const bool mixed = (d->mixup > 0.0 || d->cutmix > 0.0) && uniform(u.x) < d->mix;
+    a->cut = d->cutmix > 0.0 && (d->mixup == 0.0 || uniform(u.y) < d->mix_switch);
+    if (!mixed) { return; }
+    const double lam = draw_beta(a->cut ? d->cutmix : d->mixup, seed, batch, &i);
+    a->lam = (float)lam;
+    if (a->cut) { cutmix_box(a, lam, draw_below(u.z, S), draw_below(u.w, S), S); }
+}
+
+// The loader: which images a batch holds, and what part of each is wanted, follow from seed and batch
+// number alone. The shard reader stages the images; the loader's stream copies them to the device, piece
+// by piece, and resizes them if it must, while the step before computes. A group, images in a row of one
+// piece, is resized at once, with scratch at the end of the memory that stays in the device's cache:
+//   staging memory  | image 0 | image 1 | image 2 | image 3 | free | scratch of 1, then 3 | 0, then 2 |
+typedef struct { // what is planned of a batch beside its jobs
+    Batch batch;           // as the model will see it
+    ResizeTask* tasks;     // (B) in pinned memory, and behind them
+    EraseBox* erased;      // (B)
+    int *labels, *flips;   // (B)
+    cudaEvent_t copied;    // the batch is on the device
+} ImageBatch;
+struct Loader : Reader {
+    const Model* model;
+    bool training;         // else evaluation: every image once, in the order of the files
+    bool resizes;          // else all images are S x S and only copied
+    size_t ranks, rank, repeats; // that share the images; times in a row that they, together, show one
+    unsigned* order;       // (images) of the current epoch
+    long long epoch, ahead; // of that order, -1: the files'; the batch that is being read, -1: none
+    ImageBatch batches[2]; // batch b is batches[b % 2]
+    size_t group_bytes;    // most scratch of a group
+    cudaStream_t stream;   // copies and resizes
+    cudaEvent_t released;  // what is on the device may be overwritten
+};
+
+// what part of an image is wanted at a place of an epoch
+ImageView loader_view(const Loader* loader, const ShardEntry* e, unsigned epoch, size_t place) {
+    const Model* m = loader->model;
+    const ImageData* d = m->images;
+    const bool training = loader->training, whole = training && e->height == m->H && e->width == m->H;
+    ImageView v = training && d->crop
+        ? random_crop(e->height, e->width, m->H, d->crop_scale, m->seed, epoch, place)
+        : center_crop(e->height, e->width, m->H, whole ? 1.0 : d->crop_pct);
+    v.mirror = training && d->flip && (philox(m->seed, RNG_AUGMENT, epoch, place).x & 1);
+    return v;
+}
+
+// Staging memory that images of this set need on the device: PIECE_BYTES, or what the largest image
+// takes. 0: all images are of the model's size, and nothing is resized
+size_t loader_staging_bytes(const Loader* loader) {
+    const ImageData* d = loader->model->images;
+    const size_t S = loader->model->H;
+    const bool crops = loader->training && d->crop;
+    bool resizes = crops || (!loader->training && floor(S / d->crop_pct) != S);
+    size_t largest = PIECE_BYTES;
+    for (unsigned i = 0; i < loader->set.images; i++) {
+        const ShardEntry* e = set_image(&loader->set, i).entry;
+        const ImageView whole = {{0, (int)e->height, S, 0}, {0, (int)e->width, S, 0}};
+        const ImageView v = crops ? whole : center_crop(e->height, e->width, S, d->crop_pct);
+        const ResizeTask t = resize_task(&v, (int)S, (int)loader->model->CH);
+        largest = std::max(largest, t.staged_bytes + t.scratch_bytes);
+        resizes = resizes || e->height != S || e->width != S;
+    }
+    return resizes ? largest : 0;
+}
+
 Loader* loader_new(const char* path, Model* model, bool training) {
-    const Settings* s = model->s;
-    const ImageData* d = model->images;
-    const bool alone = s->predict != NULL; // every rank predicts all images; only rank 0 prints
+    ImageData* d = model->images;
+    const size_t S = model->H, image = numel(S, S, model->CH);
+    const bool alone = model->s->predict != NULL; // every rank predicts all images; only rank 0 prints
     require(path != NULL, training ? "training images are missing; give them with -i"
                                    : "validation images are missing; give them with -j");
-    require(model->H == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", s->size);
-    Loader* loader = loader_open(path, LoaderOptions{
-        model->B, model->H, model->CH, (size_t)(alone ? 1 : num_ranks), (size_t)(alone ? 0 : rank),
-        model->seed, training, d->crop == 1, d->flip == 1, d->crop_scale, d->crop_pct,
-        training ? d->repeats : 1, (size_t)s->accumulation, alone ? 0 : (int)model->V,
-        training ? (float)d->smoothing : 0.0f, MixOptions{d->erase, d->mixup, d->cutmix, d->mix, d->mix_switch}});
-    if (loader->resizes) { model->staging_bytes = std::max(model->staging_bytes, loader->piece_bytes); }
+    require(S == model->W, "images are loaded as squares, -size %s is none; it goes with -plan 1 only", model->s->size);
+    Loader* loader = host_new<Loader>(1, "the loader");
+    loader->set = shards_open(path);
+    loader->model = model;
+    loader->training = training;
+    loader->ranks = alone ? 1 : num_ranks;
+    loader->rank = alone ? 0 : rank;
+    loader->repeats = training ? d->repeats : 1;
+    loader->epoch = loader->ahead = -1;
+    const ShardHeader* h = loader->set.shards[0].header;
+    require(h->task == 0, "%s is a detection shard (task %u), a classifier trains on task 0", path, h->task);
+    require(h->channels == model->CH, "%s has images of %u channels, the model takes %zu; set -chans", path,
+            h->channels, model->CH);
+    require(alone || h->classes == model->V, "%s has %u classes, the model %zu; set -classes", path,
+            h->classes, model->V);
+    const size_t staging = loader_staging_bytes(loader);
+    loader->resizes = staging > 0; // else a piece is a batch, or PIECE_BYTES of it, or one image
+    loader->piece_bytes = loader->resizes ? staging
+        : std::min(align_up(model->B * image), std::max(align_up(image), PIECE_BYTES));
+    d->staging_bytes = std::max(d->staging_bytes, staging);
     return loader;
 }
 
-void loader_start(Loader* loader, Model* model) { loader_begin(loader, model->images->target, model->s->threads); }
+uint32_t loader_crc(const Loader* loader) { return loader->set.crc; }
+size_t loader_images(const Loader* loader) { return loader->set.images; }
+size_t loader_first(const Loader* loader) { return loader->ahead < 0 ? 0 : (size_t)loader->ahead; }
+
+// With repeats, as timm's RepeatAugSampler: each image of the permutation stands `repeats` times in a
+// row; of these a rank takes each ranks-th, up to `chosen`
+size_t loader_epoch(const Loader* loader) {
+    const size_t images = loader->set.images, repeats = loader->repeats, ranks = loader->ranks;
+    const size_t chosen = images >= 256 ? images / 256 * 256 / ranks : CEIL_DIV(images, ranks);
+    return ranks * (repeats == 1 ? images / ranks : std::min(chosen, CEIL_DIV(images * repeats, ranks)));
+}
+
+// The place in the epoch of image i of a batch, for this rank; `batch` counts from the begin of the
+// epoch. Random choices depend on the place, and one image stands at `repeats` places in a row
+size_t loader_place(const Loader* l, size_t batch, size_t i) {
+    const size_t B = l->model->B;
+    return l->repeats > 1 ? (batch * B + i) * l->ranks + l->rank : (batch * l->ranks + l->rank) * B + i;
+}
+
+// which image of the set stands at a place of the epoch
+unsigned loader_image(const Loader* l, size_t place) {
+    return l->order[place % (l->set.images * l->repeats) / l->repeats];
+}
+
+size_t loader_batches(const Loader* l) {
+    const size_t B = l->model->B, all = CEIL_DIV(l->set.images, B), accumulation = l->model->s->accumulation;
+    if (l->training) { return loader_epoch(l) / l->ranks / (B * accumulation) * accumulation; } // of whole steps
+    return all > l->rank ? CEIL_DIV(all - l->rank, l->ranks) : 0;
+}
+
+void loader_print(const Loader* loader, const char* what) {
+    const ShardSet* set = &loader->set;
+    printf("%s data: %u images in %d shard%s, %s\n", what, set->images, set->num_shards,
+           set->num_shards > 1 ? "s" : "", loader->resizes ? "resized on the device" : "of the model's size");
+}
+
+void loader_start(Loader* loader, Model* model) {
+    const ImageData* d = model->images;
+    const size_t B = model->B;
+    const PixelStats stats = *(const PixelStats*)loader->set.shards[0].header->mean; // mean, then std
+    const float smoothing = loader->training ? (float)d->smoothing : 0.0f;
+    loader->order = host_new<unsigned>(loader->set.images, "the order of images");
+    for (unsigned i = 0; i < loader->set.images; i++) { loader->order[i] = i; }
+    for (ImageBatch& b : loader->batches) {
+        b.batch = Batch{d->images, d->labels, d->flips, 0, stats, smoothing, {}, loader};
+        cudaCheck(cudaMallocHost((void**)&b.tasks, B * (sizeof(ResizeTask) + sizeof(EraseBox) + 2 * sizeof(int))));
+        b.erased = (EraseBox*)(b.tasks + B);
+        b.labels = (int*)(b.erased + B);
+        b.flips = b.labels + B;
+        cudaCheck(cudaEventCreateWithFlags(&b.copied, cudaEventDisableTiming | cudaEventBlockingSync));
+    }
+    cudaCheck(cudaStreamCreateWithFlags(&loader->stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&loader->released, cudaEventDisableTiming));
+    reader_start(loader, B, model->s->threads);
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDeviceProperties(&properties, loader->device));
+    if (loader->group_bytes == 0) { loader->group_bytes = (size_t)properties.l2CacheSize; }
+}
+
+void loader_close(Loader* loader) {
+    if (loader != NULL && loader->order != NULL) { // it was started
+        cudaCheck(cudaStreamSynchronize(loader->stream));
+        reader_close(loader);
+        for (const ImageBatch& b : loader->batches) { cudaCheck(cudaFreeHost(b.tasks)); }
+        free(loader->order);
+    }
+    free(loader);
+}
+
+// what a thread does with a record: it becomes weights and transposed pixels, or is copied
+void stage_record(const Reader* r, const ReadJob* job, uint8_t* staged) {
+    const Loader* loader = static_cast<const Loader*>(r);
+    const int S = (int)loader->model->H, CH = (int)loader->model->CH;
+    if (!loader->resizes) { memcpy(staged, job->record, numel(S, S, CH)); return; }
+    const ImageBatch* b = &loader->batches[job->batch];
+    const BatchAugment* a = &b->batch.augment;
+    const ImageView v = loader_view(loader, job->entry, a->epoch, a->place + job->image * a->place_step);
+    resize_stage(staged, &b->tasks[job->image], &v, job->record, job->entry->width, S, CH);
+}
+
+// what holds for a whole batch (`number` counts those of this rank's run): its place, how it is mixed
+void loader_plan_batch(Loader* loader, Batch* batch, size_t number) {
+    const Model* m = loader->model;
+    const ImageData* d = m->images;
+    const size_t batches = loader_batches(loader), images = loader->set.images, at = number % batches;
+    const size_t place = loader_place(loader, at, 0), step = loader_place(loader, at, 1) - place;
+    const unsigned epoch = (unsigned)(number / batches);
+    const EraseBox* erased = loader->training && d->erase > 0.0 ? d->erased : NULL;
+    batch->n = loader->training ? m->B : std::min(m->B, images - place);
+    batch->augment = BatchAugment{erased, m->seed, place, step, epoch, (int)batch->n, 1.0f, false, 0, 0, 0, 0};
+    if (!loader->training) { return; }
+    draw_mix(&batch->augment, d, m->seed, (unsigned)number, (int)m->H);
+    if (loader->epoch != (long long)epoch) { shuffle(loader->order, (unsigned)images, m->seed, epoch); }
+    loader->epoch = epoch;
+}
+
+// plans the images of a batch and gives them to the threads
+void loader_plan(Loader* loader, size_t number) {
+    const ImageData* d = loader->model->images;
+    const int S = (int)loader->model->H, CH = (int)loader->model->CH;
+    ImageBatch* b = &loader->batches[number % 2];
+    const BatchAugment* a = &b->batch.augment;
+    size_t group = 0, most = 0; // scratch of the group so far, and of the largest group of the piece
+    cudaCheck(cudaEventSynchronize(b->copied)); // the device may still read its pinned memory
+    loader_plan_batch(loader, &b->batch, number);
+    for (size_t i = 0; i < b->batch.n; i++) {
+        const size_t place = a->place + i * a->place_step;
+        ReadJob image = set_image(&loader->set, loader_image(loader, place));
+        image.batch = number % 2;
+        image.image = (int)i;
+        const ImageView v = loader_view(loader, image.entry, a->epoch, place);
+        b->labels[i] = image.entry->label;
+        b->flips[i] = !loader->resizes && v.mirror;
+        if (a->erased != NULL) { b->erased[i] = draw_erase(d->erase, a->seed, a->epoch, place, S); }
+        ResizeTask t = {};
+        if (loader->resizes) { t = resize_task(&v, S, CH); } else { t.staged_bytes = numel(S, S, CH); }
+        if (group + t.scratch_bytes > loader->group_bytes) { group = 0; } // a group begins
+        group += t.scratch_bytes;
+        most = std::max(most, group);
+        t.staged = reader_add(loader, image, t.staged_bytes, most);
+        if (t.staged == 0) { group = most = t.scratch_bytes; } // a piece begins
+        assert(t.staged + t.staged_bytes + most <= loader->piece_bytes);
+        t.resized = loader->piece_bytes - group;
+        t.image = (int)i;
+        b->tasks[i] = t;
+    }
+    loader->ahead = (long long)number;
+    reader_set(loader, &loader->planned, loader->num_jobs);
+}
+
+// device = host (n), in pinned memory
+template <class T> static void upload(T* device, const T* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(T), cudaMemcpyHostToDevice, stream));
+}
+
+// copies the next piece of batch b from its slot to the device, and resizes it group by group
+void loader_copy_piece(Loader* loader, const ImageBatch* b) {
+    const ReadPiece* piece = reader_wait(loader);
+    const ImageData* d = loader->model->images;
+    const ResizeTask *t = b->tasks + loader->jobs[piece->first % loader->ring].image, *last = t + piece->jobs;
+    const int S = (int)loader->model->H, CH = (int)loader->model->CH;
+    if (!loader->resizes) {
+        upload(d->images + numel(t->image, S, S, CH), piece->slot, piece->bytes, loader->stream);
+        reader_copied(loader, loader->stream);
+        return;
+    }
+    for (const ResizeTask* end; t < last; t = end) {
+        int pitch = t->pitch; // the largest of the group; a group begins where scratch ends with the memory
+        for (end = t + 1; end < last && end->resized + end->scratch_bytes < loader->piece_bytes; end++) {
+            pitch = std::max(pitch, end->pitch);
+        }
+        const size_t at = t->staged, bytes = (end < last ? end->staged : piece->bytes) - at;
+        upload(d->staging + at, piece->slot + at, bytes, loader->stream);
+        if (end == last) { reader_copied(loader, loader->stream); }
+        resize_images(d->images, d->staging, d->tasks + t->image, (int)(end - t), pitch, S, CH, loader->stream);
+    }
+}
+
+void loader_batch(Loader* loader, size_t number) {
+    if (loader->ahead < 0) { loader_plan(loader, number); }
+    assert(loader->ahead == (long long)number);
+    const ImageBatch* b = &loader->batches[number % 2];
+    const ImageData* d = loader->model->images;
+    const size_t n = b->batch.n, pieces = loader->num_pieces; // up to the end of this batch
+    loader_plan(loader, number + 1);
+    cudaCheck(cudaStreamWaitEvent(loader->stream, loader->released, 0));
+    upload(d->labels, b->labels, n, loader->stream);
+    upload(d->flips, b->flips, n, loader->stream);
+    if (loader->resizes) { upload(d->tasks, b->tasks, n, loader->stream); }
+    if (b->batch.augment.erased != NULL) { upload(d->erased, b->erased, n, loader->stream); }
+    while (loader->issued < pieces) { loader_copy_piece(loader, b); }
+    if (loader->training) { model_augment(d->augmenter, &b->batch, loader->stream); }
+    cudaCheck(cudaEventRecord(b->copied, loader->stream));
+}
+
+const Batch* loader_take(const Loader* loader) {
+    const ImageBatch* b = &loader->batches[(loader->ahead + 1) % 2]; // the one before `ahead`
+    cudaCheck(cudaStreamWaitEvent(main_stream, b->copied, 0));
+    return &b->batch;
+}
+void batch_used(const Batch* batch) {
+    if (batch->loader != NULL) { cudaCheck(cudaEventRecord(batch->loader->released, main_stream)); }
+}
 
 void classifier_loss(Model* model, floatX* logits, const int* labels, const Batch* batch, float scale) {
     const ImageData* d = model->images;
@@ -4705,33 +4622,27 @@ void classifier_loss(Model* model, floatX* logits, const int* labels, const Batc
                   batch->smoothing, batch->augment.lam, scale);
 }
 
-// scores = sums over the images of an evaluation, as means, in the units that are printed
 void mean_scores(const Model* model, size_t images, double* scores) {
     const StepResult r = model_result(model);
-    for (int i = 0; model_eval_metrics[i].name != NULL; i++) {
-        scores[i] = model_eval_metrics[i].unit * (r.sums[i] / images);
-    }
+    const Metric* m = model_eval_metrics;
+    for (int i = 0; m[i].name != NULL; i++) { scores[i] = m[i].unit * (r.sums[i] / images); }
 }
 
 // prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V),
-// in double; of two classes with the same logit the lower comes first
-static void print_best(size_t image, const floatX* logits, size_t V) {
-    size_t best[6], found = 0;
+// in double. Of two classes with the same logit the lower comes first. order (V): any order of all classes
+static void print_best(size_t image, const floatX* logits, int V, int* order) {
+    const auto logit = [=](int v) { return (double)(float)logits[v]; };
+    const auto better = [=](int v, int w) { return logit(v) > logit(w) || (logit(v) == logit(w) && v < w); };
     double sum = 0.0;
-    for (size_t v = 0; v < V; v++) {
-        require(isfinite((float)logits[v]), "image %zu: the logit of class %zu is not finite; the "
-                "weights are damaged, or too large for " PRECISION_NAME, image, v);
-        size_t place = found; // among the best so far
-        for (; place > 0 && (float)logits[v] > (float)logits[best[place-1]]; place--) { best[place] = best[place-1]; }
-        best[place] = v;
-        found += found < 5;
+    for (int v = 0; v < V; v++) {
+        require(isfinite(logit(v)), "image %zu: the logit of class %d is not finite; the weights are damaged, or too "
+                "large for " PRECISION_NAME, image, v);
     }
-    const double largest = (float)logits[best[0]];
-    for (size_t v = 0; v < V; v++) { sum += exp((double)(float)logits[v] - largest); }
+    std::partial_sort(order, order + std::min(V, 5), order + V, better);
+    for (int v = 0; v < V; v++) { sum += exp(logit(v) - logit(order[0])); }
     printf("image %zu:", image);
-    for (size_t i = 0; i < found; i++) {
-        const double p = exp((double)(float)logits[best[i]] - largest) / sum;
-        printf("%s %zu %.6f", i > 0 ? "," : "", best[i], p);
+    for (int i = 0; i < std::min(V, 5); i++) {
+        printf("%s %d %.6f", i > 0 ? "," : "", order[i], exp(logit(order[i]) - logit(order[0])) / sum);
     }
     printf("\n");
 }
@@ -4739,33 +4650,33 @@ static void print_best(size_t image, const floatX* logits, size_t V) {
 void predict(Model* model, Loader* loader) {
     const size_t batches = loader_batches(loader), V = model->V;
     floatX* logits = host_new<floatX>(model->B * V, "logits");
+    int* order = host_new<int>(V, "classes");
+    for (size_t v = 0; v < V; v++) { order[v] = (int)v; }
     for (size_t number = 0; number < batches; number++) {
         loader_batch(loader, number);
         const Batch* batch = loader_take(loader);
         const floatX* on_device = model_predict(model, batch);
         cudaCheck(cudaStreamSynchronize(main_stream));
         cudaCheck(cudaMemcpy(logits, on_device, batch->n * V * sizeof(floatX), cudaMemcpyDeviceToHost));
-        for (size_t b = 0; b < batch->n; b++) { print_best(number * model->B + b, logits + b * V, V); }
+        for (size_t b = 0; b < batch->n; b++) { print_best(number * model->B + b, logits + b * V, (int)V, order); }
     }
     free(logits);
+    free(order);
 }
 
 // Writes up to 64 images of a training batch as the model gets them, normalised: image (n, CH, H, W),
 // label (n), and mean and std (CH) of the normalisation. data/sheet.py draws the file
 void write_sheet(Model* model, Loader* loader, size_t number) {
     const size_t H = model->H, W = model->W, CH = model->CH, n = std::min<size_t>(model->B, 64), pixels = H * W;
-    float *images = host_new<float>(n * pixels * CH, "images"), *one = host_new<float>(pixels * CH, "an image");
+    float* images = host_new<float>(n * CH * pixels, "images");
     float labels[64];
-    int numbers[64];
     loader_batch(loader, number);
     const Batch* batch = loader_take(loader);
     model_input(model, batch);
     cudaCheck(cudaStreamSynchronize(main_stream));
-    cudaCheck(cudaMemcpy(numbers, batch->labels, n * sizeof(int), cudaMemcpyDeviceToHost));
     for (size_t b = 0; b < n; b++) {
-        labels[b] = (float)numbers[b];
-        model_pixels(model, b, one);
-        for (size_t i = 0; i < pixels * CH; i++) { images[(b * CH + i % CH) * pixels + i / CH] = one[i]; }
+        labels[b] = (float)loader->batches[number % 2].labels[b];
+        model_pixels(model, b, images + b * CH * pixels);
     }
     StMetadata metadata = {"format", "pt"};
     const PixelStats* stats = &batch->stats;
@@ -4774,7 +4685,6 @@ void write_sheet(Model* model, Loader* loader, size_t number) {
     if (rank == 0) { safetensors_write(model->s->sheet, {&metadata, 1}, {tensors, 4}); }
     printf("wrote %s: the first %zu images of a training batch; data/sheet.py draws them\n", model->s->sheet, n);
     free(images);
-    free(one);
 }
 // ---- end shared: image classifiers -----------------------------------------
 

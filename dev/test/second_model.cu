@@ -362,7 +362,7 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
     const size_t D = numel(model->H, model->W, model->CH);
     floatX* x = host_new<floatX>(D, "an image");
     cudaCheck(cudaMemcpy(x, model->pixels + b * D, D * sizeof(floatX), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < D; i++) { pixels[i] = (float)x[i]; }
+    for (size_t i = 0; i < D; i++) { pixels[i % model->CH * (D / model->CH) + i / model->CH] = (float)x[i]; }
     free(x);
 }
 

@@ -166,7 +166,6 @@ static void test_composition(int S, int CH) {
 static void test_batch(int S, int CH) {
     const size_t n = 9, bytes = (size_t)S * S * CH, half = 4;
     Augmenter a = *augment_new("rand-m9-mstd0.5-n3-inc1");
-    const RandAugment o = a.options;
     Plan plan = {};
     augment_plan(&plan, &a, n, S, CH);
     for (const Allocation& line : plan.lines) { cudaCheck(cudaMalloc(line.pointer, line.bytes)); }
@@ -440,20 +439,23 @@ static void test_draws(const Safetensors* st) {
         }
     }
 
-    MixOptions mix = {0.0, 0.0, 0.0, 0.7, 0.3};
+    ImageData mix = {};
+    mix.mix = 0.7;
+    mix.mix_switch = 0.3;
     unsigned mixes = 0, cuts = 0, equal = 0, off = 0;
     BatchAugment m = {};
     for (int kind = 0; kind < 4; kind++) { // mixup 1, cutmix 2
         mix.mixup = kind & 1 ? 0.8 : 0.0;
         mix.cutmix = kind & 2 ? 1.0 : 0.0;
         for (int i = 0; i < 20000; i++) {
-            rank = 0;
+            m.lam = 1.0f;
             draw_mix(&m, &mix, 4, i, 224);
             if (kind == 3) {
                 mixes += m.lam < 1.0f;
                 cuts += m.cut && m.lam < 1.0f;
                 const float lam = m.lam;
                 rank = 1;
+                m.lam = 1.0f;
                 draw_mix(&m, &mix, 4, i, 224);
                 equal += m.lam == lam && lam < 1.0f;
                 rank = 0;

@@ -39,18 +39,18 @@ static void plain_pass(uint8_t* out, const uint8_t* in, int n, int full, size_t 
 }
 
 static void plain_view(uint8_t* out, const uint8_t* image, int width, const ImageView* v, size_t S, size_t CH) {
-    uint8_t* middle = (uint8_t*)malloc(v->height * v->full_width * CH);
-    uint8_t* whole = (uint8_t*)malloc(v->full_height * v->full_width * CH);
-    const size_t row = v->full_width * CH;
+    uint8_t* middle = (uint8_t*)malloc(v->y.n * v->x.full * CH);
+    uint8_t* whole = (uint8_t*)malloc(v->y.full * v->x.full * CH);
+    const size_t row = v->x.full * CH;
     for (size_t c = 0; c < CH; c++) {
-        plain_pass(middle + c, image + ((size_t)v->top * width + v->left) * CH + c, v->width, (int)v->full_width, v->height, width * CH, CH, row, CH);
-        for (size_t x = 0; x < v->full_width; x++) {
-            plain_pass(whole + x * CH + c, middle + x * CH + c, v->height, (int)v->full_height, 1, 0, row, 0, row);
+        plain_pass(middle + c, image + ((size_t)v->y.begin * width + v->x.begin) * CH + c, v->x.n, (int)v->x.full, v->y.n, width * CH, CH, row, CH);
+        for (size_t x = 0; x < v->x.full; x++) {
+            plain_pass(whole + x * CH + c, middle + x * CH + c, v->y.n, (int)v->y.full, 1, 0, row, 0, row);
         }
     }
     for (size_t y = 0; y < S; y++) {
         for (size_t x = 0; x < S; x++) {
-            memcpy(out + (y * S + x) * CH, whole + ((v->window_top + y) * v->full_width + v->window_left + (v->mirror ? S - 1 - x : x)) * CH, CH);
+            memcpy(out + (y * S + x) * CH, whole + ((v->y.window + y) * v->x.full + v->x.window + (v->mirror ? S - 1 - x : x)) * CH, CH);
         }
     }
     free(middle);
@@ -91,7 +91,7 @@ static Difference run_views(const Safetensors* st, int S, int CH, bool plain) {
         snprintf(name, sizeof(name), "out.%d", i);
         out[n] = safetensors_find(st, name);
         if (p[9] != S || (int)image[n]->shape[2] != CH) { continue; }
-        views[n] = ImageView{p[1], p[2], p[3], p[4], (size_t)p[5], (size_t)p[6], (size_t)p[7], (size_t)p[8], p[10] == 1};
+        views[n] = ImageView{{p[1], p[3], (size_t)p[5], (size_t)p[7]}, {p[2], p[4], (size_t)p[6], (size_t)p[8]}, p[10] == 1};
         tasks[n] = resize_task(&views[n], S, CH);
         tasks[n].image = n;
         tasks[n].staged = bytes;
@@ -123,8 +123,8 @@ static Difference run_views(const Safetensors* st, int S, int CH, bool plain) {
         add_difference(&difference, got + i * pixels, plain ? host : (const uint8_t*)out[i]->data, pixels);
         if (!plain) {
             check(difference.equal - before.equal == pixels, "image %dx%d, box %d,%d %dx%d -> %zux%zu, window %zu,%zu of %d: %zu of %zu bytes equal Pillow's",
-                  (int)image[i]->shape[0], (int)image[i]->shape[1], views[i].top, views[i].left, views[i].height, views[i].width, views[i].full_height,
-                  views[i].full_width, views[i].window_top, views[i].window_left, S, difference.equal - before.equal, pixels);
+                  (int)image[i]->shape[0], (int)image[i]->shape[1], views[i].y.begin, views[i].x.begin, views[i].y.n, views[i].x.n, views[i].y.full,
+                  views[i].x.full, views[i].y.window, views[i].x.window, S, difference.equal - before.equal, pixels);
         }
     }
     cudaCheck(cudaFree(staging));
@@ -168,40 +168,46 @@ static void test_choices(const Safetensors* st) {
     for (size_t i = 0; i < t->shape[0]; i++) {
         int p[10];
         memcpy(p, (const char*)t->data + i * sizeof(p), sizeof(p));
-        const ImageView v = random_crop(p[0], p[1], p[2] / 1000.0, p[3], p[4], p[5]);
-        check(v.top == p[6] && v.left == p[7] && v.height == p[8] && v.width == p[9], "crop %zu of %dx%d: %d,%d %dx%d, timm has %d,%d %dx%d", i, p[0], p[1], v.top,
-              v.left, v.height, v.width, p[6], p[7], p[8], p[9]);
+        const ImageView v = random_crop(p[0], p[1], 32, p[2] / 1000.0, p[3], p[4], p[5]);
+        check(v.y.begin == p[6] && v.x.begin == p[7] && v.y.n == p[8] && v.x.n == p[9], "crop %zu of %dx%d: %d,%d %dx%d, timm has %d,%d %dx%d", i, p[0], p[1], v.y.begin,
+              v.x.begin, v.y.n, v.x.n, p[6], p[7], p[8], p[9]);
     }
     t = safetensors_find(st, "centers");
     for (size_t i = 0; i < t->shape[0]; i++) {
         int p[8];
         memcpy(p, (const char*)t->data + i * sizeof(p), sizeof(p));
         const ImageView v = center_crop(p[0], p[1], p[2], p[3] / 1000.0);
-        check((int)v.full_height == p[4] && (int)v.full_width == p[5] && (int)v.window_top == p[6] && (int)v.window_left == p[7],
-              "%dx%d to %d at %d: %zux%zu, window %zu,%zu; torchvision has %dx%d, %d,%d", p[0], p[1], p[2], p[3], v.full_height, v.full_width, v.window_top,
-              v.window_left, p[4], p[5], p[6], p[7]);
+        check((int)v.y.full == p[4] && (int)v.x.full == p[5] && (int)v.y.window == p[6] && (int)v.x.window == p[7],
+              "%dx%d to %d at %d: %zux%zu, window %zu,%zu; torchvision has %dx%d, %d,%d", p[0], p[1], p[2], p[3], v.y.full, v.x.full, v.y.window,
+              v.x.window, p[4], p[5], p[6], p[7]);
     }
     int samplers = 0;
+    Model* model = model_new();
+    model->B = 7;
     for (const StTensor& tensor : st->tensors) {
         unsigned n, repeats, ranks, rank_, seed, epoch;
         if (sscanf(tensor.name, "sampler.%u.%u.%u.%u.%u.%u", &n, &repeats, &ranks, &rank_, &seed, &epoch) != 6) { continue; }
         const int* expected = (const int*)tensor.data;
         unsigned* order = (unsigned*)malloc(n * sizeof(unsigned));
         shuffle(order, n, seed, epoch);
-        LoaderOptions o = {};
-        o.B = 7;
-        o.ranks = ranks;
-        o.rank = rank_;
-        o.repeats = (int)repeats;
-        o.training = true;
-        const size_t count = loader_epoch_images(n, repeats, ranks);
+        Loader loader = {};
+        loader.model = model;
+        loader.set.images = n;
+        loader.order = order;
+        loader.ranks = ranks;
+        loader.rank = rank_;
+        loader.repeats = repeats;
+        loader.training = true;
+        const size_t count = loader_epoch(&loader) / ranks, B = model->B;
         bool equal = count == tensor.shape[0];
-        for (size_t k = 0; equal && k < count; k++) { equal = (int)loader_image(&o, order, n, loader_place(&o, k / o.B, k % o.B)) == expected[k]; }
+        for (size_t k = 0; equal && k < count; k++) { equal = (int)loader_image(&loader, loader_place(&loader, k / B, k % B)) == expected[k]; }
         check(equal, "%s: %zu images, timm has %zu", tensor.name, count, tensor.shape[0]);
         free(order);
         samplers++;
     }
     check(samplers > 20, "%d samplers", samplers);
+    free(model->images);
+    model_free(model);
 }
 
 // writes a shard of n images, numbered from `begin` on; sides: least and most. Image i has label i % 10 and pixels of Philox(i)
@@ -250,14 +256,28 @@ static const char* in_folder(const char* name) {
     return path;
 }
 
+// batches of 7 images of 24 x 24 from 10 classes, with crops and mirroring
+static Model* classifier(void) {
+    Model* model = model_new();
+    model->B = 7;
+    model->H = model->W = 24;
+    model->CH = 3;
+    model->V = 10;
+    model->seed = 5;
+    model->images->crop = model->images->flip = 1;
+    return model;
+}
+
 // the bytes, labels and flips of `count` batches from `first` on: a checksum of each batch. late: of a set that is
 // verified when it is read; damaged: an image of its last shard whose checksum is another then
-static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t first, size_t count, int readers, bool small_pieces, bool compare,
-                       bool late = false, int damaged = -1) {
-    LoaderTarget target = {};
+static void run_loader(uint32_t* sums, const char* path, Model* model, bool training, size_t first, size_t count, int readers, bool small_pieces,
+                       bool compare, bool late = false, int damaged = -1) {
+    const size_t B = model->B, S = model->H, CH = model->CH;
+    ImageData* d = model->images;
     Augmenter augmenter = {}; // nothing is augmented here
-    target.augmenter = &augmenter;
-    Loader* loader = loader_open(path, o);
+    d->augmenter = &augmenter;
+    model->s->threads = readers;
+    Loader* loader = loader_new(path, model, training);
     const ShardSet set = loader->set;
     const bool resizes = loader->resizes;
     Shard* last = &loader->set.shards[set.num_shards - 1];
@@ -270,20 +290,20 @@ static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t
         loader->piece_bytes = resizes ? align_up(84000) : loader->piece_bytes;
         loader->group_bytes = 20000;
     }
-    const size_t pixels = numel(o.S, o.S, o.CH);
-    cudaCheck(cudaMalloc(&target.images, o.B * pixels));
-    cudaCheck(cudaMalloc(&target.labels, o.B * sizeof(int)));
-    cudaCheck(cudaMalloc(&target.flips, o.B * sizeof(int)));
+    const size_t pixels = numel(S, S, CH);
+    cudaCheck(cudaMalloc(&d->images, B * pixels));
+    cudaCheck(cudaMalloc(&d->labels, B * sizeof(int)));
+    cudaCheck(cudaMalloc(&d->flips, B * sizeof(int)));
     if (resizes) {
-        cudaCheck(cudaMalloc(&target.staging, loader->piece_bytes));
-        cudaCheck(cudaMalloc(&target.tasks, o.B * sizeof(ResizeTask)));
+        cudaCheck(cudaMalloc(&d->staging, loader->piece_bytes));
+        cudaCheck(cudaMalloc(&d->tasks, B * sizeof(ResizeTask)));
     }
-    if (o.mix.erase > 0.0) { cudaCheck(cudaMalloc(&target.erased, o.B * sizeof(EraseBox))); }
-    EraseBox* boxes = (EraseBox*)calloc(o.B, sizeof(EraseBox));
+    if (d->erase > 0.0) { cudaCheck(cudaMalloc(&d->erased, B * sizeof(EraseBox))); }
+    EraseBox* boxes = (EraseBox*)calloc(B, sizeof(EraseBox));
     size_t erased = 0;
-    uint8_t *images = (uint8_t*)malloc(o.B * pixels), *expected = (uint8_t*)malloc(pixels);
-    int *labels = (int*)malloc(o.B * sizeof(int)), *flips = (int*)malloc(o.B * sizeof(int));
-    loader_begin(loader, target, readers);
+    uint8_t *images = (uint8_t*)malloc(B * pixels), *expected = (uint8_t*)malloc(pixels);
+    int *labels = (int*)malloc(B * sizeof(int)), *flips = (int*)malloc(B * sizeof(int));
+    loader_start(loader, model);
     const size_t batches = loader_batches(loader);
     check(loader_first(loader) == 0, "the first batch of a loader");
     Difference difference = {};
@@ -296,50 +316,53 @@ static void run_loader(uint32_t* sums, const char* path, LoaderOptions o, size_t
         const BatchAugment a = taken->augment;
         BatchAugment mix = {};
         mix.lam = 1.0f;
-        if (o.training) { draw_mix(&mix, &o.mix, o.seed, (unsigned)batch, (int)o.S); }
+        if (training) { draw_mix(&mix, d, model->seed, (unsigned)batch, (int)S); }
         if (a.erased != NULL) { cudaCheck(cudaMemcpy(boxes, a.erased, n * sizeof(EraseBox), cudaMemcpyDeviceToHost)); }
         right = right && a.lam == mix.lam && (mix.lam == 1.0f || (a.cut == mix.cut && a.top == mix.top && a.right == mix.right));
-        right = right && loader_first(loader) == batch + 1 && a.erased == target.erased && a.n == (int)n &&
-                a.place == loader_place(&o, batch % batches, 0) && a.place_step == loader_place(&o, batch % batches, 1) - a.place &&
-                taken->stats.mean[0] == 0.5f && taken->stats.std[0] == 0.25f && taken->images == target.images;
-        cudaCheck(cudaMemcpy(images, target.images, n * pixels, cudaMemcpyDeviceToHost));
-        cudaCheck(cudaMemcpy(labels, target.labels, n * sizeof(int), cudaMemcpyDeviceToHost));
-        cudaCheck(cudaMemcpy(flips, target.flips, n * sizeof(int), cudaMemcpyDeviceToHost));
+        right = right && loader_first(loader) == batch + 1 && a.erased == d->erased && a.n == (int)n &&
+                a.place == loader_place(loader, batch % batches, 0) && a.place_step == loader_place(loader, batch % batches, 1) - a.place &&
+                taken->stats.mean[0] == 0.5f && taken->stats.std[0] == 0.25f && taken->images == d->images;
+        cudaCheck(cudaMemcpy(images, d->images, n * pixels, cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(labels, d->labels, n * sizeof(int), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(flips, d->flips, n * sizeof(int), cudaMemcpyDeviceToHost));
         batch_used(taken);
         sums[batch - first] = crc_32(crc_32(crc_32(0, images, n * pixels), labels, n * sizeof(int)), flips, n * sizeof(int));
         for (size_t i = 0; compare && i < n; i++) {
-            unsigned number, *order = (unsigned*)malloc(set.images * sizeof(unsigned));
-            const size_t place = loader_place(&o, batch % batches, i);
-            shuffle(order, set.images, o.seed, (unsigned)(batch / batches));
-            const unsigned image = o.training ? order[place % (set.images * o.repeats) / o.repeats] : (unsigned)place;
+            unsigned* order = (unsigned*)malloc(set.images * sizeof(unsigned));
+            const size_t place = loader_place(loader, batch % batches, i);
+            shuffle(order, set.images, model->seed, (unsigned)(batch / batches));
+            const unsigned image = training ? order[place % (set.images * d->repeats) / d->repeats] : (unsigned)place;
             free(order);
-            const Shard* shard = set_image(&set, image, &number);
-            const ShardEntry* e = &shard->entries[number];
-            ImageView v = loader_view(&o, e, (unsigned)(batch / batches), place);
+            const ReadJob job = set_image(&set, image);
+            const ShardEntry* e = job.entry;
+            ImageView v = loader_view(loader, e, (unsigned)(batch / batches), place);
             right = right && labels[i] == (int)(image % 10) && flips[i] == (!resizes && v.mirror);
-            const EraseBox box = draw_erase(o.mix.erase, o.seed, (unsigned)(batch / batches), place, (int)o.S);
+            const EraseBox box = draw_erase(d->erase, model->seed, (unsigned)(batch / batches), place, (int)S);
             right = right && (a.erased == NULL || memcmp(&box, &boxes[i], sizeof(box)) == 0);
             erased += boxes[i].height > 0;
             if (!resizes) { v.mirror = false; }
-            plain_view(expected, shard->file.data + e->offset, e->width, &v, o.S, o.CH);
+            plain_view(expected, job.record, e->width, &v, S, CH);
             add_difference(&difference, images + i * pixels, expected, pixels);
         }
     }
     if (compare) {
-        check(right, "labels, flips, places, boxes and mixing of S %zu, crop %d", o.S, o.crop);
-        check((erased > 0) == (o.mix.erase > 0.0), "%zu images are erased", erased);
+        check(right, "labels, flips, places, boxes and mixing of S %zu, crop %d", S, d->crop);
+        check((erased > 0) == (d->erase > 0.0), "%zu images are erased", erased);
         check(difference.equal >= 0.999 * difference.pixels && difference.largest <= 1, "loaded images, S %zu, crop %d: %zu of %zu bytes equal, largest difference %d",
-              o.S, o.crop, difference.equal, difference.pixels, difference.largest);
+              S, d->crop, difference.equal, difference.pixels, difference.largest);
     }
     loader_close(loader);
     free(entries);
     free(boxes);
-    cudaCheck(cudaFree(target.erased));
-    cudaCheck(cudaFree(target.images));
-    cudaCheck(cudaFree(target.labels));
-    cudaCheck(cudaFree(target.flips));
-    cudaCheck(cudaFree(target.staging));
-    cudaCheck(cudaFree(target.tasks));
+    cudaCheck(cudaFree(d->erased));
+    cudaCheck(cudaFree(d->images));
+    cudaCheck(cudaFree(d->labels));
+    cudaCheck(cudaFree(d->flips));
+    cudaCheck(cudaFree(d->staging));
+    cudaCheck(cudaFree(d->tasks));
+    d->erased = NULL;
+    d->staging = NULL;
+    d->tasks = NULL;
     free(images);
     free(expected);
     free(labels);
@@ -350,34 +373,37 @@ static void test_loader(bool quick) {
     ShardSet set = shards_open(in_folder("mixed"));
     check(set.num_shards == 3 && set.images == 61 && set.verified, "three shards of 61 images");
     for (unsigned i = 0; i < 61; i++) {
-        unsigned number;
-        const Shard* shard = set_image(&set, i, &number);
-        check(shard == &set.shards[i < 20 ? 0 : i == 20 ? 1 : 2] && number == (i < 20 ? i : i == 20 ? 0 : i - 21), "image %u is number %u of its shard", i, number);
+        const ReadJob job = set_image(&set, i);
+        const unsigned number = (unsigned)(job.entry - job.shard->entries);
+        check(job.shard == &set.shards[i < 20 ? 0 : i == 20 ? 1 : 2] && number == (i < 20 ? i : i == 20 ? 0 : i - 21), "image %u is number %u of its shard", i, number);
     }
     set = shards_open(in_folder("equal")); // equal.bin
     check(set.num_shards == 1 && set.images == 50, "a shard without a number");
-    LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, 0.0f, {}};
-    LoaderOptions variants[6] = {o, o, o, o, o, o};
-    variants[1].repeats = 3;
-    variants[1].mix = MixOptions{0.5, 0.8, 1.0, 0.9, 0.5};
-    variants[2].crop = false;       // training images of other sizes: the evaluation transform
-    variants[2].B = 30;             // more pieces in a batch than there are slots
-    variants[3].training = false;
-    variants[3].crop_pct = 0.875;
-    variants[4].accumulation = 3;
-    variants[5].S = 16;             // images of the model's size, no crop: copied
-    variants[5].crop = false;
-    variants[5].CH = 1;
+    Model* variants[6];
+    for (Model*& v : variants) { v = classifier(); }
+    ImageData* mixed = variants[1]->images;
+    mixed->repeats = 3;
+    mixed->erase = 0.5;
+    mixed->mixup = 0.8;
+    mixed->cutmix = 1.0;
+    mixed->mix = 0.9;
+    variants[2]->images->crop = 0;  // training images of other sizes: the evaluation transform
+    variants[2]->B = 30;            // more pieces in a batch than there are slots
+    variants[3]->images->crop_pct = 0.875; // an evaluation
+    variants[4]->s->accumulation = 3;
+    variants[5]->H = variants[5]->W = 16; // images of the model's size, no crop: copied
+    variants[5]->images->crop = 0;
+    variants[5]->CH = 1;
     for (int v = 0; v < 6; v++) {
         const char* path = in_folder(v == 5 ? "equal" : "mixed");
         uint32_t all[32] = {}, again[32] = {};
         const size_t count = quick ? 12 : 20;
-        run_loader(all, path, variants[v], 0, count, 2, false, true);
+        run_loader(all, path, variants[v], v != 3, 0, count, 2, false, true);
         for (int readers : {0, 1, 2, 5}) {
-            run_loader(again, path, variants[v], 0, count, readers, true, false);
+            run_loader(again, path, variants[v], v != 3, 0, count, readers, true, false);
             check(memcmp(all, again, count * sizeof(uint32_t)) == 0, "variant %d: the same bits with %d readers and small pieces", v, readers);
         }
-        run_loader(again, path, variants[v], 5, count - 5, 2, true, false);
+        run_loader(again, path, variants[v], v != 3, 5, count - 5, 2, true, false);
         check(memcmp(all + 5, again, (count - 5) * sizeof(uint32_t)) == 0, "variant %d: the same bits from batch 5 on", v);
         if (v != 3) { check(all[0] != all[9] && all[1] != all[10], "variant %d: another epoch has other batches", v); }
     }
@@ -385,15 +411,21 @@ static void test_loader(bool quick) {
     for (int training = 0; training < 2; training++) {
         int seen[61] = {};
         size_t sum = 0;
-        o.training = training == 1;
-        o.ranks = 3;
-        for (o.rank = 0; o.rank < 3; o.rank++) {
-            const size_t batches = training ? 61 / 3 / o.B : CEIL_DIV(CEIL_DIV(61, o.B) - o.rank, o.ranks);
-            unsigned order[61];
-            shuffle(order, 61, o.seed, 0);
-            for (unsigned i = 0; i < 61 && !training; i++) { order[i] = i; }
+        unsigned order[61];
+        Loader loader = {};
+        loader.model = variants[0];
+        loader.set.images = 61;
+        loader.order = order;
+        loader.repeats = 1;
+        loader.ranks = 3;
+        loader.training = training == 1;
+        shuffle(order, 61, 5, 0);
+        for (unsigned i = 0; i < 61 && !training; i++) { order[i] = i; }
+        for (loader.rank = 0; loader.rank < 3; loader.rank++) {
+            const size_t B = 7, batches = training ? 61 / 3 / B : CEIL_DIV(CEIL_DIV(61, B) - loader.rank, loader.ranks);
+            check(loader_batches(&loader) == batches, "rank %zu has %zu batches", loader.rank, batches);
             for (size_t b = 0; b < batches; b++) {
-                for (size_t i = 0; i < o.B && (training || loader_place(&o, b, i) < 61); i++) { seen[loader_image(&o, order, 61, loader_place(&o, b, i))]++; }
+                for (size_t i = 0; i < B && (training || loader_place(&loader, b, i) < 61); i++) { seen[loader_image(&loader, loader_place(&loader, b, i))]++; }
             }
         }
         bool once = true;
@@ -402,6 +434,10 @@ static void test_loader(bool quick) {
             sum += seen[i];
         }
         check(once && sum == (training ? 42u : 61u), "three ranks read %zu images, each at most once", sum);
+    }
+    for (Model* v : variants) {
+        free(v->images);
+        model_free(v);
     }
 }
 
@@ -418,8 +454,7 @@ static void refused(const char* path, int how, int code, const char* pattern) {
         close(ends[0]);
         uint32_t sums[32];
         if (how != READ_NONE) {
-            const LoaderOptions o = {7, 24, 3, 1, 0, 5, true, true, true, 0.08, 1.0, 1, 1, 10, 0.0f, {}};
-            run_loader(sums, path, o, 0, 9, 2, true, false, true, how == READ_DAMAGED ? 17 : -1);
+            run_loader(sums, path, classifier(), true, 0, 9, 2, true, false, true, how == READ_DAMAGED ? 17 : -1);
         } else {
             shards_open(path);
         }
