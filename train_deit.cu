@@ -1108,8 +1108,8 @@ void report_evaluation(const Run* run, const double* scores, bool averaged, int 
     fprintf(run->log, "\n");
 }
 
-// Keeps the weights of the best evaluation so far. One that is not planned, but asked for by -x alone, may
-// write the file, but leaves no trace in later checkpoints: they have the same bits as without -x
+// Keeps the weights of the best evaluation so far. One that is not planned, but asked for by -x alone,
+// may write the file, but leaves no trace in later checkpoints: they have the same bits as without -x
 void save_best(Run* run, const Model* model, int step, bool planned) {
     StMetadata* m = run->metadata.of;
     const double score = run->scores[model_best_metric];
@@ -1376,8 +1376,8 @@ void embed(floatX* out, const floatX* tokens, const floatX* cls, const floatX* p
     LAUNCH(embed_kernel, vectorizable(C, out, tokens, cls, pos), n, 256, out, tokens, cls, pos, n, T, C);
 }
 
-// Gradients of embed: dtokens = dout[:, 1:].contiguous(), dpos (T, C) += dout.sum(0), dcls (C) += dout[:, 0].sum(0).
-// dout (B, T, C), dtokens (B, T-1, C). A thread has one (t, c) of all images
+// Gradients of embed: dtokens = dout[:, 1:].contiguous(), dpos (T, C) += dout.sum(0), dcls (C) +=
+// dout[:, 0].sum(0). dout (B, T, C), dtokens (B, T-1, C). A thread has one (t, c) of all images
 __global__ void embed_backward_kernel(
         floatX* dtokens, float* dpos, float* dcls, const floatX* dout, int B, int T, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)T * C;
@@ -2346,8 +2346,8 @@ __global__ void dropit_range_kernel(const __grid_constant__ Selections all) {
 }
 
 // tile_counts[tile] = (elements above the sampled range, 0); list = those in it, in any order;
-// not_finite += NaNs and Infs. A block has a tile, and collects in 8 KiB of shared memory (fp32: 12), to wait once
-// for a place in the list and write whole lines; what does not fit goes there at once
+// not_finite += NaNs and Infs. A block has a tile, and collects in 8 KiB of shared memory (fp32: 12), to
+// wait once for a place in the list and write whole lines; what does not fit goes there at once
 #define MAX_FOUND 2048
 __global__ void dropit_candidates_kernel(const __grid_constant__ Selections all) {
     __shared__ floatX found_values[MAX_FOUND];
@@ -3741,8 +3741,8 @@ int checkpoint_find(const char* directory) {
     return -1;
 }
 
-// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all), DONE first: what is
-// left when the program is killed is no checkpoint
+// Marks a checkpoint as whole, then removes all but the newest `keep` (0: keeps all), DONE first: what
+// is left when the program is killed is no checkpoint
 void checkpoint_done(const char* directory, int step, int keep) {
     char path[PATH_MAX];
     checkpoint_path(path, directory, "DONE", step);
@@ -4334,8 +4334,8 @@ void cutmix_box(BatchAugment* a, double lam, int y, int x, int S) {
     a->lam = (float)(1.0 - (double)(a->bottom - a->top) * (a->right - a->left) / ((double)S * S));
 }
 
-// How this rank mixes its images, of side S, of the run's batch number `batch`, if it does: by mixup (Zhang
-// et al., arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
+// How this rank mixes its images, of side S, of the run's batch number `batch`, if it does: by mixup
+// (Zhang et al., arXiv 1710.09412) or cutmix (Yun et al., arXiv 1905.04899), as timm's Mixup, mode batch
 void draw_mix(BatchAugment* a, const ImageData* d, u64 seed, unsigned batch, int S) {
     u64 i = (u64)rank << 32;
     const uint4 u = philox(seed, RNG_MIX, batch, i++);
@@ -4821,8 +4821,8 @@ void settings_derive(Model* model) {
     model_configure(model);
 }
 
-// adds an entry for each flag that a resumed run must share and that is not neutral: what a later version
-// adds is then not missing in the checkpoints of before
+// adds an entry for each flag that a resumed run must share and that is not neutral: what a later
+// version adds is then not missing in the checkpoints of before
 void options_metadata(const Model* model, List<StMetadata>* metadata) {
     for (const Option* o = model->options; o < model->options + model->num_options; o++) {
         StMetadata m;
@@ -4839,8 +4839,8 @@ double seconds(void) {
 }
 // ---- end shared: command line ----------------------------------------------
 // ---- shared: tensors -------------------------------------------------------
-// What a model's two tables become. Parameters begin at multiples of 128 elements, by kind: decayed, other
-// trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers
+// What a model's two tables become. Parameters begin at multiples of 128 elements, by kind: decayed,
+// other trained ones, padding up to whole shards; then, in memory of their own, frozen ones and buffers
 struct Scratch {
     double* norm_partial;
     DropScratch drop;
