@@ -73,7 +73,7 @@ static cudaStream_t main_stream;
 static int num_multiprocessors;
 static int rank = 0, num_ranks = 1; // of the processes that train together, one a GPU
 
-// Ends the program with one sentence on stderr, and all ranks: the others would wait for this one for ever
+// Ends the program with one sentence on stderr, and with it all ranks: they would wait for ever
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
     const int reason = errno; // for %m
     va_list arguments;
@@ -201,13 +201,12 @@ void ranks_close(void);
 typedef struct { float* data; size_t n; } Piece;
 void ranks_add(const List<Piece>& pieces);             // of gradients; main_stream does not wait
 void ranks_wait(void);                                 // main_stream waits until they are added up
-void ranks_gather(void* full, const void* part, size_t bytes); // full: all ranks' parts; part may lie in it
+void ranks_gather(void* full, const void* part, size_t bytes); // full: of all ranks; part may lie in it
 void ranks_broadcast(void* device, size_t bytes);      // all get what rank 0 has
 void ranks_sum(double* values, int n);                 // of the host: the same sums on all ranks
 void ranks_agree(uint32_t value, const char* what);    // ends the run unless all ranks have this value
 
-// Random numbers: Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator: (seed, purpose,
-// step, i) gives the same four words everywhere
+// Random numbers by Philox4x32-10 (Salmon et al., SC 2011): (seed, purpose, step, i) gives four words
 enum { RNG_INIT = 1, RNG_SHUFFLE, RNG_DROPIT, RNG_AUGMENT, RNG_CROP, RNG_RANDAUGMENT, RNG_ERASE, RNG_MIX,
        RNG_DROP_PATH };
 typedef unsigned long long u64;
@@ -216,8 +215,7 @@ double uniform(unsigned u); // in (0, 1)
 double normal(uint4 u);     // by Box and Muller
 int draw_below(unsigned u, int n); // 0 to n-1
 
-// Memory: every byte on the device is a line of the plan. The lines are added up before anything is
-// allocated, and then allocated by one cudaMalloc a category; nothing is allocated later
+// Memory: every byte on the device is in a line of the plan; all are added up, then allocated, by category
 enum { CACHED, SCRATCH, PARAMETERS_MEMORY, GRADIENTS, OPTIMIZER, NUM_CATEGORIES };
 static const double MiB = 1048576.0;
 static const char* const category_names[] = {"cached", "scratch", "parameters", "gradients", "optimizer"};
@@ -311,7 +309,7 @@ typedef struct { // what the loader has brought to the device
 __device__ inline float erase_noise(u64 seed, unsigned epoch, u64 place, unsigned pixel, unsigned c);
 struct Model;
 Loader* loader_new(const char* path, Model* model, bool training); // opens and checks the shards
-void loader_start(Loader* loader, Model* model);  // once memory is allocated: threads begin to read ahead
+void loader_start(Loader* loader, Model* model);  // once memory is allocated: threads read ahead
 void loader_close(Loader* loader);                // NULL: does nothing
 void loader_print(const Loader* loader, const char* what);
 size_t loader_images(const Loader* loader);       // in the files
@@ -468,14 +466,14 @@ void model_free(Model* model);
 void init_parameters(Model* model);
 typedef struct Safetensors Safetensors;
 bool safetensors_has(const Safetensors* st, const char* name); // a tensor
-void check_parameters(const Model* model, const Safetensors* st); // ends the run unless they fit the model
-void load_parameters(Model* model, const Safetensors* st, const char* prefix); // prefix: of names in the file
+void check_parameters(const Model* model, const Safetensors* st); // ends the run unless they fit
+void load_parameters(Model* model, const Safetensors* st, const char* prefix); // prefix: of the names
 void share_buffers(Model* model);  // rank 0's running statistics are the model's
 void zero_gradients(Model* model);
 void model_update(Model* model, OptimizerConfig o, double lr, int step); // step counts from 1
 void ema_enter(Model* model);      // the moving average takes the place of the weights, until ema_leave
 void ema_leave(Model* model);
-StepResult model_result(const Model* model); // over all ranks, since zero_gradients; waits for the device
+StepResult model_result(const Model* model); // over all ranks, since zero_gradients; the host waits
 const char* first_not_finite(const Model* model); // name of the first stored tensor as they are computed
 uint32_t fingerprint(const Model* model);         // CRC-32 of all weights
 void weights_agree(const Model* model);           // over the ranks, else the run ends
@@ -493,9 +491,9 @@ void model_evaluate(Model* model, const Batch* batch);   // without DropIT; resu
 floatX* model_predict(Model* model, const Batch* batch); // classifiers: the logits (n, V)
 void model_input(Model* model, const Batch* batch);      // normalised, erased, mixed: the first tensor
 void model_pixels(const Model* model, size_t b, float* pixels); // classifiers: image b of it, (CH, H, W)
-void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: bytes of images
+void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream); // classifiers: images' bytes
 void model_check_file(const Safetensors* st);            // refuses weights of what it does not train
-double model_flops(const Model* model, size_t n);        // of the products of a training step on n images
+double model_flops(const Model* model, size_t n);        // of the products of a step on n images
 void model_scores(const Model* model, size_t images, double* scores); // of an evaluation
 extern const Metric model_train_metrics[];               // a step's sums: the loss first, NULL last
 extern const Metric model_eval_metrics[];                // an evaluation's scores
@@ -507,13 +505,9 @@ extern const char* const model_recipes[][2];             // name, flags; {NULL, 
 // the model: configurations, tensors, flags
 
 typedef struct {
-    int image_size, patch_size, image_channels, num_classes;
-    int channels, depth, heads;
+    int image_size, patch_size, image_channels, num_classes, channels, depth, heads;
 } DeitConfig;
-static const struct {
-    const char* name;
-    DeitConfig config;
-} deit_presets[] = {
+static const struct { const char* name; DeitConfig config; } deit_presets[] = {
     {"deit_nano",  {28,  4,  1, 10,   64,  4,  4}}, // for the bundled data
     {"deit_tiny",  {224, 16, 3, 1000, 192, 12, 3}},
     {"deit_small", {224, 16, 3, 1000, 384, 12, 6}},
@@ -521,8 +515,8 @@ static const struct {
     {"vit_base",   {224, 16, 3, 1000, 768, 12, 12}},
 };
 
-// X(name, name in timm, copies, shape of copy l, kind, initial value). timm draws linear layers and positions
-// from a normal distribution; the patch embedding begins as any convolution of PyTorch: uniformly distributed
+// X(name, name in timm, copies, shape of copy l, kind, initial value). timm draws linear layers and
+// positions from a normal distribution; the patch embedding begins as PyTorch's convolutions: uniform
 #define PARAMETERS(X) \
     X(patchw, "patch_embed.proj.weight",    1, (C, CH, P, P), DECAY, uniform_init(CH*P*P)) \
     X(patchb, "patch_embed.proj.bias",      1, (C),           PLAIN, uniform_init(CH*P*P)) \
@@ -577,10 +571,10 @@ static const struct {
     X(f, drop_path, "-drop_path", 0.0,    0, 0.99,  SAME, "drop-path: rate of the last block; 0: off") \
     X(s, augment,   "-aa",        "none", 0, 0,     SAME, "RandAugment: none, rand-m9-mstd0.5-inc1 (timm's names)")
 
-// Attention of one chunk of images, as batched matrix products over (image, head) with softmax between them.
-// No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and the
-// backward pass rebuilds the probabilities from it. Rows of T x T matrices are `ld` elements apart, T rounded
-// up to VEC, so that they can be read in packs; the columns from T on are never used as values
+// Attention of one chunk of images: batched matrix products over (image, head) with softmax in between.
+// No T x T matrix outlives its chunk: the forward pass saves the log-sum-exp of each row of scores, and
+// the backward pass rebuilds the probabilities from it. Rows of T x T matrices are `ld` elements apart, T
+// rounded up to VEC, so that they can be read in packs; columns from T on are never used as values
 typedef struct {
     int heads, T, HS, ld, max_images;
     float* scores;   // (images, NH, T, ld) q @ k^T / sqrt(HS)
@@ -631,7 +625,7 @@ void embed_backward(floatX* dtokens, float* dpos, float* dcls, const floatX* dou
 // inp begins at inp + r*stride. keep: DropIT's masking of out
 void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
                        const floatX* bias, size_t rows, size_t C, size_t stride, KeepLargest keep = {});
-// dinp += its gradient, since dinp is that of the residual stream; partial (2 * column_sum_scratch(rows, C))
+// dinp += its gradient, as dinp is the residual stream's; partial (2 * column_sum_scratch(rows, C))
 void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
                         const floatX* inp, const floatX* weight, const float* mean, const float* rstd, size_t rows,
                         size_t C, size_t stride);
@@ -640,8 +634,13 @@ void gelu_backward(floatX* dinp, const floatX* inp, size_t n); // dinp *= deriva
 // in PyTorch: F.scaled_dot_product_attention(q, k, v); out (images, T, C), lse (images, NH, T), qkv (images, T, 3C)
 void attention_forward(floatX* out, float* lse, floatX* qkv, const Attention* a, int images);
 void attention_backward(floatX* dqkv, floatX* dout, floatX* qkv, const float* lse, const Attention* a, int images);
-// drop-path (stochastic depth): out = scales[image] * x + residual; scales (L, 2, B) are 0 or 1 / (1 - rate)
-__host__ __device__ inline float drop_path_rate(float last, int l, int depth);
+// rate of drop-path (stochastic depth) in block l, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
+__host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
+    if (depth == 1) { return 0.0f; }
+    const float step = last / (float)(depth - 1);
+    return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
+}
+// scales (L, 2, B) are 0 or 1 / (1 - rate); out = scales[image] * x + residual
 void drop_path_scales(float* scales, int L, int B, double last, u64 seed, unsigned step, unsigned first);
 void drop_path(floatX* out, const floatX* x, const floatX* residual, const float* scales, size_t images,
                size_t per_image);
@@ -663,7 +662,7 @@ void branch_forward(floatX* out, const floatX* inp, const floatX* weight, const 
     if (scales != NULL) { drop_path(out, out, residual, scales, nb, T * OC); }
 }
 
-// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls, to the same bits
+// Images b0 .. b0+nb-1 through block l. recompute: only what is not cached, by the same calls: same bits
 void block_forward(Model* model, int l, size_t b0, size_t nb, bool recompute, bool training) {
     const size_t C = model->config.channels, T = model->T, rows = nb * T;
     const auto* p = &model->params;
@@ -738,7 +737,7 @@ void block_backward(Model* model, int l, size_t b0, size_t nb) {
     const float *scales = branch_scales(model, l, 0, b0), *scales2 = branch_scales(model, l, 1, b0);
     block_forward(model, l, b0, nb, true, true);
 #define AT(type, name) ((type*)activation_at(&a->name[l], b0, true))
-    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch is free, for what drop-path lets through
+    // the mlp: residual + fc2(gelu(fc1(ln2(residual2)))); dbranch is free for what drop-path leaves
     const floatX* dmlp = scales2 != NULL ? dbranch : dres;
     if (scales2 != NULL) { drop_path(dbranch, dres, NULL, scales2, nb, T*C); }
     weight_gradient(model, &a->fch_gelu[l], g->fc2w[l], g->fc2b[l], dmlp, b0, nb, T, 4*C, C);
@@ -819,8 +818,7 @@ floatX* model_predict(Model* model, const Batch* batch) {
 }
 
 void model_evaluate(Model* model, const Batch* batch) {
-    floatX* logits = model_predict(model, batch);
-    classifier_loss(model, logits, model->labels, batch, 1.0f);
+    classifier_loss(model, model_predict(model, batch), model->labels, batch, 1.0f);
 }
 
 // ----------------------------------------------------------------------------
@@ -1410,9 +1408,8 @@ struct JoinMoments {
 // bias (C). LANES threads share a row, each takes every LANES-th pack of V elements; V divides C and
 // stride. A lane takes deviations from the mean of its own elements, so one reduction is enough
 #define LAYERNORM_EPS 1e-6f
-template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(
-        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias,
-        size_t rows, int C, size_t stride, Keep keep) {
+template <int V, int LANES, class Keep> __global__ void layernorm_forward_kernel(floatX* out, float* mean, float* rstd,
+        const floatX* inp, const floatX* weight, const floatX* bias, size_t rows, int C, size_t stride, Keep keep) {
     auto lanes = cg::tiled_partition<LANES>(cg::this_thread_block());
     const size_t r = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (r >= rows) { return; }
@@ -1479,9 +1476,8 @@ template <int V, int LANES> __global__ void layernorm_backward_kernel(
 
 // First step of the gradients of weight and bias, by slabs as in column_sum_kernel: partial[slab, c] =
 // sum of dout * norm, partial[slab, C + c] = sum of dout. A thread sums V columns; V divides C, stride
-template <int V> __global__ void layernorm_weight_kernel(
-        float* partial, const floatX* dout, const floatX* inp, const float* mean, const float* rstd, size_t rows,
-        int C, size_t stride) {
+template <int V> __global__ void layernorm_weight_kernel(float* partial, const floatX* dout, const floatX* inp,
+        const float* mean, const float* rstd, size_t rows, int C, size_t stride) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V;
     if (slab * SLAB_ROWS >= rows) { return; }
@@ -1496,9 +1492,8 @@ template <int V> __global__ void layernorm_weight_kernel(
     store<V>(partial + slab * 2*C + column, dweight);
     store<V>(partial + slab * 2*C + C + column, dbias);
 }
-void layernorm_backward(
-        floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout, const floatX* x,
-        const floatX* w, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
+void layernorm_backward(floatX* dinp, float* dweight, float* dbias, float* partial, const floatX* dout,
+        const floatX* x, const floatX* w, const float* mean, const float* rstd, size_t rows, size_t C, size_t stride) {
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS);
     const bool vec = vectorizable(C | stride, dinp, dout, x, w);
     LAUNCH(layernorm_weight_kernel, vec, slabs * C, 64, partial, dout, x, mean, rstd, rows, C, stride);
@@ -1537,13 +1532,6 @@ void gelu_forward(floatX* out, const floatX* inp, size_t n, KeepLargest keep) {
 }
 void gelu_backward(floatX* dinp, const floatX* inp, size_t n) {
     LAUNCH(gelu_backward_kernel, vectorizable(n, dinp, inp), n, 256, dinp, inp, n);
-}
-
-// rate of drop-path in block l, from 0 to `last`; in PyTorch: torch.linspace(0, last, depth)[l]
-__host__ __device__ inline float drop_path_rate(float last, int l, int depth) {
-    if (depth == 1) { return 0.0f; }
-    const float step = last / (float)(depth - 1);
-    return l < depth / 2 ? step * (float)l : last - step * (float)(depth - 1 - l);
 }
 
 // scales[l, branch, b] = 0 with probability rate(l), else 1 / (1 - rate(l)), as timm (Huang et al., ECCV
@@ -1745,13 +1733,10 @@ void model_pixels(const Model* model, size_t b, float* pixels) {
 // in the order of timm's _RAND_INCREASING_TRANSFORMS
 enum { NO_AUGMENT, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR,
        CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NUM_AUGMENTS };
-typedef struct RandAugment {
+struct Augmenter {
     int layers;    // operations an image, each applied with probability 1/2; 0: none
     int magnitude; // 0 to 10
     double magnitude_std;
-} RandAugment;
-struct Augmenter {
-    RandAugment options;
     size_t S, CH;
     struct ImageAugment *augments, *host_augments; // (layers, B); the second is pinned
     uint8_t *images, *tables;                      // (B, S, S, CH), (B, CH, 256)
@@ -1763,11 +1748,12 @@ typedef struct ImageAugment {
 } ImageAugment;
 typedef struct { uint8_t v[4]; } Pixel;
 
-void parse_augment(RandAugment* o, const char* text) {
+Augmenter* augment_new(const char* text) {
+    Augmenter* o = host_new<Augmenter>(1, "RandAugment");
     bool increasing = false, known = strncmp(text, "rand", 4) == 0;
-    *o = RandAugment{0, -1, 0.0};
-    if (strcmp(text, "none") == 0) { return; }
+    if (strcmp(text, "none") == 0) { return o; }
     o->layers = 2;
+    o->magnitude = -1;
     const char* at = text + 4;
     for (int used = 0; known && *at == '-'; at += used) {
         used = strncmp(at, "-inc1", 5) == 0 ? 5 : 0;
@@ -1780,6 +1766,7 @@ void parse_augment(RandAugment* o, const char* text) {
     require(known && *at == 0 && o->magnitude >= 0 && increasing,
             "-aa %s is not a RandAugment that is known here; choose none or rand-mM[-nN][-mstdX]-inc1 with M "
             "up to 10, N from 1 to 8 and X up to 100, such as rand-m9-mstd0.5-inc1", text);
+    return o;
 }
 
 // a = timm's operation at a level of 0 to 10, for images of side S. Posterize at 10 keeps no bit: black
@@ -1807,7 +1794,7 @@ void augment_argument(ImageAugment* a, int op, double level, bool negate, int S)
 }
 
 // the operation that an image of side S meets in a layer
-void draw_augment(ImageAugment* a, const RandAugment* o, uint64_t seed, unsigned epoch, uint64_t place,
+void draw_augment(ImageAugment* a, const Augmenter* o, uint64_t seed, unsigned epoch, uint64_t place,
                   int layer, int S) {
     const uint4 u = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | 2 * layer);
     const uint4 v = philox(seed, RNG_RANDAUGMENT, epoch, place << 8 | (2 * layer + 1));
@@ -1949,9 +1936,8 @@ template <int CH> __device__ inline void sharp_pixel(
 //     Rotate, Shear, Translate: affine_pixel                           the others: tables
 // out, inp (n, S, S, CH), tables (n, CH, 256), augments (n), flips (n): the input is mirrored first;
 // NULL: none. A block of 256 threads takes 256 * V pixels of an image; V divides S*S, out and inp
-template <int CH, int V> __global__ void augment_kernel(
-        uint8_t* out, const uint8_t* inp, const uint8_t* tables, const ImageAugment* augments,
-        const int* flips, Pixel fill, int S, unsigned blocks) {
+template <int CH, int V> __global__ void augment_kernel(uint8_t* out, const uint8_t* inp, const uint8_t* tables,
+        const ImageAugment* augments, const int* flips, Pixel fill, int S, unsigned blocks) {
     const size_t b = blockIdx.x / blocks;
     const unsigned pixels = (unsigned)S * S, i = (blockIdx.x % blocks * 256 + threadIdx.x) * V;
     if (i >= pixels) { return; }
@@ -1979,9 +1965,8 @@ template <int CH, int V> __global__ void augment_kernel(
     Bytes* to = (Bytes*)(out + (b * pixels + i) * CH);
     for (int k = 0; k < CH; k++) { to[k] = *(const Bytes*)(x + k * V); }
 }
-template <int CH, int V> void augment_layer(
-        uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* ops, const int* flips,
-        unsigned n, int S, Pixel fill, cudaStream_t stream) {
+template <int CH, int V> void augment_layer(uint8_t* out, const uint8_t* inp, uint8_t* tables, const ImageAugment* ops,
+        const int* flips, unsigned n, int S, Pixel fill, cudaStream_t stream) {
     const unsigned pixels = (unsigned)S * S, blocks = CEIL_DIV(pixels, 256 * V);
     augment_table_kernel<CH, V><<<n, 256, 0, stream>>>(tables, inp, ops, pixels);
     augment_kernel<CH, V><<<n * blocks, 256, 0, stream>>>(out, inp, tables, ops, flips, fill, S, blocks);
@@ -2004,14 +1989,8 @@ void augment_images(uint8_t* images, uint8_t* scratch, uint8_t* tables, int* fli
     cudaCheck(cudaMemsetAsync(flips, 0, n * sizeof(int), stream));
 }
 
-Augmenter* augment_new(const char* name) {
-    Augmenter* a = host_new<Augmenter>(1, "RandAugment");
-    parse_augment(&a->options, name);
-    return a;
-}
-
 void augment_plan(Plan* plan, Augmenter* a, size_t B, size_t S, size_t CH) {
-    const size_t layers = a->options.layers;
+    const size_t layers = a->layers;
     a->S = S;
     a->CH = CH;
     if (layers == 0) { return; }
@@ -2023,7 +2002,7 @@ void augment_plan(Plan* plan, Augmenter* a, size_t B, size_t S, size_t CH) {
 // the loader's hook (see "shared: image classifiers"): RandAugment
 void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     const BatchAugment* b = &batch->augment;
-    const int S = (int)a->S, CH = (int)a->CH, layers = a->options.layers;
+    const int S = (int)a->S, CH = (int)a->CH, layers = a->layers;
     const size_t n = batch->n, bytes = layers * n * sizeof(ImageAugment);
     if (layers == 0) { return; }
     ImageAugment** drawn = &a->host_augments;
@@ -2032,7 +2011,7 @@ void model_augment(Augmenter* a, const Batch* batch, cudaStream_t stream) {
     for (int c = 0; c < CH; c++) { fill.v[c] = (uint8_t)fmin(255.0, fmax(0.0, rint(255.0 * batch->stats.mean[c]))); }
     for (size_t i = 0; i < layers * n; i++) {
         const uint64_t place = b->place + i % n * b->place_step;
-        draw_augment(*drawn + i, &a->options, b->seed, b->epoch, place, (int)(i / n), S);
+        draw_augment(*drawn + i, a, b->seed, b->epoch, place, (int)(i / n), S);
     }
     cudaCheck(cudaMemcpyAsync(a->augments, *drawn, bytes, cudaMemcpyHostToDevice, stream));
     augment_images(batch->images, a->images, a->tables, batch->flips, a->augments, layers, n, S, CH, fill, stream);
@@ -2550,7 +2529,7 @@ template <bool HASHED> __global__ void dropit_tile_kernel(const __grid_constant_
 }
 
 // A warp packs 4,096 elements: PACK_GROUPS groups of 32 runs. Lane l has run l of each group, and so
-// four masks. In bf16 a run has 8 elements, so that a warp reads whole lines; in fp32 32, for a CPU's speed
+// four masks. In bf16 a run has 8 elements, so that a warp reads whole lines; in fp32 32, for CPUs
 #define PACK_THREADS 128
 #define PACK_GROUPS (128 / PACK_RUN)
 typedef std::conditional<PACK_RUN == 8, uint8_t, unsigned>::type RunBits; // the bitmap of a run
@@ -2871,7 +2850,7 @@ template <int V> __global__ void column_sum_kernel(float* out, const floatX* x, 
     store<V>(out + slab * OC + column, sum);
 }
 
-// The second: out (C), out2 (OC - C) += the sums of partial's (slabs, OC) columns. A thread has one column
+// The second: out (C), out2 (OC - C) += column sums of partial (slabs, OC). A thread has one column
 __global__ void column_sum_finish_kernel(float* out, float* out2, const float* partial, size_t slabs, int C, int OC) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= OC) { return; }
@@ -3019,9 +2998,8 @@ __global__ void adamw_kernel(
 
 // SGD with momentum as torch.optim.SGD, with w and g as in AdamW:
 //     g += weight_decay * w,  m = momentum * m + g,  w -= lr * m; Nesterov: w -= lr * (g + momentum * m)
-__global__ void sgd_kernel(
-        floatX* params, float* master, float* m, const float* grads, size_t n, const StepResult* result,
-        float clip, float lr, float momentum, float weight_decay, bool nesterov) {
+__global__ void sgd_kernel(floatX* params, float* master, float* m, const float* grads, size_t n,
+        const StepResult* result, float clip, float lr, float momentum, float weight_decay, bool nesterov) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) { return; }
     float g[VEC], mi[VEC], w[VEC];
@@ -3793,10 +3771,10 @@ void log_cut(FILE* log, int step) {
 #define RESIZE_V 64
 #define RESIZE_BITS 22
 
-// An axis of an image: n pixels from `begin` on are resized to `full`, of which S from `window` on are kept
+// An axis of an image: n pixels from `begin` on become `full`, of which S from `window` on are kept
 typedef struct { int begin, n; size_t full, window; } ViewAxis;
 struct ImageView { ViewAxis y, x; bool mirror = false; }; // mirror: left to right
-typedef struct { int first, n, taps; } ResizeAxis; // of these: what is needed; weights of an output pixel
+typedef struct { int first, n, taps; } ResizeAxis; // the pixels that it needs; weights a pixel
 
 // Resizes one image. The host writes its data at one place of the staging buffer, the device at another:
 //   staged:   first (S) | weights (S, x.taps) | first (S) | weights (S, y.taps) | pixels
@@ -3833,7 +3811,7 @@ inline double resize_filter(double x) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// first (S), from a->first on, and weights (S, taps) of the window's pixels, in reverse order if mirrored
+// first (S), from a->first on, and weights (S, taps) of the window's pixels, in reverse if mirrored
 void resize_weights(int* first, int* weights, const ResizeAxis* a, const ViewAxis* v, int S, bool mirror) {
     const double scale = (double)v->n / v->full, inverse = 1.0 / std::max(scale, 1.0);
     for (int i = 0; i < S; i++) {
@@ -3964,7 +3942,7 @@ __global__ void resize_rows_kernel(uint8_t* images, const uint8_t* staging, cons
     for (unsigned j = 0; j < RESIZE_V; j++) { if (row % 16 != 0 && j < n) { out[j] = bytes.v[j]; } }
 }
 
-// the device's part, for n tasks (up to 65,535) whose weights and pixels are in staging; pitch: the largest
+// the device's part, for n tasks (up to 65,535) whose weights and pixels are staged; pitch: the largest
 void resize_images(uint8_t* images, uint8_t* staging, const ResizeTask* tasks, int n, int pitch, int S, int CH,
                    cudaStream_t stream) {
     const int row_pitch = CEIL_DIV(S * CH, RESIZE_V) * RESIZE_V;
@@ -4106,8 +4084,7 @@ ReadJob set_image(const ShardSet* set, unsigned i) {
     return ReadJob{shard, e, shard->file.data + e->offset, bytes, 0, 0, 0, 0, 0};
 }
 
-// Does the next job if it is of one of the next `pieces` to be copied: else returns false. The lock is
-// held before and after
+// Does the next job if it is of one of the next `pieces` to be copied, else returns false. Holds the lock
 bool reader_work(Reader* r, size_t pieces) {
     ReadJob* job = &r->jobs[r->next % r->ring];
     if (r->next == r->planned || job->piece >= r->issued + pieces) { return false; }
@@ -4115,7 +4092,7 @@ bool reader_work(Reader* r, size_t pieces) {
     pthread_mutex_unlock(&r->lock);
     ReadPiece* piece = &r->pieces[job->piece % r->ring];
     job->crc = r->set.verified ? job->entry->crc : crc_32(0, job->record, job->bytes);
-    cudaCheck(cudaEventSynchronize(r->emptied[job->piece % PIECE_SLOTS])); // at once if it was not copied yet
+    cudaCheck(cudaEventSynchronize(r->emptied[job->piece % PIECE_SLOTS])); // at once if nothing was copied
     stage_record(r, job, piece->slot + job->offset);
     pthread_mutex_lock(&r->lock);
     if (--piece->left == 0) { pthread_cond_broadcast(&r->changed); }
@@ -4629,7 +4606,7 @@ void mean_scores(const Model* model, size_t images, double* scores) {
 }
 
 // prints the (up to) five best classes of an image with their probabilities: softmax of the logits (V),
-// in double. Of two classes with the same logit the lower comes first. order (V): any order of all classes
+// in double. Of classes with the same logit the lower comes first. order (V): any order of all classes
 static void print_best(size_t image, const floatX* logits, int V, int* order) {
     const auto logit = [=](int v) { return (double)(float)logits[v]; };
     const auto better = [=](int v, int w) { return logit(v) > logit(w) || (logit(v) == logit(w) && v < w); };
@@ -5337,7 +5314,7 @@ static void write_tensors(const Model* model, const char* path, const List<StMet
     List<StTensor> tensors = {};
     for (const TensorSet* set = sets; set < sets + num_sets; set++, to += all) {
         const float* full = set->trained;
-        if (model->s->sharded && num_ranks > 1) { // used gradients leave their memory to the parts of all ranks
+        if (model->s->sharded && num_ranks > 1) { // all ranks' parts go where the gradients were
             ranks_gather(model->grads_memory, full, model->shard_n * sizeof(float));
             full = model->grads_memory;
             cudaCheck(cudaStreamSynchronize(main_stream));
@@ -5358,7 +5335,7 @@ static void write_tensors(const Model* model, const char* path, const List<StMet
     free(tensors.of);
 }
 
-// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, rank 0 writes
+// writes the checkpoint of a step into -o; metadata: what a resume compares. All ranks call, 0 writes
 void write_checkpoint(const Model* model, int step, const List<StMetadata>& metadata) {
     char path[PATH_MAX];
     TensorSet sets[4];

@@ -385,16 +385,15 @@ static void test_beta(double alpha) {
 static bool likely(double count, double n, double p) { return fabs(count - n * p) <= 4.0 * sqrt(n * p * (1.0 - p)) + 1e-9; }
 
 static void test_draws(const Safetensors* st) {
-    RandAugment o = {};
-    parse_augment(&o, "rand-m9-mstd0.5-inc1");
-    check(o.layers == 2 && o.magnitude == 9 && o.magnitude_std == 0.5, "rand-m9-mstd0.5-inc1 is %d layers, magnitude %d, deviation %g", o.layers, o.magnitude, o.magnitude_std);
+    const Augmenter* o = augment_new("rand-m9-mstd0.5-inc1");
+    check(o->layers == 2 && o->magnitude == 9 && o->magnitude_std == 0.5, "rand-m9-mstd0.5-inc1 is %d layers, magnitude %d, deviation %g", o->layers, o->magnitude, o->magnitude_std);
     const int n = 60000;
     unsigned counts[NUM_AUGMENTS] = {}, negated = 0, signs = 0, top = 0, pairs = 0;
     double level = 0.0, square = 0.0;
     ImageAugment a, b;
     for (int i = 0; i < n; i++) {
-        draw_augment(&a, &o, 1, 3, (unsigned long long)i, 0, 224);
-        draw_augment(&b, &o, 1, 3, (unsigned long long)i, 1, 224);
+        draw_augment(&a, o, 1, 3, (unsigned long long)i, 0, 224);
+        draw_augment(&b, o, 1, 3, (unsigned long long)i, 1, 224);
         counts[a.op]++;
         pairs += a.op != NO_AUGMENT && a.op == b.op;
         if (a.op == TRANSLATE_X || a.op == TRANSLATE_Y) {
