@@ -47,7 +47,7 @@ needs() {
 # build TARGET...: of every directory, whose name says with which flags, at once: one make shares the cores among them
 build() {
     local directory targets variant precision
-    echo "build/cu2cpp:; +@$cpu \$@" >$logs/builds.mk
+    printf '%s\n' ".PHONY: build/cu2cpp" "build/cu2cpp:; +@$cpu \$@" >$logs/builds.mk # first, since all use it
     for directory in $fp32 $bf16 $asan $tsan $bf16-asan $bf16-tsan; do
         targets=$(printf '%s\n' "$@" | grep -E "^$directory/" | sort -u | tr '\n' ' ')
         [ "$directory" != $fp32 ] || targets+=$(printf '%s\n' "$@" | grep -E '^(train|test)_[a-z]+$' | sort -u | tr '\n' ' ')

@@ -1,5 +1,6 @@
 /*
-All programs of the workbench (dev/cuda) in one, for `make test`: each includes the whole trainer, which is so compiled once.
+All programs of the workbench (dev/cuda) in one, for `make test`: the trainer, which each of them includes, is compiled
+once.
 
     workbench NAME [ARGUMENT ...]     runs the main() of dev/cuda/NAME.cu with these arguments: workbench gelu -time
 */
