@@ -47,7 +47,8 @@ needs() {
 # build TARGET...: of every directory, whose name says with which flags, at once: one make shares the cores among them
 build() {
     local directory targets variant precision
-    printf '%s\n' ".PHONY: build/cu2cpp" "build/cu2cpp:; +@$cpu \$@" >$logs/builds.mk # first, since all use it
+    # first, alone, what all of them use
+    printf '%s\n' "all: build/cu2cpp" ".PHONY: all build/cu2cpp" "build/cu2cpp:; +@$cpu \$@" >$logs/builds.mk
     for directory in $fp32 $bf16 $asan $tsan $bf16-asan $bf16-tsan; do
         targets=$(printf '%s\n' "$@" | grep -E "^$directory/" | sort -u | tr '\n' ' ')
         [ "$directory" != $fp32 ] || targets+=$(printf '%s\n' "$@" | grep -E '^(train|test)_[a-z]+$' | sort -u | tr '\n' ' ')
@@ -187,6 +188,7 @@ t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_de
 t deit_schedules_path 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_path_g70.safetensors
 
 # ---- build what they need, and run them, as many at a time as there are cores
+[ ${#tests[@]} -gt 0 ] || { echo "no test has such a name" >&2; exit 1; }
 # shellcheck disable=SC2046
 build $(for test in "${tests[@]}"; do eval "needs $test"; done)
 for test in "${tests[@]}"; do
