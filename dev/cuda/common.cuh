@@ -11,9 +11,10 @@ kernel that ships; what wins moves into the trainer by hand.
 
 The exit code is the verdict of the checks.
 */
+#ifndef TESTING // dev/test/workbench.cu has all programs in one
+#define TESTING
 #include <stdarg.h>
 #include <stdlib.h>
-#define TESTING
 #include "../../train_deit.cu"
 #include "../test/check.cuh"
 
@@ -170,3 +171,4 @@ static int bench_close(void) {
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 && passed > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
+#endif

@@ -1,14 +1,11 @@
 #!/bin/bash
 # Runs every case of planted.cu in the builds that must find it. A bug must be reported with the expected words, and the
 # correct twin must pass without a word. Prints one line a case, and the counts. Run it from the root of the repository.
+#   dev/test/planted.sh PLAIN ASAN TSAN     the program with and without sanitizers, such as build/cpu-fp32/dev/test/planted
 set -u
-make=${MAKE:-make}
-plain=build/cpu-fp32/dev/test/planted
-asan=build/cpu-fp32-asan/dev/test/planted
-tsan=build/cpu-fp32-tsan/dev/test/planted
-$make --no-print-directory -s DEVICE=cpu PRECISION=FP32 $plain > /dev/null || exit 1
-$make --no-print-directory -s DEVICE=cpu PRECISION=FP32 VARIANT=asan $asan > /dev/null || exit 1
-$make --no-print-directory -s DEVICE=cpu PRECISION=FP32 VARIANT=tsan $tsan > /dev/null || exit 1
+plain=$1
+asan=$2
+tsan=$3
 passed=0
 failed=0
 

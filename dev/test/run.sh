@@ -2,7 +2,8 @@
 # Every test, as `make test` runs it. A line says how a test ended, its counts and its seconds; of one that fails the end of
 # its log follows. At the end come the counts of all tests, and what this machine lacks so that it was not run.
 #   dev/test/run.sh              all tests, as many at a time as there are cores
-#   dev/test/run.sh NAME ...     those whose names match a NAME, such as deit_fp32 or 'ranks*'; builds what they need
+#   dev/test/run.sh NAME ...     those whose names match a NAME, such as deit_fp32 or 'nccl*'
+# First it builds what they need.
 # Logs stay in build/test.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -18,7 +19,7 @@ bf16=build/cpu-bf16
 asan=build/cpu-fp32-asan
 tsan=build/cpu-fp32-tsan
 dumps=dev/reference/dumps
-workbench=$(basename -s .cu dev/cuda/*.cu | sed 's,^,dev/cuda/,')
+tests=() # command lines, in the order of the run
 
 not_run() { [ ${#names[@]} -gt 0 ] || echo "not run: $1" >>$logs/not_run; }
 
@@ -32,31 +33,32 @@ wanted() { # wanted NAME: is it one of the names that were asked for?
     return 1
 }
 
-# what a command needs that is built: its words that name a program of ours
+# the programs of ours among the words of commands
 needs() {
     local word
     for word in "$@"; do
         case $word in
             ./train_* | ./test_*) echo "$fp32/${word#./}" "${word#./}" ;;
-            build/cpu-*-*san) for p in $workbench; do echo "$word/$p"; done ;;
-            $fp32 | $bf16) for p in $workbench; do echo "$word/$p"; done ;;
             build/*) echo "$word" ;;
         esac
     done
 }
 
-# build TARGET...: of one directory after the other, whose name says with which flags
+# build TARGET...: of every directory, whose name says with which flags, at once: one make shares the cores among them
 build() {
     local directory targets variant precision
+    # first, alone, what all of them use
+    printf '%s\n' "all: build/cu2cpp" ".PHONY: all build/cu2cpp" "build/cu2cpp:; +@$cpu \$@" >$logs/builds.mk
     for directory in $fp32 $bf16 $asan $tsan $bf16-asan $bf16-tsan; do
-        targets=$(printf '%s\n' "$@" | grep -E "^$directory/|^(train|test)_[a-z]+\$" | sort -u | tr '\n' ' ')
-        [ "$directory" = $fp32 ] || targets=$(printf '%s\n' "$@" | grep "^$directory/" | sort -u | tr '\n' ' ')
-        [ -n "${targets// /}" ] || continue
+        targets=$(printf '%s\n' "$@" | grep -E "^$directory/" | sort -u | tr '\n' ' ')
+        [ "$directory" != $fp32 ] || targets+=$(printf '%s\n' "$@" | grep -E '^(train|test)_[a-z]+$' | sort -u | tr '\n' ' ')
+        [ -n "$targets" ] || continue
         variant=$(echo "$directory" | grep -o '[at]san$')
         precision=$(echo "$directory" | grep -o 'bf16\|fp32' | tr a-z A-Z)
-        # shellcheck disable=SC2086
-        $cpu -j "$cores" PRECISION="$precision" ${variant:+VARIANT=$variant} $targets >$logs/build.log || return 1
+        printf '%s\n' "all: $directory" ".PHONY: $directory" \
+            "$directory: build/cu2cpp; +@$cpu PRECISION=$precision ${variant:+VARIANT=$variant} $targets" >>$logs/builds.mk
     done
+    run build 1500 $make --no-print-directory -s -k -j "$cores" -f $logs/builds.mk all
 }
 
 # run NAME SECONDS COMMAND...: the last line of a test is "N passed, N failed"; a command without one counts as one
@@ -84,14 +86,7 @@ run() {
 }
 
 # t NAME SECONDS COMMAND...: a test beside others, each of which has one core
-t() {
-    wanted "$1" || return
-    if [ ${#names[@]} -gt 0 ]; then # shellcheck disable=SC2046
-        build $(needs "${@:3}") || { echo "NOT OK $1: its programs cannot be built"; echo "0 1" >"$logs/$1.result"; return; }
-    fi
-    while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do wait -n; done
-    OMP_NUM_THREADS=${THREADS:-1} run "$@" &
-}
+t() { ! wanted "$1" || tests+=("OMP_NUM_THREADS=${THREADS:-1} run $(printf '%q ' "$@")"); }
 
 python=
 for candidate in python3 /usr/bin/python3; do
@@ -99,28 +94,11 @@ for candidate in python3 /usr/bin/python3; do
 done
 several_ranks=$(command -v mpirun >/dev/null && mpicxx -show 2>/dev/null)
 
-# ---- builds, each with all cores; with names, each test builds what it needs
-if [ ${#names[@]} -eq 0 ]; then
-    tests="dev/test/test_kernels dev/test/test_dropit dev/test/test_augment dev/test/test_resize"
-    programs() { printf "$1/%s " "${@:2}"; }
-    # shellcheck disable=SC2046,SC2086
-    {
-        run build_fp32 900 $cpu -j "$cores" PRECISION=FP32 train_deit test_deit \
-            $(programs $fp32 $tests dev/test/test_{files,recipes,cpu_device,cpu_libs} dev/test/second_model dev/bench $workbench)
-        run build_bf16 900 $cpu -j "$cores" PRECISION=BF16 $(programs $bf16 test_deit $tests dev/test/test_cpu_libs $workbench)
-        run build_asan 900 $cpu -j "$cores" PRECISION=FP32 VARIANT=asan \
-            $(programs $asan test_deit $tests dev/test/test_{files,cpu_device})
-        run build_tsan 900 $cpu -j "$cores" PRECISION=FP32 VARIANT=tsan $(programs $tsan test_deit $tests dev/test/test_cpu_device)
-        run build_workbench_asan 900 $cpu -j "$cores" PRECISION=BF16 VARIANT=asan $(programs $bf16-asan $workbench)
-        run build_workbench_tsan 900 $cpu -j "$cores" PRECISION=BF16 VARIANT=tsan $(programs $bf16-tsan $workbench)
-    }
-fi
-
 # ---- for a GPU, without a warning, where nvcc is: the longest, so first
 if command -v "${NVCC:-nvcc}" >/dev/null; then
     for build in sm_80_FP32 sm_90_BF16; do
         programs=train_deit
-        [ $build = sm_80_FP32 ] || programs="train_deit dev/test/test_cpu_libs $workbench"
+        [ $build = sm_80_FP32 ] || programs="train_deit dev/test/test_cpu_libs dev/test/workbench"
         # shellcheck disable=SC2046
         t nvcc_$build 900 $make --no-print-directory -s DEVICE=cuda ARCH=${build%_*} PRECISION=${build##*_} WERROR=1 NO_MPI=1 \
             BUILD=build/nvcc-$build $(for p in $programs; do echo build/nvcc-$build/"$p"; done)
@@ -134,25 +112,20 @@ else
     not_run "the build for a GPU (no nvcc here)"
 fi
 
-# ---- the trainer against PyTorch, timm and Pillow, and its programs
-t deit_fp32 600 ./test_deit
-t deit_bf16 600 $bf16/test_deit
+# ---- the trainer's programs, the longest first, and the trainer against PyTorch, timm and Pillow
 t checkpoints 600 dev/test/checkpoint.sh ./train_deit
-t command_line 600 dev/test/cli.sh ./train_deit
-t finetune 300 dev/test/finetune.sh ./train_deit
-t recipes 300 $fp32/dev/test/test_recipes
-t second_model 300 dev/test/second_model.sh $fp32/dev/test/second_model
 if [ -n "$several_ranks" ]; then
+    t several_ranks 600 dev/test/ranks.sh ./train_deit
     for ranks in 2 3; do
         t nccl_$ranks 300 env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
             mpirun --oversubscribe -np $ranks $fp32/dev/test/test_cpu_libs
     done
-    t several_ranks 600 dev/test/ranks.sh ./train_deit
 else
     not_run "several processes (no MPI here)"
 fi
-t shared_sections 60 dev/test/check_shared.sh
-t shared_sections_planted 60 dev/test/check_shared.sh --self-test
+t command_line 600 dev/test/cli.sh ./train_deit
+t deit_fp32 600 ./test_deit
+t deit_bf16 600 $bf16/test_deit
 if [ -n "$python" ]; then
     t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
     t weights_predict_sheet 300 "$python" dev/test/test_weights.py ./train_deit
@@ -160,53 +133,68 @@ if [ -n "$python" ]; then
 else
     not_run "the scripts of data/, -w, -predict and -sheet (no python3 with numpy and Pillow here)"
 fi
-
-# ---- kernels and files; once with device memory that the host may not touch
-for test in kernels dropit augment; do
-    t ${test}_fp32 300 $fp32/dev/test/test_$test
-    t ${test}_bf16 300 $bf16/dev/test/test_$test
-done
-t files 300 $fp32/dev/test/test_files
-t resize 300 $fp32/dev/test/test_resize
-t workbench_fp32 300 dev/test/workbench.sh $fp32
-for test in kernels augment resize files recipes cpu_device cpu_libs; do
-    t protected_$test 300 env CPU_PROTECT=1 $fp32/dev/test/test_$test
-done
-t protected_dropit 300 env CPU_PROTECT=1 $fp32/dev/test/test_dropit -quick
-t protected_deit 600 env CPU_PROTECT=1 ./test_deit -steps $dumps/deit_{odd_g70,path_g70}.safetensors
-t protected_training 300 env CPU_PROTECT=1 ./train_deit -x 5 -e 1 -g 0.7 -crop 1 -size 32 -aa rand-m9-inc1 -reprob 0.5 -mixup 1
-t protected_workbench 300 env CPU_PROTECT=1 dev/test/workbench.sh $fp32
-
-# ---- the same bits under every schedule of blocks and threads
-t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
-t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
-t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
-t deit_schedules_path 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_path_g70.safetensors
-t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
-t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
-t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
-t augment_schedules 600 dev/test/schedules.sh '^op|^mix| failed$' $fp32/dev/test/test_augment
-t workbench_bf16 600 dev/test/workbench.sh $bf16 natural reversed last-in random:1 random:2 random:3
+t second_model 300 dev/test/second_model.sh $fp32/dev/test/second_model
+t finetune 300 dev/test/finetune.sh ./train_deit
+t recipes 300 $fp32/dev/test/test_recipes
+t shared_sections 60 dev/test/check_shared.sh
+t shared_sections_planted 60 dev/test/check_shared.sh --self-test
 
 # ---- no report from the sanitizers, and every planted bug found
-for s in asan tsan; do
+for s in tsan asan; do
     t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_{odd_g70,aligned_g90,path_g00,path_g70}.safetensors
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
     t resize_$s 600 build/cpu-fp32-$s/dev/test/test_resize -quick
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
     t augment_$s 600 build/cpu-fp32-$s/dev/test/test_augment
     t cpu_device_$s 600 build/cpu-fp32-$s/dev/test/test_cpu_device
-    t workbench_$s 600 dev/test/workbench.sh $bf16-$s
+    t workbench_$s 600 dev/test/workbench.sh $bf16-$s/dev/test/workbench
 done
 t files_asan 600 $asan/dev/test/test_files
-t planted_bugs 900 dev/test/planted.sh
+t bench_asan 300 $asan/dev/bench steps 1 -b 4 -g 0.7
+t planted_bugs 900 dev/test/planted.sh {$fp32,$asan,$tsan}/dev/test/planted
 
 # ---- the CPU device itself, with several workers
-t cu2cpp 120 dev/test/cu2cpp.sh
+THREADS=2 t cpu_libs 300 $fp32/dev/test/test_cpu_libs
 THREADS=2 t cpu_device_schedules 600 dev/test/schedules.sh 'all results' $fp32/dev/test/test_cpu_device
-THREADS=2 t cpu_libs_fp32 300 $fp32/dev/test/test_cpu_libs
-THREADS=2 t cpu_libs_bf16 300 $bf16/dev/test/test_cpu_libs
+t cu2cpp 120 dev/test/cu2cpp.sh
 t launches 120 dev/test/launches.sh
+
+# ---- kernels and files; once with device memory that the host may not touch
+t protected_cpu_libs 300 env CPU_PROTECT=1 $fp32/dev/test/test_cpu_libs
+for test in dropit kernels augment; do
+    t ${test}_fp32 300 $fp32/dev/test/test_$test
+    t ${test}_bf16 300 $bf16/dev/test/test_$test
+done
+t files 300 $fp32/dev/test/test_files
+t resize 300 $fp32/dev/test/test_resize
+t workbench_fp32 300 dev/test/workbench.sh $fp32/dev/test/workbench
+for test in kernels augment resize files recipes cpu_device; do
+    t protected_$test 300 env CPU_PROTECT=1 $fp32/dev/test/test_$test
+done
+t protected_dropit 300 env CPU_PROTECT=1 $fp32/dev/test/test_dropit -quick
+t protected_deit 600 env CPU_PROTECT=1 ./test_deit -steps $dumps/deit_{odd_g70,path_g70}.safetensors
+t protected_training 300 env CPU_PROTECT=1 ./train_deit -x 5 -e 1 -g 0.7 -crop 1 -size 32 -aa rand-m9-inc1 -reprob 0.5 -mixup 1
+t protected_workbench 300 env CPU_PROTECT=1 dev/test/workbench.sh $fp32/dev/test/workbench
+
+# ---- the same bits under every schedule of blocks and threads
+t workbench_bf16 600 dev/test/workbench.sh $bf16/dev/test/workbench natural reversed last-in random:1 random:2 random:3
+t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
+t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
+t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
+t augment_schedules 600 dev/test/schedules.sh '^op|^mix| failed$' $fp32/dev/test/test_augment
+t deit_schedules_odd 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_odd_g70.safetensors
+t deit_schedules_tokens 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_tokens_g90.safetensors
+t deit_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_deit -losses $dumps/deit_aligned_g90.safetensors
+t deit_schedules_path 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_deit -losses $dumps/deit_path_g70.safetensors
+
+# ---- build what they need, and run them, as many at a time as there are cores
+[ ${#tests[@]} -gt 0 ] || { echo "no test has such a name" >&2; exit 1; }
+# shellcheck disable=SC2046
+build $(for test in "${tests[@]}"; do eval "needs $test"; done)
+for test in "${tests[@]}"; do
+    while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do wait -n; done
+    eval "$test" &
+done
 wait
 
 echo

@@ -292,7 +292,7 @@ int main(int argc, char** argv) {
     const size_t sizes[] = {1, 31, 33, 16384, 16384 + 1, 50000, ((size_t)1 << 20) + 1};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         const size_t n = sizes[i];
-        const bool few = n > 100000 || (quick && n > 20000);
+        const bool few = n > (quick ? 10000 : 100000);
         if (quick && n > 100000) { continue; }
         for (int kind = 0; kind < NUM_INPUTS; kind++) {
             if (few && kind != GAUSS && kind != EQUAL && kind != NOT_A_NUMBER && kind != MISLEADING) { continue; }

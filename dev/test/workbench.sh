@@ -1,17 +1,18 @@
 #!/bin/bash
-# The checks of the workbench's programs (dev/cuda), two programs at a time, each under the given schedules of the CPU device; prints what is
-# not right and the counts of all.
-#   dev/test/workbench.sh DIRECTORY [SCHEDULE ...]     such as build/cpu-bf16 natural reversed; default: natural
+# The checks of the workbench's programs (dev/cuda), two at a time, each under the given schedules of the CPU device;
+# prints what is not right and the counts of all.
+#   dev/test/workbench.sh PROGRAM [SCHEDULE ...]     build/cpu-bf16/dev/test/workbench natural reversed; default: natural
 set -u
 cd "$(dirname "$0")/../.." || exit 1
-directory=$1
+program=$1
 shift
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for source in dev/cuda/*.cu; do
     for schedule in "${@:-natural}"; do echo "$(basename "$source" .cu) $schedule"; done
 done >"$work/list"
-xargs -P 2 -L 1 bash -c 'CPU_SCHEDULE=$4 timeout 300 "$1/dev/cuda/$3" >"$2/$3 $4" 2>&1; echo "$?" >"$2/$3 $4.code"' - "$directory" "$work" <"$work/list"
+xargs -P 2 -L 1 bash -c 'CPU_SCHEDULE=$4 timeout 300 "$1" "$3" >"$2/$3 $4" 2>&1; echo "$?" >"$2/$3 $4.code"' \
+    - "$program" "$work" <"$work/list"
 passed=0
 failed=0
 while read -r name schedule; do
