@@ -81,11 +81,12 @@ lower = $(subst B,b,$(subst F,f,$(subst P,p,$(1))))
 BUILD = build/$(DEVICE)-$(call lower,$(PRECISION))$(addprefix -,$(VARIANT))
 DEFINES = -DENABLE_$(PRECISION) $(if $(MULTI_GPU),-DMULTI_GPU $(MPI_FLAGS))
 WARNINGS = -Wall -Wextra
-# -Og takes a third of the time of -O3: for the sanitizers, and for tests that take longer to compile than to run.
-# -g1 is enough for the lines in a report, and a sixth faster than -g
+# -Og takes a third of the time of -O3: for the sanitizers, for tests of the host's code, and in bf16 for those of kernels,
+# which run in fp32 as users run them. -g1 is enough for the lines in a report, and a sixth faster than -g
 OPTIMIZE_asan = -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 OPTIMIZE_tsan = -Og -g1 -fsanitize=thread
-QUICK = $(addprefix $(BUILD)/dev/test/,second_model workbench $(addprefix test_,augment dropit files kernels recipes resize))
+QUICK = $(addprefix $(BUILD)/dev/test/,second_model workbench test_files test_recipes \
+    $(if $(filter BF16,$(PRECISION)),test_augment test_dropit test_kernels))
 OPTIMIZE = $(or $(OPTIMIZE_$(VARIANT)),$(if $(filter $(QUICK),$@),-Og,-O3) -g1)
 # no contraction: a kernel gives the same bits as a vector loop and thread by thread. No strict aliasing: kernels read
 # packed data through vector types, as nvcc lets them
