@@ -345,6 +345,7 @@ typedef struct {
     size_t shape[4], n, offset; // offset: in the memory of parameters, gradients, moments and masters
     floatX** param;             // the model's pointers; NULL: a kind that has no such memory
     float **grad, **buffer;
+    bool channels_last; // (OC, C, KH, KW) in files, (OC, KH, KW, C) in memory; the model sets it after adding
 } Parameter;
 // name: "blocks.%d.norm1.weight", %d is the copy. A tensor without elements does not exist
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
@@ -391,8 +392,14 @@ bool computed(const Activation* a, bool backward);
 // the masking of a tensor from image b0 on: none where it is not recomputed, or masked by another kernel
 KeepLargest keep_largest(const Activation* a, size_t b0, bool recompute);
 void drop_activations(const Model* model, std::initializer_list<const Activation*> activations);
+// The input of a layer from image b0 on, as its weight gradient reads it: dense, unpacked, or recomputed and masked
+const floatX* kept_input(const Model* model, const Activation* a, size_t b0, size_t nb);
+// In a step that reports -stats, memory for the gradient (n) from the exact input, activation_at(a, b0, false);
+// else NULL. kept: what kept_input has returned
+float* exact_gradient(const Model* model, Activation* a, const floatX* kept, const float* dweight, size_t n,
+                      size_t b0, size_t nb);
 // dweight (OC, C) += dout^T @ X, dbias (OC) += sum of dout, for images b0 .. b0+nb-1 of `rows` rows
-// each. X is the tensor as the backward pass has it: dense, unpacked, or recomputed and masked
+// each. X is kept_input
 void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
                      size_t nb, size_t rows, size_t C, size_t OC);
 
@@ -4843,7 +4850,7 @@ bool is_trained(const Parameter* p) { return p->kind == DECAY || p->kind == PLAI
 template <class... Dims> void add_parameter(Model* model, floatX** param, float** grad, float** buffer,
                                             const char* name, int copy, int copies, int kind, Init init, Dims... dims) {
     Parameter p = {"", kind, sizeof...(dims), copy, copies, false, init, {(size_t)dims...}, numel(dims...), 0,
-                   kind == BUFFER ? NULL : param, grad, kind == BUFFER ? buffer : NULL};
+                   kind == BUFFER ? NULL : param, grad, kind == BUFFER ? buffer : NULL, false};
     snprintf(p.name, sizeof(p.name), name, copy);
     if (!is_trained(&p)) { p.grad = NULL; }
     if (p.n > 0) { model->parameters.push(p); }
@@ -5029,19 +5036,32 @@ static void stats_report(Model* model, Activation* a) {
            sums[3] / sqrt(sums[4] * sums[5]));
 }
 
-void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
-                     size_t nb, size_t rows, size_t C, size_t OC) {
-    const floatX* exact = (const floatX*)activation_at(a, b0, false); // what DropIT chose from
+const floatX* kept_input(const Model* model, const Activation* a, size_t b0, size_t nb) {
     floatX* x = (floatX*)activation_at(a, b0, true);
     const size_t begin = b0 * a->per_image, end = (b0 + nb) * a->per_image;
     if (a->dropped && a->cached) { dropit_unpack(x, &a->dropit, begin, end, main_stream); }
     else if (a->dropped && !a->masked) { dropit_mask(x, &a->dropit, begin, end, drop_rule(model, a), main_stream); }
-    if (a->dropped && model->stats_now) {
-        const Scratch* s = model->scratch;
-        a->gradient = dweight - model->grads_memory;
-        a->gradient_n = C * OC;
-        LAUNCH_BLOCKS(dot_kernel<floatX>, 1, 128, main_stream, s->stats_sums + 6 * a->id, x, exact, end - begin);
-        linear_backward_weight(s->stats_exact + a->gradient, dout, exact, nb * rows, C, OC);
+    return x;
+}
+
+float* exact_gradient(const Model* model, Activation* a, const floatX* kept, const float* dweight, size_t n,
+                      size_t b0, size_t nb) {
+    const Scratch* s = model->scratch;
+    if (!a->dropped || !model->stats_now) { return NULL; }
+    const floatX* exact = (const floatX*)activation_at(a, b0, false); // what DropIT chose from
+    a->gradient = dweight - model->grads_memory;
+    a->gradient_n = n;
+    double* sums = s->stats_sums + 6 * a->id;
+    LAUNCH_BLOCKS(dot_kernel<floatX>, 1, 128, main_stream, sums, kept, exact, nb * a->per_image);
+    return s->stats_exact + a->gradient;
+}
+
+void weight_gradient(Model* model, Activation* a, float* dweight, float* dbias, const floatX* dout, size_t b0,
+                     size_t nb, size_t rows, size_t C, size_t OC) {
+    const floatX* x = kept_input(model, a, b0, nb);
+    float* exact = exact_gradient(model, a, x, dweight, C * OC, b0, nb);
+    if (exact != NULL) {
+        linear_backward_weight(exact, dout, (floatX*)activation_at(a, b0, false), nb * rows, C, OC);
     }
     linear_backward_weight(dweight, dout, x, nb * rows, C, OC);
     column_sum(dbias, dout, model->partial, nb * rows, OC);
@@ -5233,6 +5253,20 @@ static void shape_text(char text[256], const char* dtype, const size_t* shape, i
     snprintf(text + n, 256 - n, ")");
 }
 
+// Copies a tensor from the order of files to that of memory, or back. With channels last it is a stack of
+// OC matrices, (C, KH*KW) in files and (KH*KW, C) in memory
+static void copy_tensor(const Parameter* p, float* to, const float* from, bool to_memory) {
+    if (!p->channels_last) {
+        memcpy(to, from, p->n * sizeof(float));
+        return;
+    }
+    const size_t C = p->shape[1], taps = p->shape[2] * p->shape[3];
+    for (size_t i = 0; i < p->n; i++) { // i: place in the file
+        const size_t oc = i / (C * taps), c = i / taps % C, tap = i % taps, j = (oc * taps + tap) * C + c;
+        memcpy(to + (to_memory ? j : i), from + (to_memory ? i : j), sizeof(float)); // a file's may be unaligned
+    }
+}
+
 // Values (num_values) of a set from a file. Every tensor under the prefix must be of the model and fit;
 // all that do not are listed. values NULL: only checks. set NULL: all tensors of the model
 static void read_tensors(const Model* model, const Safetensors* st, const char* prefix, const TensorSet* set,
@@ -5248,7 +5282,7 @@ static void read_tensors(const Model* model, const Safetensors* st, const char* 
         if (t != NULL) { known[t - st->tensors.of] = true; }
         const bool fits = t != NULL && strcmp(t->dtype, "F32") == 0 && t->dims == p.dims
             && memcmp(t->shape, p.shape, p.dims * sizeof(size_t)) == 0;
-        if (fits && values != NULL) { memcpy(values + p.offset, t->data, p.n * sizeof(float)); }
+        if (fits && values != NULL) { copy_tensor(&p, values + p.offset, (const float*)t->data, true); }
         if (fits) { continue; }
         if (t != NULL) { shape_text(found, t->dtype, t->shape, t->dims); }
         shape_text(expected, "F32", p.shape, p.dims);
@@ -5311,6 +5345,7 @@ static void write_tensors(const Model* model, const char* path, const List<StMet
                           const TensorSet* sets, int num_sets) {
     const size_t n = model->num_parameters, frozen = model->num_frozen, all = model->num_values;
     float *values = host_new<float>(num_sets * all, "parameters"), *to = values;
+    float* read = host_new<float>(all, "parameters");
     List<StTensor> tensors = {};
     for (const TensorSet* set = sets; set < sets + num_sets; set++, to += all) {
         const float* full = set->trained;
@@ -5319,11 +5354,12 @@ static void write_tensors(const Model* model, const char* path, const List<StMet
             full = model->grads_memory;
             cudaCheck(cudaStreamSynchronize(main_stream));
         }
-        to_host(to, full, n);
-        if (set->frozen != NULL) { to_host(to + n, set->frozen, frozen); }
-        if (set->buffers != NULL) { to_host(to + n + frozen, set->buffers, model->num_buffers); }
+        to_host(read, full, n);
+        if (set->frozen != NULL) { to_host(read + n, set->frozen, frozen); }
+        if (set->buffers != NULL) { to_host(read + n + frozen, set->buffers, model->num_buffers); }
         for (const Parameter& p : model->parameters) {
             if (!in_set(set, &p)) { continue; }
+            copy_tensor(&p, to + p.offset, read + p.offset, false);
             StTensor t = {"", "F32", {}, 0, 0, p.dims, to + p.offset};
             snprintf(t.name, sizeof(t.name), "%s%s", set->prefix, p.name);
             memcpy(t.shape, p.shape, p.dims * sizeof(size_t));
@@ -5331,6 +5367,7 @@ static void write_tensors(const Model* model, const char* path, const List<StMet
         }
     }
     if (rank == 0) { safetensors_write(path, metadata, tensors); }
+    free(read);
     free(values);
     free(tensors.of);
 }
