@@ -965,7 +965,9 @@ static void plan_tables(Model* model) {
         snprintf(text, sizeof(text), format, (int)b.stage, (int)b.index); \
         add_parameter(model, &model->params.field[l], &model->grads.field[l], &model->buffers.field[l], text, (int)l, \
                       (int)(copies), kind, init, IN_PARENTHESES shape); \
-        if (model->parameters.n > before) { model->parameters.of[before].channels_last = true; } \
+        for (Parameter* p = model->parameters.of + before; p < model->parameters.end(); p++) { \
+            p->channels_last = p->dims == 4; \
+        } \
     }
     PARAMETERS(X)
 #undef X
