@@ -557,7 +557,8 @@ typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool
     X(image,  FLOATX, 1, (B, model->H, model->W, CH),          NEVER,        ALL)  /* input of the stem */ \
     X(y0,     FLOATX, 1, (B, S0, F),                           NEVER,        KEEP) /* its output, input of its norm */ \
     X(argmax, BYTE,   1, (B, P0, F),                           NEVER,        KEEP) /* max pool: which of 9 */ \
-    X(x,      FLOATX, L, (B, b.H, b.W, b.in),                  NEVER,        DROP) /* input of a block */ \
+    X(x,      FLOATX, L, (B, b.H, b.W, b.in),                  exact,        DROP) /* input of a block */ \
+    X(input,  FLOATX, L, (B, b.H, b.W, dense ? b.in : 0),      NEVER,        KEEP) /* the same, whole: -r 3, DropIT */ \
     X(y1,     FLOATX, L, (B, H1, b.width),                     3,            KEEP) /* conv1(x) */ \
     X(a1,     FLOATX, L, (B, H1, b.width),                     1,            DROP) /* relu(bn1(y1)) */ \
     X(y2,     FLOATX, L, (B, b.OH, b.OW, b.width),             wide ? 3 : 2, KEEP) /* conv2(a1) */ \
@@ -571,7 +572,7 @@ typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool
 
 #define MODEL_NAMES "resnet8, resnet18, resnet34, resnet50, resnet101"
 #define DEFAULT_MODEL "resnet8"
-#define HELP_RECOMPUTE "0 nothing, 1 norms and ReLU, 2 also the last convolution of a block"
+#define HELP_RECOMPUTE "0 nothing, 1 norms and ReLU, 2 also a block's last convolution, 3 the block"
 #define HELP_DROP_ALL "the stem"
 #define HELP_WEIGHTS "torchvision's"
 // flags of this model alone, beside those of all image classifiers
@@ -672,7 +673,9 @@ void max_pool_backward(floatX* dinp, const floatX* dout, const uint8_t* argmax, 
 void average_pool(floatX* out, const floatX* inp, size_t images, size_t pixels, size_t C); // inp.mean((1, 2))
 void average_pool_backward(floatX* dinp, const floatX* dout, size_t images, size_t pixels, size_t C);
 
-bool reports_stats(const Model* model); // -stats
+bool reports_stats(const Model* model);     // -stats
+bool keeps_only_inputs(const Model* model); // -r 3
+bool drops(const Model* model);             // -g above 0
 
 // ----------------------------------------------------------------------------
 // shapes
@@ -767,10 +770,17 @@ floatX* output_at(const Activation* y, size_t b0) {
 // ----------------------------------------------------------------------------
 // forward and backward passes
 
-// The convolution's input from image b0 on, where it is computed now: relu(norm(output of the layer before))
+// The convolution's input from image b0 on, where it is computed now: relu(norm(output of the layer before)). before
+// is NULL for a block's input, which is there; but what DropIT shall mask is a copy of it
 void layer_input(const Layer* layer, const Layer* before, size_t b0, size_t nb, bool recompute) {
-    if (before == NULL || !computed(layer->inp, recompute)) { return; }
+    if (!computed(layer->inp, recompute)) { return; }
     floatX* inp = (floatX*)activation_at(layer->inp, b0, recompute);
+    if (before == NULL) {
+        const void* whole = activation_at(layer->inp, b0, false);
+        const size_t bytes = recompute ? nb * layer->inp->per_image * sizeof(floatX) : 0;
+        if (bytes > 0) { cudaCheck(cudaMemcpyAsync(inp, whole, bytes, cudaMemcpyDeviceToDevice, main_stream)); }
+        return;
+    }
     batchnorm_relu(inp, NULL, output_at(before->y, b0), &before->norm, NULL, NULL, nb, layer->inp->per_image,
                    keep_largest(layer->inp, b0, recompute));
 }
@@ -789,6 +799,18 @@ void layer_forward(Model* model, const Layer* layer, const Layer* before, size_t
     else { batchnorm_inference(&layer->norm); }
 }
 
+// The output of a convolution that is not cached, as the forward pass made it
+void output_again(Model* model, const Layer* layer, const Layer* before) {
+    for (size_t b0 = 0; !layer->y->cached && b0 < model->B; b0 += layer->images) {
+        const size_t nb = std::min(model->B - b0, layer->images);
+        floatX* inp = (floatX*)activation_at(layer->inp, b0, before != NULL);
+        if (before != NULL) {
+            batchnorm_relu(inp, NULL, output_at(before->y, b0), &before->norm, NULL, NULL, nb, layer->inp->per_image);
+        }
+        conv_forward(output_at(layer->y, b0), inp, layer->weight, NULL, &layer->conv, nb, model->columns);
+    }
+}
+
 // the output of block l of n images: the next block's input, or model->d[0], of which the head's input is the mean
 floatX* block_output(const Model* model, size_t l) {
     return l + 1 < model->L ? (floatX*)activation_at(&model->acts.x[l+1], 0, false) : model->d[0];
@@ -802,9 +824,12 @@ void block_forward(Model* model, size_t l, size_t n, bool training) {
     layer_forward(model, &conv1, NULL, n, training);
     layer_forward(model, &conv2, &conv1, n, training);
     if (last == &conv3) { layer_forward(model, &conv3, &conv2, n, training); }
-    if (b.down) { layer_forward(model, &down, NULL, n, training); }
-    // the block's output may take the place of its input, of which DropIT must have chosen
+    // what follows may take the place of what DropIT chooses from
     if (training) { drop_activations(model, {&a->x[l], &a->a1[l], &a->a2[l]}); }
+    if (b.down) {
+        if (!down.y->cached) { down.y->chunk = (char*)block_output(model, l); } // of the same size, and written last
+        layer_forward(model, &down, NULL, n, training);
+    }
     const floatX* residual = b.down ? output_at(down.y, 0) : (floatX*)activation_at(&a->x[l], 0, false);
     batchnorm_relu(block_output(model, l), (uint8_t*)a->bits[l].data, output_at(last->y, 0), &last->norm, residual,
                    b.down ? &down.norm : NULL, n, last->y->per_image);
@@ -815,6 +840,7 @@ void model_forward(Model* model, size_t n, bool training) {
     auto* a = &model->acts;
     const size_t E = a->pooled->per_image, pixels = block_of(model, model->L - 1).OH * block_of(model, model->L - 1).OW;
     const Layer stem = layer_of(model, STEM, 0);
+    for (size_t l = 0; l < model->L; l++) { if (a->input[l].n > 0) { a->x[l].batch = a->input[l].data; } }
     floatX *x = (floatX*)activation_at(a->x, 0, false), *y0 = output_at(a->y0, 0);
     floatX* pooled = (floatX*)activation_at(a->pooled, 0, false);
     layer_forward(model, &stem, NULL, n, training);
@@ -851,16 +877,6 @@ void layer_backward(Model* model, const Layer* layer, const Layer* before, float
     }
 }
 
-// the output of the block's last convolution, from the layer before, as the forward pass made it
-void output_again(Model* model, const Layer* layer, const Layer* before) {
-    for (size_t b0 = 0; !layer->y->cached && b0 < model->B; b0 += layer->images) {
-        const size_t nb = std::min(model->B - b0, layer->images);
-        floatX* inp = (floatX*)activation_at(layer->inp, b0, true);
-        batchnorm_relu(inp, NULL, output_at(before->y, b0), &before->norm, NULL, NULL, nb, layer->inp->per_image);
-        conv_forward(output_at(layer->y, b0), inp, layer->weight, NULL, &layer->conv, nb, model->columns);
-    }
-}
-
 // Gradients of block l. model->d[at] is that of its output; returns where that of its input is then, 0 or 1
 int block_backward(Model* model, size_t l, int at) {
     const Layer conv1 = layer_of(model, CONV1, l), conv2 = layer_of(model, CONV2, l), conv3 = layer_of(model, CONV3, l);
@@ -873,15 +889,18 @@ int block_backward(Model* model, size_t l, int at) {
     floatX *dx = has_down ? other : d, *da1 = has_down ? d : other;
     int relu = RELU_BITS;
     if (has_down) {
+        if (!down.y->cached) { down.y->chunk = (wide ? conv3 : conv2).y->chunk; } // of the same size
+        output_again(model, &down, NULL);
         layer_backward(model, &down, NULL, d, RELU_BITS, bits, dx, false);
         relu = NO_RELU; // d is masked
     }
+    output_again(model, &conv1, NULL);
+    output_again(model, &conv2, &conv1);
     if (wide) {
         output_again(model, &conv3, &conv2);
         layer_backward(model, &conv3, &conv2, d, relu, bits, model->da2, false);
         layer_backward(model, &conv2, &conv1, model->da2, RELU_OF_NORM, NULL, da1, false);
     } else { // da1 may be d: a chunk of d has been read when that of da1, of the same size, is written
-        output_again(model, &conv2, &conv1);
         layer_backward(model, &conv2, &conv1, d, relu, bits, da1, false);
     }
     layer_backward(model, &conv1, NULL, da1, RELU_OF_NORM, NULL, dx, true);
@@ -955,6 +974,9 @@ static void plan_tables(Model* model) {
     const size_t E = block_of(model, L - 1).out, S0 = model->SH * model->SW, P0 = c->pools ? model->PH * model->PW : 0;
     const size_t K0 = c->pools ? 7 : 3, K1 = c->wide ? 1 : 3;
     const bool wide = c->wide;
+    // -r 3 computes blocks again from their inputs, which are then whole; with DropIT x is made of them by masking
+    const bool dense = keeps_only_inputs(model) && drops(model);
+    const int exact = dense ? 3 : NEVER;
     const double z3 = model->own.zero_init ? 0.0 : 1.0, z2 = wide ? 1.0 : z3;
 #define X(field, name, copies, shape, kind, init) \
     for (size_t l = 0; l < (copies); l++) { \
@@ -977,7 +999,8 @@ static void plan_tables(Model* model) {
         const Block b = block_of(model, l); \
         const size_t H1 = wide ? b.H * b.W : b.OH * b.OW; \
         (void)H1; \
-        model->chunk_images = cache == KEEP ? B : chunk_of(model, (copies) == 1 ? -1 : (int)l); \
+        const bool lodges = strcmp(#field, "yd") == 0; /* recomputed, it has no place of its own */ \
+        model->chunk_images = lodges ? 0 : cache == KEEP ? B : chunk_of(model, (copies) == 1 ? -1 : (int)l); \
         plan_activation(model, &model->acts.field[l], #field, #copies " x " #shape, (int)l, (int)(copies), bits, \
                         numel shape, level, cache); \
     }
@@ -1056,7 +1079,7 @@ void model_options(Model* model) {
 // what the bundled data want; a published model is trained by a recipe
 const char* model_defaults(const char*) {
     return "-i data/fashion_train.bin -j data/fashion_val.bin -b 64 -e 6 -opt sgd -l 0.1 -wd 5e-4 -wd_all 1"
-           " -warmup 50 -r 1";
+           " -warmup 50 -r 1 -chunk 16";
 }
 const char* const model_recipes[][2] = {{NULL, NULL}};
 
@@ -2025,6 +2048,8 @@ void average_pool_backward(floatX* dinp, const floatX* dout, size_t images, size
 // what is said of the model
 
 bool reports_stats(const Model* model) { return model->s->stats > 0; }
+bool keeps_only_inputs(const Model* model) { return model->s->recompute == 3; }
+bool drops(const Model* model) { return model->s->gamma > 0.0; }
 void model_check_file(const Safetensors*) {}
 void model_augment(Augmenter*, const Batch*, cudaStream_t) {}
 
