@@ -1549,23 +1549,38 @@ void normalise_pixels(floatX* image, const uint8_t* images, const int* flips, Pi
 // ----------------------------------------------------------------------------
 // convolution, batch norm, pools. Nothing here knows the model
 
-// Element i of columns (rows, K, K, C), of n, is the pixel that tap (kh, kw) of row `first + i / (K*K*C)` reads; a row is
-// a pixel of the output. Taps beyond the border read 0. In PyTorch: F.unfold, with other order of dimensions.
-// A thread copies V elements of the K*C that lie side by side in both; V divides C
+// columns (rows, K, K, C): what each tap (kh, kw) of the output pixels `first` to `first + rows - 1` reads of inp; taps
+// beyond the border read 0. In PyTorch: F.unfold, with another order of dimensions. A thread copies V channels of all taps
+// of an output pixel, n / V of them for n = rows * C; V divides C. n and the pixels of a batch are below 2^32
 template <int V> __global__ void im2col_kernel(
-        floatX* columns, const floatX* inp, const __grid_constant__ Conv c, size_t first, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+        floatX* columns, const floatX* inp, const __grid_constant__ Conv c, unsigned first, unsigned n) {
+    const unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * V, row = i / c.C, channel = i - row * c.C;
     if (i >= n) { return; }
-    const unsigned run = (unsigned)(c.K * c.C), K = c.K, OW = c.OW, OH = c.OH;
-    const size_t line = i / run, row = first + line / K, image_row = row / OW, b = image_row / OH;
-    const int j = (int)(i - line * run), kh = (int)(line % K), ow = (int)(row - image_row * OW);
-    const int h = (int)(image_row - b * OH) * c.stride - c.pad + kh, w = ow * c.stride - c.pad;
-    const int at = w + j / c.C; // the column of pixels that is read
-    Pack<V> x = {};
-    if ((unsigned)h < (unsigned)c.H && (unsigned)at < (unsigned)c.W) {
-        x = *(const Pack<V>*)(inp + ((ptrdiff_t)(b * c.H + h) * c.W + w) * c.C + j);
+    const unsigned pixel = first + row, image_row = pixel / c.OW, b = image_row / c.OH;
+    const int h0 = (int)(image_row - b * c.OH) * c.stride - c.pad, w0 = (int)(pixel - image_row * c.OW) * c.stride - c.pad;
+    const floatX* image = inp + (size_t)b * c.H * c.W * c.C + channel;
+    floatX* to = columns + (size_t)row * c.K * c.K * c.C + channel;
+    for (int h = h0; h < h0 + c.K; h++) {
+        for (int w = w0; w < w0 + c.K; w++, to += c.C) {
+            Pack<V> x = {};
+            const bool inside = (unsigned)h < (unsigned)c.H && (unsigned)w < (unsigned)c.W;
+            if (inside) { x = *(const Pack<V>*)(image + ((size_t)h * c.W + w) * c.C); }
+            *(Pack<V>*)to = x;
+        }
     }
-    *(Pack<V>*)(columns + i) = x;
+}
+
+// The same for images of few channels: a thread copies one of the n elements of columns, so that neighbours write
+// neighbours. n is below 2^32
+__global__ void im2col_narrow_kernel(floatX* columns, const floatX* inp, const __grid_constant__ Conv c, unsigned first,
+                                     unsigned n) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, run = c.K * c.C, line = i / run, row = line / c.K;
+    if (i >= n) { return; }
+    const unsigned pixel = first + row, image_row = pixel / c.OW, b = image_row / c.OH;
+    const int h = (int)((image_row - b * c.OH) * c.stride + line - row * c.K) - c.pad, j = (int)(i - line * run);
+    const int w0 = (int)(pixel - image_row * c.OW) * c.stride - c.pad, w = w0 + j / c.C; // j runs on over the row
+    const bool inside = (unsigned)h < (unsigned)c.H && (unsigned)w < (unsigned)c.W;
+    columns[i] = inside ? inp[(((ptrdiff_t)b * c.H + h) * c.W + w0) * c.C + j] : (floatX)0.0f;
 }
 
 // dinp (images, rows h0 to h1-1 of H, W, C) = sum over the taps of columns (images, output rows from oh0 on, OW, K, K, C)
@@ -1606,13 +1621,15 @@ size_t conv_columns(const Conv* c, size_t images, size_t most) {
     if (conv_direct(c)) { return 0; }
     const size_t line = c->OW * conv_taps(c), image = c->OH * line; // of a row of output pixels, of an image
     const size_t least = std::min(CEIL_DIV(c->K, c->stride) * line, image); // what a row of input pixels is read by
-    return std::max(least, std::min(images * image, most));
+    return std::max(least, std::min({images * image, most, (size_t)1 << 31})); // kernels count in 32 bits
 }
 
 // columns = what `rows` output pixels, from pixel `first` on, read of inp
 static void im2col(floatX* columns, const floatX* inp, const Conv* c, size_t first, size_t rows) {
-    const size_t n = rows * conv_taps(c);
-    LAUNCH(im2col_kernel, vectorizable(c->C, columns, inp), n, 256, columns, inp, *c, first, n);
+    const size_t n = rows * c->C, all = rows * conv_taps(c);
+    if (c->C >= VEC) {
+        LAUNCH(im2col_kernel, vectorizable(c->C, columns, inp), n, 128, columns, inp, *c, first, n);
+    } else { LAUNCH_BLOCKS(im2col_narrow_kernel, CEIL_DIV(all, (size_t)256), 256, main_stream, columns, inp, *c, first, all); }
 }
 
 // out = columns (rows, K*K*C) @ weight^T + bias
