@@ -51,7 +51,8 @@ def check_presets():
         if name == "resnet8":
             continue  # torchvision has none
         theirs = getattr(torchvision.models, name)().state_dict()
-        ours = resnet.Resnet(resnet.configure(resnet.parse(["init", "no file", "-m", name]))).state_dict()
+        config = resnet.configure(resnet.parse(["init", "no file", "-m", name]))
+        ours = resnet.Resnet(config).state_dict()
         same = list(ours) == list(theirs) and all(ours[n].shape == t.shape for n, t in theirs.items())
         verdict(same, f"{name}: {len(ours)} names and shapes")
 
@@ -73,7 +74,8 @@ def check_torchvision(block):
         dropped = {f"grad.{name}" for name, p in ours.named_parameters()
                    if gamma > 0 and name != "conv1.weight" and (p.ndim == 4 or name == "fc.weight")}
         verdict(different == dropped, f"{block}, gamma {gamma}: of {len(expected)} tensors, "
-                f"{len(expected) - len(different)} equal torchvision's to the bit, {len(dropped)} should differ")
+                f"{len(expected) - len(different)} equal torchvision's to the bit, "
+                f"{len(dropped)} should differ")
 
 
 def plain_weight_gradient(kept, dout, shape, stride, padding):
@@ -172,11 +174,10 @@ def main():
     check_presets()
     check_torchvision("basic")
     check_torchvision("bottleneck")
-    basic = "--block basic --layers 1,1 --width 6 --stem imagenet --image_size 19 --in_chans 2 --batch_size 3"
-    bottleneck = "--block bottleneck --layers 1,1 --width 5 --stem cifar --image_size 7 --batch_size 3"
     for gamma in (0.5, 0.7, 0.9):
-        check_layers(gamma, basic)
-        check_layers(gamma, bottleneck)
+        small = "--layers 1,1 --width 6 --in_chans 2 --batch_size 3"
+        check_layers(gamma, small, "--block basic --stem imagenet --image_size 19")
+        check_layers(gamma, small, "--block bottleneck --stem cifar --image_size 7")
     check_ties()
     check_statistics()
     sys.exit(f"check_resnet.py: {failures} checks FAILED" if failures else 0)

@@ -472,6 +472,12 @@ def model_config(name):
     return argparse.Namespace(**dict(zip(CONFIG_NAMES, MODELS[name])))
 
 
+def override(config, options):
+    """The configuration with what flags say of it."""
+    return argparse.Namespace(**{name: getattr(options, name, None) or value
+                                 for name, value in vars(config).items()})
+
+
 def learning_rate(step, steps, options):
     """Linear warm-up, then half a cosine that would reach zero at `steps`."""
     if step < options.warmup:
@@ -524,11 +530,7 @@ def starting_values(options, model, initial):
 
 
 def train(options):
-    config = model_config(options.model)
-    for name, value in (("image_size", options.size), ("patch_size", options.patch),
-                        ("in_chans", options.chans), ("num_classes", options.classes)):
-        if value:
-            setattr(config, name, value)
+    config = override(model_config(options.model), options)
     shards = open_shard(options.data, config), open_shard(options.validation, config)
     values = starting_values(options, Deit(config), initial_parameters)
     fit(options, make_run(options, config, *values), *shards)
@@ -632,9 +634,9 @@ def training_flags(one):
     flag("-i", dest="data", default=os.path.join(ROOT, "data", "fashion_train.bin"))
     flag("-j", dest="validation", default=os.path.join(ROOT, "data", "fashion_val.bin"))
     flag("-o", dest="output", help="directory for main.log")
-    flag("-size", type=positive)
-    flag("-chans", type=positive)
-    flag("-classes", type=positive)
+    flag("-size", dest="image_size", type=positive)
+    flag("-chans", dest="in_chans", type=positive)
+    flag("-classes", dest="num_classes", type=positive)
     flag("-b", dest="batch_size", type=positive, default=64)
     flag("-a", dest="accumulation", type=positive, default=1)
     flag("-ranks", type=positive, default=1,
@@ -686,7 +688,7 @@ def parse(arguments):
     one = modes.add_parser("train", help="train as the trainer does", allow_abbrev=False)
     one.add_argument("-m", dest="model", choices=MODELS, default="deit_nano")
     training_flags(one)
-    one.add_argument("-patch", type=positive)
+    one.add_argument("-patch", dest="patch_size", type=positive)
     one.add_argument("-drop_path", type=float, default=0.0)
     one.set_defaults(run=train)
 

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Remakes the dumps that test_deit and test_resnet read. The same PyTorch gives the same bytes. PYTHON names the
-# interpreter; PyTorch 1.13 and torchvision 0.14 are enough.
+# Remakes the dumps that test_deit and test_resnet read. The same PyTorch gives the same bytes. PYTHON
+# names the interpreter; PyTorch 1.13 and torchvision 0.14 are enough.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
@@ -42,11 +42,12 @@ dump deit_path_g70 --image_size 16 --patch_size 8 --in_chans 3 --embed_dim 32 --
      --num_classes 10 --batch_size 8 --gamma 0.7 --drop_path 0.5 --optimizer sgd --lr 0.05 \
      --weight_decay 0.001 --seed 32
 
-# ResNet. With these seeds no mask, no ReLU's bit of the first step and no loss but for its last digits is
-# another in float64. Where "cut" stands, the threshold falls on equal |x| of which some are kept
+# ResNet. The seeds are those at which float64 keeps the same elements, has the same signs before every
+# ReLU of the first step, and the same losses to 2e-6. "Cut": with this seed a threshold falls on several
+# equal |x|, of which some are kept
 
-# basic blocks, ImageNet stem, odd sides 35, 18, 9, 9, 5, 3; weight decay large enough that a norm without
-# it shows in the losses; seed 12: cut
+# basic blocks, ImageNet stem, sides 35, 18, 9, 9, 5, 3; weight decay so large that a norm without it
+# shows in the losses; seed 12: cut
 basic="--block basic --layers 1,1,1 --width 6 --stem imagenet --image_size 35 --in_chans 3
        --num_classes 7 --batch_size 4 --weight_decay 0.05"
 dump resnet_basic_g00 $basic --gamma 0 --seed 8

@@ -97,7 +97,8 @@ class Resnet(ResNet):
         for i in range(STAGES):
             stage = nn.Identity()
             if i < len(layers):
-                stage = self._make_layer(BLOCKS[config.block], config.width << i, layers[i], 2 if i else 1)
+                stride = 1 if i == 0 else 2
+                stage = self._make_layer(BLOCKS[config.block], config.width << i, layers[i], stride)
             self.add_module(f"layer{i + 1}", stage)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = deit.Linear(self.inplanes, config.num_classes)
@@ -174,11 +175,8 @@ MODELS = {
 
 def configure(options):
     """The model that -m names, with what other flags say of it."""
-    config = argparse.Namespace(**dict(zip(CONFIG_NAMES, MODELS[options.model])))
-    for name in CONFIG_NAMES:
-        if getattr(options, name, None):
-            setattr(config, name, getattr(options, name))
-    return config
+    named = argparse.Namespace(**dict(zip(CONFIG_NAMES, MODELS[options.model])))
+    return deit.override(named, options)
 
 
 def blank_rows(config, batch_size, seed):
@@ -211,40 +209,39 @@ def train(options):
 
 def layers(text):
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){0,3}", text):
-        raise argparse.ArgumentTypeError(f"must be 1 to {STAGES} numbers of blocks such as 2,2,2,2, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 1 to {STAGES} numbers such as 2,2,2,2, got {text}")
     return text
 
 
-def config_flags(one, dashes, **defaults):
-    one.add_argument(f"{dashes}block", choices=BLOCKS, default=defaults.get("block"))
-    one.add_argument(f"{dashes}layers", type=layers, default=defaults.get("layers"),
-                     help="blocks of each stage, with commas between them")
-    one.add_argument(f"{dashes}width", type=deit.positive, default=defaults.get("width"),
-                     help="channels of the first stage")
-    one.add_argument(f"{dashes}stem", choices=("imagenet", "cifar"), default=defaults.get("stem"))
+def config_flags(one, dashes):
+    flag = one.add_argument
+    flag(f"{dashes}block", choices=BLOCKS)
+    flag(f"{dashes}layers", type=layers, help="blocks of each stage, with commas between them")
+    flag(f"{dashes}width", type=deit.positive, help="channels of the first stage")
+    flag(f"{dashes}stem", choices=("imagenet", "cifar"))
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     modes = parser.add_subparsers(dest="mode", required=True)
-    small = dict(zip(CONFIG_NAMES, MODELS["resnet8"]))
 
     one = modes.add_parser("dump", help="write a dump for test_resnet", allow_abbrev=False)
     deit.dump_flags(one)
-    config_flags(one, "--", **small)
+    config_flags(one, "--")
     for name in ("image_size", "in_chans", "num_classes"):
-        one.add_argument(f"--{name}", type=deit.positive, default=small[name])
+        one.add_argument(f"--{name}", type=deit.positive)
     one.add_argument("--nesterov", type=int, choices=(0, 1), default=0)
     one.add_argument("--g_all", type=int, choices=(0, 1), default=0)
-    one.set_defaults(run=dump, optimizer="sgd", lr=0.05, weight_decay=1e-4, decay_all=1)
+    one.set_defaults(run=dump, optimizer="sgd", lr=0.05, weight_decay=1e-4, decay_all=1,
+                     **dict(zip(CONFIG_NAMES, MODELS["resnet8"])))
 
     one = modes.add_parser("init", help="write initial weights", allow_abbrev=False)
     one.add_argument("file")
     one.add_argument("-m", dest="model", choices=MODELS, default="resnet8")
-    config_flags(one, "-")
-    one.add_argument("-chans", dest="in_chans", type=deit.positive)
-    one.add_argument("-classes", dest="num_classes", type=deit.positive)
-    one.add_argument("-seed", type=int, default=0)
+    config_flags(one, "--")
+    for name in ("in_chans", "num_classes"):
+        one.add_argument(f"--{name}", type=deit.positive)
+    one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=init)
 
     one = modes.add_parser("train", help="train as the trainer does", allow_abbrev=False)
