@@ -42,9 +42,10 @@ dump deit_path_g70 --image_size 16 --patch_size 8 --in_chans 3 --embed_dim 32 --
      --num_classes 10 --batch_size 8 --gamma 0.7 --drop_path 0.5 --optimizer sgd --lr 0.05 \
      --weight_decay 0.001 --seed 32
 
-# ResNet. The seeds are those at which float64 keeps the same elements, has the same signs before every
-# ReLU of the first step, and the same losses to 2e-6. "Cut": with this seed a threshold falls on several
-# equal |x|, of which some are kept
+# ResNet. With many another seed a value comes so near to 0 before a ReLU, in the first step or a later
+# one, that rounding decides its sign and losses differ by 1e-3. With these, float64 has the same signs
+# and masks, and moving all parameters by up to two units in their last place, at random and 40 times,
+# moves the losses by less than 1e-6. "Cut": a threshold falls on equal |x|, of which some are kept
 
 # basic blocks, ImageNet stem, sides 35, 18, 9, 9, 5, 3; weight decay so large that a norm without it
 # shows in the losses; seed 12: cut
@@ -59,11 +60,11 @@ cifar="--block basic --layers 2,1 --width 12 --stem cifar --image_size 9 --in_ch
 dump resnet_cifar_g00 $cifar --gamma 0 --nesterov 1 --seed 7
 dump resnet_cifar_g50 $cifar --gamma 0.5 --seed 2
 
-# bottlenecks: in the first stage the downsampling has stride 1, the last block has none; seed 16: cut
+# bottlenecks: in the first stage the downsampling has stride 1, the last block has none; seed 21: cut
 bottleneck="--block bottleneck --layers 1,2 --width 6 --stem imagenet --image_size 35 --in_chans 2
             --num_classes 5 --batch_size 4 --weight_decay 0.05"
 dump resnet_bottleneck_g00 $bottleneck --gamma 0 --nesterov 1 --seed 28
-dump resnet_bottleneck_g90 $bottleneck --gamma 0.9 --seed 16
+dump resnet_bottleneck_g90 $bottleneck --gamma 0.9 --seed 21
 
 # bottlenecks behind the CIFAR stem, nothing divides by 4; cut
 dump resnet_cifarneck_g70 --block bottleneck --layers 1,1 --width 10 --stem cifar --image_size 9 \
@@ -72,12 +73,12 @@ dump resnet_cifarneck_g70 --block bottleneck --layers 1,1 --width 10 --stem cifa
 # aligned: everything divides by 8 but the image's four channels; inputs of up to 65,536 elements
 aligned="--block bottleneck --layers 1,1 --width 8 --stem cifar --image_size 16 --in_chans 4
          --num_classes 16 --batch_size 8 --lr 0.1 --weight_decay 0.01"
-dump resnet_aligned_g00 $aligned --gamma 0 --seed 24
-dump resnet_aligned_g90 $aligned --gamma 0.9 --nesterov 1 --seed 14
+dump resnet_aligned_g00 $aligned --gamma 0 --seed 28
+dump resnet_aligned_g90 $aligned --gamma 0.9 --nesterov 1 --seed 28
 
-# all four stages, down to a side of 2; the width is odd
+# all four stages, down to a side of 2; the width is odd; cut
 dump resnet_stages_g70 --block bottleneck --layers 1,1,1,1 --width 3 --stem imagenet --image_size 33 \
-     --in_chans 1 --num_classes 6 --batch_size 4 --gamma 0.7 --lr 0.02 --seed 37
+     --in_chans 1 --num_classes 6 --batch_size 4 --gamma 0.7 --lr 0.02 --seed 33
 
 # the stem's input is dropped too (mask.conv1); cut
 dump resnet_stem_g70 --block basic --layers 1,1 --width 6 --stem imagenet --image_size 21 --in_chans 2 \
