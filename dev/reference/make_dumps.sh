@@ -54,7 +54,8 @@ basic="--block basic --layers 1,1,1 --width 6 --stem imagenet --image_size 35 --
 dump resnet_basic_g00 $basic --gamma 0 --seed 8
 dump resnet_basic_g70 $basic --gamma 0.7 --nesterov 1 --seed 12
 
-# CIFAR stem, one channel, sides 9 and 5; two blocks without downsampling
+# CIFAR stem, one channel, sides 9 and 5; two blocks without downsampling. At gamma 0.5 four layers keep
+# zeros, for fewer than half of their inputs are above 0
 cifar="--block basic --layers 2,1 --width 12 --stem cifar --image_size 9 --in_chans 1
        --num_classes 10 --batch_size 6"
 dump resnet_cifar_g00 $cifar --gamma 0 --nesterov 1 --seed 7
@@ -66,7 +67,7 @@ bottleneck="--block bottleneck --layers 1,2 --width 6 --stem imagenet --image_si
 dump resnet_bottleneck_g00 $bottleneck --gamma 0 --nesterov 1 --seed 28
 dump resnet_bottleneck_g90 $bottleneck --gamma 0.9 --seed 21
 
-# bottlenecks behind the CIFAR stem, nothing divides by 4; cut
+# bottlenecks behind the CIFAR stem, a width of 10 and odd sides, so no vector path fits; cut
 dump resnet_cifarneck_g70 --block bottleneck --layers 1,1 --width 10 --stem cifar --image_size 9 \
      --in_chans 2 --num_classes 9 --batch_size 5 --gamma 0.7 --nesterov 1 --seed 8
 
