@@ -1,7 +1,7 @@
 /*
 Tests train_deit.cu against PyTorch, and against itself.
 
-build and run: make test_deit && ./test_deit                 every dump in dev/reference/dumps
+build and run: make test_deit && ./test_deit                 every deit_* in dev/reference/dumps
                ./test_deit a.safetensors b.safetensors ...   these dumps, which dev/reference/deit.py writes
                ./test_deit -losses a.safetensors             three losses as bits, to compare schedules
                ./test_deit -steps a.safetensors              a step and an evaluation a level, for sanitizers
@@ -475,7 +475,7 @@ int main(int argc, char** argv) {
     require(mode[0] == 0 || only_losses || only_steps, "unknown mode %s; use -losses or -steps", mode);
     const int first = mode[0] == 0 ? 1 : 2;
     glob_t files = {};
-    if (argc <= first) { glob("dev/reference/dumps/*.safetensors", 0, NULL, &files); }
+    if (argc <= first) { glob("dev/reference/dumps/deit_*.safetensors", 0, NULL, &files); }
     const int n = files.gl_pathc > 0 ? (int)files.gl_pathc : argc - first;
     char** paths = files.gl_pathc > 0 ? files.gl_pathv : argv + first;
     require(n > 0, "no dumps in dev/reference/dumps; run from the root of the repository, or give a dump's path");

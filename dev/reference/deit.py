@@ -10,6 +10,7 @@ Nothing is shared with the trainer but the published definitions and the random 
 PyTorch 1.13 is enough. Names of parameters are timm's.
 """
 import argparse
+import collections
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ import rng
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+PROGRAM = os.path.basename(sys.argv[0])  # resnet.py too trains and writes dumps with these functions
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import safetensors_file  # noqa: E402  (data/ is no package)
 from shard import Shard, ShardError  # noqa: E402
@@ -259,24 +261,32 @@ class Deit(nn.Module):
 
 
 def decays(name, parameter):
+    """Tensors of two or more dims do, class token and positions excepted."""
     return parameter.ndim >= 2 and name not in ("cls_token", "pos_embed")
 
 
-def make_optimizer(model, options):
-    """Weight decay on tensors of two or more dims, class token and positions excepted."""
+def make_optimizer(model, options, decays=decays, nesterov=False):
+    """Weight decay where decays(name, parameter) says so."""
     named = list(model.named_parameters())
     groups = [{"params": [p for name, p in named if decays(name, p)],
                "weight_decay": options.weight_decay},
               {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0}]
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=nesterov)
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
                              eps=options.eps)
 
 
+def state(model):
+    """{name: tensor} of a model's parameters and, where it has batch norm, running statistics."""
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if not name.endswith("num_batches_tracked")}
+
+
 def set_parameters(model, values, origin):
-    """Copies {timm name: array} into the model; every name and shape must match."""
-    own = dict(model.named_parameters())
+    """Copies {name: array} into the model's state; every name and shape must match."""
+    own = state(model)
+    values = {name: value for name, value in values.items() if not name.endswith("num_batches_tracked")}
     for name in sorted(set(own) ^ set(values)):
         sys.exit(f"{origin}: {'lacks' if name in own else 'has the unknown'} {name}")
     with torch.no_grad():
@@ -322,14 +332,19 @@ def bf16_values(x):
 
 
 def dump_parameters(model, seed):
-    """Values of a size at which every tensor matters: no zero bias, no LayerNorm weight of one."""
+    """Values of a size at which every tensor matters: no zero bias, no norm's weight of one.
+
+    Running statistics are float32 in a trainer in bf16 too, so theirs are not rounded to bf16.
+    """
     values = {}
-    for i, (name, parameter) in enumerate(model.named_parameters()):
+    for i, (name, parameter) in enumerate(state(model).items()):
         value = rng.normal(seed, rng.INIT, i, parameter.numel())
-        if "norm" in name:
+        if name.endswith("running_mean") or name.endswith("running_var"):
+            value = 0.3 * value if name.endswith("mean") else np.exp(0.3 * value)
+            values[name] = value.astype(np.float32)
+            continue
+        if parameter.ndim == 1:
             value = 1 + 0.2 * value if name.endswith("weight") else 0.1 * value
-        elif name.endswith("bias"):
-            value = 0.1 * value
         elif name in ("cls_token", "pos_embed"):
             value = 0.3 * value
         else:
@@ -338,79 +353,105 @@ def dump_parameters(model, seed):
     return values
 
 
-def dump_batch(config, batch_size, seed):
-    """Noise images with blank patches, which give exact ties in the first block, and labels."""
-    side, patch = config.image_size, config.patch_size
-    shape = (batch_size, config.in_chans, side, side)
-    # steps far from those of the parameters
-    image = rng.normal(seed, rng.INIT, 1 << 20, math.prod(shape)).reshape(shape)
-    grid = side // patch
+def blank_patches(config, batch_size, seed):
+    """bool (B, 1, H, W): about a fifth of the patches, which give exact ties in the first block."""
+    grid = config.image_size // config.patch_size
+    # steps far from those of the parameters, here and in dump_batch
     blank = rng.uniform(seed, rng.INIT, 1 + (1 << 20), batch_size * grid * grid) < 0.2
-    blank = blank.reshape(batch_size, 1, grid, grid).repeat(patch, axis=2).repeat(patch, axis=3)
+    blank = blank.reshape(batch_size, 1, grid, grid)
+    return blank.repeat(config.patch_size, axis=2).repeat(config.patch_size, axis=3)
+
+
+def dump_batch(config, batch_size, seed, blank):
+    """Images of noise, but where they are blank, and labels."""
+    shape = (batch_size, config.in_chans, config.image_size, config.image_size)
+    image = rng.normal(seed, rng.INIT, 1 << 20, math.prod(shape)).reshape(shape)
     image = bf16_values(np.where(blank, -0.5, image))
     label = rng.uniform(seed, rng.INIT, 2 + (1 << 20), batch_size) * config.num_classes
     return image, label.astype(np.int32)
 
 
-def run_dump(config, options, image, label, parameters, dtype):
-    """Trains `steps` steps on the one batch. (losses, first step's logits, gradients, masks)."""
+# What trains: model, optimizer, the Dropit that the model may use, and start(step, rank), which is
+# called before each forward pass that trains and says which random numbers it draws
+Run = collections.namedtuple("Run", "model optimizer dropit start")
+
+
+def make_run(options, config, values, origin, dtype=torch.float32):
     model = Deit(config).to(dtype)
-    set_parameters(model, parameters, "dump")
-    dropit = None
+    set_parameters(model, values, origin)
+    dropit = Dropit(options.gamma, options.strategy, options.seed)
     if options.gamma > 0:
-        dropit = Dropit(options.gamma)
-        model.use_dropit(dropit)
+        model.use_dropit(dropit, options.g_all)
     drop_path = DropPath(options.drop_path, config.depth, options.seed)
     if options.drop_path > 0:
         model.use_drop_path(drop_path)
-    optimizer = make_optimizer(model, options)
-    image, label = torch.from_numpy(image).to(dtype), torch.from_numpy(label).long()
+
+    def start(step, rank):
+        dropit.step = drop_path.step = step
+        dropit.seed = options.seed ^ (rank << 48)  # ranks draw different elements
+    return Run(model, make_optimizer(model, options), dropit, start)
+
+
+def run_dump(run, steps, image, label):
+    """Trains on the one batch. (losses, first step's logits, gradients, masks)."""
+    image = torch.from_numpy(image).to(next(run.model.parameters()).dtype)
+    label = torch.from_numpy(label).long()
     losses, first = [], None
-    for step in range(options.steps):
-        drop_path.step = step
-        if dropit:
-            dropit.masks = {} if step == 0 else None
-        optimizer.zero_grad()
-        logits = model(image)
+    for step in range(steps):
+        run.start(step, 0)
+        run.dropit.masks = {} if step == 0 else None
+        run.optimizer.zero_grad()
+        logits = run.model(image)
         loss = F.cross_entropy(logits, label)
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            gradients = {name: p.grad.clone().numpy() for name, p in model.named_parameters()}
-            masks = {name: mask.numpy() for name, mask in (dropit.masks if dropit else {}).items()}
+            gradients = {name: p.grad.clone().numpy() for name, p in run.model.named_parameters()}
+            masks = {name: mask.numpy() for name, mask in run.dropit.masks.items()}
             first = logits.detach().numpy().copy(), gradients, masks
-        optimizer.step()
+        run.optimizer.step()
     return np.array(losses), *first
 
 
-def dump(options):
-    config = options
-    image, label = dump_batch(config, options.batch_size, options.seed)
-    parameters = dump_parameters(Deit(config), options.seed)
-    losses, logits, gradients, masks = run_dump(config, options, image, label, parameters,
-                                                torch.float32)
+def write_dump(options, metadata, make, values, image, label):
+    """make(options, options, values, "dump", dtype) gives a Run that starts from `values`."""
+    run = make(options, options, values, "dump", torch.float32)
+    losses, logits, gradients, masks = run_dump(run, options.steps, image, label)
     # float64 beside it says how much of the losses is rounding: the test's tolerance is 1e-4
-    exact, _, exact_gradients, exact_masks = run_dump(config, options, image, label, parameters,
-                                                      torch.float64)
+    exact, _, exact_gradients, exact_masks = run_dump(
+        make(options, options, values, "dump", torch.float64), options.steps, image, label)
     drift = np.max(np.abs(losses - exact) / exact)
     swapped = sum(int((masks[name] != exact_masks[name]).sum()) for name in masks)
     worst = max(np.max(np.abs(gradients[name] - g)) / (np.max(np.abs(g)) or 1.0)
                 for name, g in exact_gradients.items())
-    keys = [*CONFIG_NAMES, "batch_size", "gamma", "optimizer", "lr", "weight_decay"]
-    keys += ["momentum"] if options.optimizer == "sgd" else ["beta1", "beta2", "eps"]
-    metadata = {"model": "deit", **{key: getattr(options, key) for key in keys}}
-    if options.drop_path > 0:
-        metadata.update(drop_path=options.drop_path, drop_path_seed=options.seed)
     tensors = {"image": image, "label": label, "logits": logits,
                "loss": np.float32(losses[:1]), "losses": np.float32(losses)}
-    tensors.update({f"param.{name}": value for name, value in parameters.items()})
+    tensors.update({f"param.{name}": values[name] for name in gradients})
     tensors.update({f"grad.{name}": value for name, value in gradients.items()})
+    for name, value in state(run.model).items():
+        if name not in gradients:  # running statistics, before the first step and after the last
+            tensors[f"buffer.{name}"], tensors[f"after.{name}"] = values[name], value.numpy()
     tensors.update({f"mask.{name}": np.packbits(mask.reshape(-1), bitorder="little")
                     for name, mask in masks.items()})
     safetensors_file.save(options.file, tensors, metadata)
     print(f"{os.path.basename(options.file)}: {os.path.getsize(options.file)} bytes, loss "
           f"{losses[0]:.6f} -> {losses[-1]:.6f}; against float64: losses {drift:.1e}, gradients "
           f"{worst:.1e}, {swapped} mask bits")
+
+
+def dump_metadata(options, model, config_names, sgd_names=("momentum",)):
+    keys = [*config_names, "batch_size", "gamma", "optimizer", "lr", "weight_decay"]
+    keys += sgd_names if options.optimizer == "sgd" else ["beta1", "beta2", "eps"]
+    return {"model": model, **{key: getattr(options, key) for key in keys}}
+
+
+def dump(options):
+    metadata = dump_metadata(options, "deit", CONFIG_NAMES)
+    if options.drop_path > 0:
+        metadata.update(drop_path=options.drop_path, drop_path_seed=options.seed)
+    blank = blank_patches(options, options.batch_size, options.seed)
+    image, label = dump_batch(options, options.batch_size, options.seed, blank)
+    write_dump(options, metadata, make_run, dump_parameters(Deit(options), options.seed), image, label)
 
 
 # ----------------------------------------------------------------------------
@@ -431,6 +472,12 @@ def model_config(name):
     return argparse.Namespace(**dict(zip(CONFIG_NAMES, MODELS[name])))
 
 
+def override(config, options):
+    """The configuration with what flags say of it."""
+    return argparse.Namespace(**{name: getattr(options, name, None) or value
+                                 for name, value in vars(config).items()})
+
+
 def learning_rate(step, steps, options):
     """Linear warm-up, then half a cosine that would reach zero at `steps`."""
     if step < options.warmup:
@@ -443,11 +490,11 @@ def open_shard(path, config):
     try:
         shard = Shard(path)
     except (OSError, ShardError) as error:
-        sys.exit(f"deit.py: {error}")
+        sys.exit(f"{PROGRAM}: {error}")
     side = config.image_size
     if not (shard.channels == config.in_chans and shard.classes == config.num_classes
             and (shard.index["height"] == side).all() and (shard.index["width"] == side).all()):
-        sys.exit(f"deit.py: {path} has {shard.channels} channels, {shard.classes} classes and "
+        sys.exit(f"{PROGRAM}: {path} has {shard.channels} channels, {shard.classes} classes and "
                  f"images of {shard.index['height'][0]}x{shard.index['width'][0]}; the model "
                  f"expects {config.in_chans}, {config.num_classes}, {side}x{side}")
     return shard
@@ -472,36 +519,33 @@ def evaluate(model, shard, batch_size):
     return loss / shard.count, top1 / shard.count, top5 / shard.count
 
 
+def starting_values(options, model, initial):
+    """What a training run starts from: the file that -w names, or initial(model, seed)."""
+    if not options.weights:
+        return initial(model, options.seed), "initial values"
+    try:
+        return safetensors_file.load(options.weights)[0], options.weights
+    except (OSError, ValueError) as error:
+        sys.exit(f"{PROGRAM}: {error}")
+
+
 def train(options):
-    config = model_config(options.model)
-    for name, value in (("image_size", options.size), ("patch_size", options.patch),
-                        ("in_chans", options.chans), ("num_classes", options.classes)):
-        if value:
-            setattr(config, name, value)
-    data, validation = open_shard(options.data, config), open_shard(options.validation, config)
-    model = Deit(config)
-    if options.weights:
-        try:
-            values, _ = safetensors_file.load(options.weights)
-        except (OSError, ValueError) as error:
-            sys.exit(f"deit.py: {error}")
-        set_parameters(model, values, options.weights)
-    else:
-        set_parameters(model, initial_parameters(model, options.seed), "initial values")
-    dropit = Dropit(options.gamma, options.strategy, options.seed)
-    if options.gamma > 0:
-        model.use_dropit(dropit, options.g_all)
-    drop_path = DropPath(options.drop_path, config.depth, options.seed)
-    if options.drop_path > 0:
-        model.use_drop_path(drop_path)
-    optimizer = make_optimizer(model, options)
+    config = override(model_config(options.model), options)
+    shards = open_shard(options.data, config), open_shard(options.validation, config)
+    values = starting_values(options, Deit(config), initial_parameters)
+    fit(options, make_run(options, config, *values), *shards)
+
+
+def fit(options, run, data, validation):
+    """Trains as the trainer does and prints its lines."""
+    model, optimizer = run.model, run.optimizer
     # the ranks of a run are parts of a step here, one after the other: each has its own images and
     # its own selection, and the gradients add up
     B, accumulation, ranks = options.batch_size, options.accumulation, options.ranks
     step_images = B * accumulation * ranks
     steps_per_epoch = data.count // step_images
     if steps_per_epoch == 0:
-        sys.exit(f"deit.py: {options.data} has {data.count} images, less than one step of "
+        sys.exit(f"{PROGRAM}: {options.data} has {data.count} images, less than one step of "
                  f"{step_images}")
     steps = options.epochs * steps_per_epoch
     log = None
@@ -526,8 +570,7 @@ def train(options):
             if options.flip:
                 mirrored = rng.flips(options.seed, epoch, positions)
                 image[mirrored] = image[mirrored][..., ::-1]
-            dropit.step = drop_path.step = step * accumulation + micro
-            dropit.seed = options.seed ^ (rank << 48)  # ranks draw different elements
+            run.start(step * accumulation + micro, rank)
             logits = model(torch.from_numpy(image))
             loss = F.cross_entropy(logits, torch.from_numpy(label).long(),
                                    label_smoothing=options.smoothing) / (accumulation * ranks)
@@ -541,7 +584,7 @@ def train(options):
         if log:
             log.write(f"s:{step + 1} trl:{total:.9g} lr:{lr:.9g} norm:{norm:.9g}\n")
         if not math.isfinite(total):
-            sys.exit(f"deit.py: the loss of step {step + 1} is {total}")
+            sys.exit(f"{PROGRAM}: the loss of step {step + 1} is {total}")
         every = options.every * steps_per_epoch
         if step + 1 == last or (every and (step + 1) % every == 0):
             scores = evaluate(model, validation, B)
@@ -573,46 +616,27 @@ def positive(text):
     return value
 
 
-def add_config(parser):
-    for name, default in zip(CONFIG_NAMES, MODELS["deit_nano"]):
-        parser.add_argument(f"--{name}", type=positive, default=default)
-
-
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    modes = parser.add_subparsers(dest="mode", required=True)
-
-    one = modes.add_parser("dump", help="write a dump for test_deit", allow_abbrev=False)
+def dump_flags(one):
     one.add_argument("file")
-    add_config(one)
     one.add_argument("--batch_size", type=positive, default=4)
     one.add_argument("--gamma", type=gamma, default=0.0)
-    one.add_argument("--drop_path", type=float, default=0.0, help="rate of the last block")
     one.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     for name, default in (("lr", 1e-3), ("weight_decay", 0.05), ("beta1", 0.9), ("beta2", 0.999),
                           ("eps", 1e-8), ("momentum", 0.9)):
         one.add_argument(f"--{name}", type=float, default=default)
     one.add_argument("--steps", type=positive, default=10)
     one.add_argument("--seed", type=int, default=1)
-    one.set_defaults(run=dump)
+    one.set_defaults(strategy="mink", g_all=0)
 
-    one = modes.add_parser("init", help="write initial weights", allow_abbrev=False)
-    one.add_argument("file")
-    add_config(one)
-    one.add_argument("-m", dest="model", choices=MODELS, help="a model by its name")
-    one.add_argument("--seed", type=int, default=0)
-    one.set_defaults(run=init)
 
-    one = modes.add_parser("train", help="train as the trainer does", allow_abbrev=False)
+def training_flags(one):
     flag = one.add_argument
-    flag("-m", dest="model", choices=MODELS, default="deit_nano")
     flag("-i", dest="data", default=os.path.join(ROOT, "data", "fashion_train.bin"))
     flag("-j", dest="validation", default=os.path.join(ROOT, "data", "fashion_val.bin"))
     flag("-o", dest="output", help="directory for main.log")
-    flag("-size", type=positive)
-    flag("-patch", type=positive)
-    flag("-chans", type=positive)
-    flag("-classes", type=positive)
+    flag("-size", dest="image_size", type=positive)
+    flag("-chans", dest="in_chans", type=positive)
+    flag("-classes", dest="num_classes", type=positive)
     flag("-b", dest="batch_size", type=positive, default=64)
     flag("-a", dest="accumulation", type=positive, default=1)
     flag("-ranks", type=positive, default=1,
@@ -629,7 +653,6 @@ def parse(arguments):
     flag("-smoothing", type=float, default=0.0)
     flag("-clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
     flag("-flip", type=int, choices=(0, 1), default=0)
-    flag("-drop_path", type=float, default=0.0)
     flag("-g", dest="gamma", type=gamma, default=0.0)
     flag("-s", dest="strategy", choices=("mink", "fastmink", "random"), default="mink")
     flag("-g_all", type=int, choices=(0, 1), default=0)
@@ -637,7 +660,37 @@ def parse(arguments):
     flag("-v", dest="every", type=int, default=1, help="evaluate every N epochs; 0: at the end")
     flag("-seed", type=int, default=0)
     flag("-threads", type=positive, default=2)
-    one.set_defaults(run=train, eps=1e-8)
+    one.set_defaults(eps=1e-8)
+
+
+def add_config(parser):
+    for name, default in zip(CONFIG_NAMES, MODELS["deit_nano"]):
+        parser.add_argument(f"--{name}", type=positive, default=default)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    modes = parser.add_subparsers(dest="mode", required=True)
+
+    one = modes.add_parser("dump", help="write a dump for test_deit", allow_abbrev=False)
+    dump_flags(one)
+    add_config(one)
+    one.add_argument("--drop_path", type=float, default=0.0, help="rate of the last block")
+    one.set_defaults(run=dump)
+
+    one = modes.add_parser("init", help="write initial weights", allow_abbrev=False)
+    one.add_argument("file")
+    add_config(one)
+    one.add_argument("-m", dest="model", choices=MODELS, help="a model by its name")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=init)
+
+    one = modes.add_parser("train", help="train as the trainer does", allow_abbrev=False)
+    one.add_argument("-m", dest="model", choices=MODELS, default="deit_nano")
+    training_flags(one)
+    one.add_argument("-patch", dest="patch_size", type=positive)
+    one.add_argument("-drop_path", type=float, default=0.0)
+    one.set_defaults(run=train)
 
     options = parser.parse_args(arguments)
     if options.mode != "train" and options.image_size % options.patch_size:
@@ -647,15 +700,17 @@ def parse(arguments):
     return options
 
 
+def write_initial(path, model, values):
+    safetensors_file.save(path, values)
+    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters")
+
+
 def init(options):
-    config = model_config(options.model) if options.model else options
-    values = initial_parameters(Deit(config), options.seed)
-    safetensors_file.save(options.file, values)
-    print(f"wrote {options.file}: {sum(v.size for v in values.values())} parameters")
+    model = Deit(model_config(options.model) if options.model else options)
+    write_initial(options.file, model, initial_parameters(model, options.seed))
 
 
-def main():
-    options = parse(sys.argv[1:])
+def main(options):
     # one thread and deterministic algorithms for dumps: the same bytes again with the same PyTorch
     torch.set_num_threads(options.threads if options.mode == "train" else 1)
     torch.use_deterministic_algorithms(True)
@@ -663,4 +718,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse(sys.argv[1:]))
