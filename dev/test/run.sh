@@ -97,8 +97,8 @@ several_ranks=$(command -v mpirun >/dev/null && mpicxx -show 2>/dev/null)
 # ---- for a GPU, without a warning, where nvcc is: the longest, so first
 if command -v "${NVCC:-nvcc}" >/dev/null; then
     for build in sm_80_FP32 sm_90_BF16; do
-        programs=train_deit
-        [ $build = sm_80_FP32 ] || programs="train_deit dev/test/test_cpu_libs dev/test/workbench"
+        programs="train_deit train_resnet"
+        [ $build = sm_80_FP32 ] || programs+=" dev/test/test_cpu_libs dev/test/workbench"
         # shellcheck disable=SC2046
         t nvcc_$build 900 $make --no-print-directory -s DEVICE=cuda ARCH=${build%_*} PRECISION=${build##*_} WERROR=1 NO_MPI=1 \
             BUILD=build/nvcc-$build $(for p in $programs; do echo build/nvcc-$build/"$p"; done)
@@ -126,6 +126,8 @@ fi
 t command_line 600 dev/test/cli.sh ./train_deit
 t deit_fp32 600 ./test_deit
 t deit_bf16 600 $bf16/test_deit
+t resnet_fp32 600 ./test_resnet
+t resnet_bf16 600 $bf16/test_resnet
 if [ -n "$python" ]; then
     t data_scripts 300 "$python" dev/test/test_data.py ./train_deit
     t weights_predict_sheet 300 "$python" dev/test/test_weights.py ./train_deit
@@ -142,6 +144,7 @@ t shared_sections_planted 60 dev/test/check_shared.sh --self-test
 # ---- no report from the sanitizers, and every planted bug found
 for s in tsan asan; do
     t deit_$s 600 build/cpu-fp32-$s/test_deit -steps $dumps/deit_{odd_g70,aligned_g90,path_g00,path_g70}.safetensors
+    t resnet_$s 600 build/cpu-fp32-$s/test_resnet -steps $dumps/resnet_{basic_g70,bottleneck_g90,stages_g70}.safetensors
     t dropit_$s 900 build/cpu-fp32-$s/dev/test/test_dropit -quick
     t resize_$s 600 build/cpu-fp32-$s/dev/test/test_resize -quick
     t kernels_$s 600 build/cpu-fp32-$s/dev/test/test_kernels
@@ -173,11 +176,14 @@ for test in kernels augment resize files recipes cpu_device; do
 done
 t protected_dropit 300 env CPU_PROTECT=1 $fp32/dev/test/test_dropit -quick
 t protected_deit 600 env CPU_PROTECT=1 ./test_deit -steps $dumps/deit_{odd_g70,path_g70}.safetensors
+t protected_resnet 600 env CPU_PROTECT=1 ./test_resnet -steps $dumps/resnet_{basic_g70,bottleneck_g90}.safetensors
 t protected_training 300 env CPU_PROTECT=1 ./train_deit -x 5 -e 1 -g 0.7 -crop 1 -size 32 -aa rand-m9-inc1 -reprob 0.5 -mixup 1
 t protected_workbench 300 env CPU_PROTECT=1 dev/test/workbench.sh $fp32/dev/test/workbench
 
 # ---- the same bits under every schedule of blocks and threads
 t workbench_bf16 600 dev/test/workbench.sh $bf16/dev/test/workbench natural reversed last-in random:1 random:2 random:3
+t resnet_schedules_basic 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' ./test_resnet -losses $dumps/resnet_basic_g70.safetensors
+t resnet_schedules_bf16 600 dev/test/schedules.sh '^0x|^-?0x|^-?nan' $bf16/test_resnet -losses $dumps/resnet_aligned_g90.safetensors
 t dropit_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_dropit -quick
 t resize_schedules 600 dev/test/schedules.sh ' failed$|^resize' $fp32/dev/test/test_resize -quick
 t kernels_schedules 600 dev/test/schedules.sh ' failed$' $fp32/dev/test/test_kernels
