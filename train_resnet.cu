@@ -439,6 +439,7 @@ struct Common {
     unsigned long long seed;
     size_t chunk_bytes;          // of the widest tensor in a chunk
     size_t chunk_images;         // of the chunks that the passes work in: the model's plan sets it
+    char** chunk_home;           // a chunk whose memory those of the next lines share; NULL: none. As chunk_images
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
     int num_lines;               // of the table of activations
@@ -825,7 +826,10 @@ void block_forward(Model* model, size_t l, size_t n, bool training) {
     layer_forward(model, &conv2, &conv1, n, training);
     if (last == &conv3) { layer_forward(model, &conv3, &conv2, n, training); }
     // what follows may take the place of what DropIT chooses from
-    if (training) { drop_activations(model, {&a->x[l], &a->a1[l], &a->a2[l]}); }
+    if (training) {
+        drop_activations(model, {&a->x[l]}); // alone: its lists are as long as those of the other two
+        drop_activations(model, {&a->a1[l], &a->a2[l]});
+    }
     if (b.down) {
         if (!down.y->cached) { down.y->chunk = (char*)block_output(model, l); } // of the same size, and written last
         layer_forward(model, &down, NULL, n, training);
@@ -993,7 +997,10 @@ static void plan_tables(Model* model) {
     }
     PARAMETERS(X)
 #undef X
-    // what DropIT chooses from is unpacked, and recomputed, in chunks; batch norm wants its input whole
+    // What DropIT chooses from is unpacked, and recomputed, in chunks, one at a time: they share memory. Batch norm wants
+    // its input whole
+    model->chunk_home = NULL;
+    char** home = NULL;
 #define X(field, bits, copies, shape, level, cache) \
     for (size_t l = 0; l < (copies); l++) { \
         const Block b = block_of(model, l); \
@@ -1001,8 +1008,10 @@ static void plan_tables(Model* model) {
         (void)H1; \
         const bool lodges = strcmp(#field, "yd") == 0; /* recomputed, it has no place of its own */ \
         model->chunk_images = lodges ? 0 : cache == KEEP ? B : chunk_of(model, (copies) == 1 ? -1 : (int)l); \
-        plan_activation(model, &model->acts.field[l], #field, #copies " x " #shape, (int)l, (int)(copies), bits, \
-                        numel shape, level, cache); \
+        Activation* a = &model->acts.field[l]; \
+        model->chunk_home = cache == KEEP ? NULL : home; \
+        plan_activation(model, a, #field, #copies " x " #shape, (int)l, (int)(copies), bits, numel shape, level, cache); \
+        if (home == NULL && cache != KEEP && a->n > 0 && (a->dropped || !a->cached)) { home = &a->chunk; } \
     }
     ACTIVATIONS(X)
 #undef X
@@ -1034,7 +1043,8 @@ void model_plan(Model* model) {
     for (size_t l = 0; l < L; l++) {
         mask_unless_read(model, &a->a1[l], a->logits); // logits are always cached: output_again masks nothing, and
         mask_unless_read(model, &a->a2[l], a->logits); // layer_input makes the tensor again for the weight gradient
-        plan_selection(model, {&a->x[l], &a->a1[l], &a->a2[l]});
+        plan_selection(model, {&a->x[l]});
+        plan_selection(model, {&a->a1[l], &a->a2[l]});
         da2 = std::max(da2, a->a2[l].n);
         for (int which = l == 0 ? STEM : CONV1; which < NUM_LAYERS; which++) {
             const Conv c = conv_at(model, which, l);
@@ -1065,7 +1075,8 @@ void model_plan(Model* model) {
     model->columns.n = columns;
     plan_add(plan, SCRATCH, "dpooled", "", "(B, E)", &model->dpooled, a->pooled->n * sizeof(floatX));
     plan_add(plan, SCRATCH, "norm sums", "", "(2, channels)", &model->sums, 2 * channels * sizeof(float));
-    plan_add(plan, SCRATCH, "batch norm partials", "", "fp32", &model->norm_partial, norm * sizeof(float));
+    plan_add(plan, SCRATCH, "batch norm partials", "", "fp32", &model->norm_partial, norm * sizeof(float), 0,
+             columns > 0 ? (float**)&model->columns.data : NULL); // before or after what columns are used for
     plan_add(plan, SCRATCH, "sum partials", "", "fp32", &model->partial, column_sum_scratch(B, V) * sizeof(float));
     plan_images(model, NULL);
 }
@@ -4987,7 +4998,8 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     model->activations.push(a);
     // copies of a line share the memory of their chunks and batches
     const bool shares = before != NULL && before->line == a->line;
-    char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
+    char** chunk_of = shares ? (char**)&before->chunk : model->chunk_home;
+    char** batch_of = shares ? (char**)&before->batch : NULL;
     const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = bytes / model->B * model->chunk_images;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }
