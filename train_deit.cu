@@ -437,6 +437,7 @@ struct Common {
     unsigned long long seed;
     size_t chunk_bytes;          // of the widest tensor in a chunk
     size_t chunk_images;         // of the chunks that the passes work in: the model's plan sets it
+    char** chunk_home;           // a chunk whose memory those of the next lines share; NULL: none. As chunk_images
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
     int num_lines;               // of the table of activations
@@ -4913,7 +4914,8 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     model->activations.push(a);
     // copies of a line share the memory of their chunks and batches
     const bool shares = before != NULL && before->line == a->line;
-    char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
+    char** chunk_of = shares ? (char**)&before->chunk : model->chunk_home;
+    char** batch_of = shares ? (char**)&before->batch : NULL;
     const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = bytes / model->B * model->chunk_images;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }

@@ -6,7 +6,7 @@ gradient, a product of its output's gradient and X. Of X we keep only the k = n*
 magnitude, as a bitmap and packed values, and take the rest as zero when the weight gradient is computed. Input
 gradients never read X and stay exact. See "shared: DropIT" for how the elements are chosen and stored.
 
-build: make train_resnet   (by hand: nvcc -O3 -std=c++17 -arch=sm_90 train_resnet.cu -lcublas -lcublasLt -o train_resnet)
+build: make train_resnet  (by hand: nvcc -O3 -std=c++17 -arch=sm_90 train_resnet.cu -lcublas -lcublasLt -o train_resnet)
 run:   ./train_resnet -g 0.7 (no flags are needed: without -i it trains resnet8 on the bundled Fashion-MNIST)
 
 How to read this file, from the top:
@@ -439,6 +439,7 @@ struct Common {
     unsigned long long seed;
     size_t chunk_bytes;          // of the widest tensor in a chunk
     size_t chunk_images;         // of the chunks that the passes work in: the model's plan sets it
+    char** chunk_home;           // a chunk whose memory those of the next lines share; NULL: none. As chunk_images
     List<Parameter> parameters;
     List<Activation*> activations; // in the order of the table
     int num_lines;               // of the table of activations
@@ -528,11 +529,12 @@ static const struct { const char* name; ResnetConfig config; } resnet_presets[] 
     {"resnet101", {true,  {3, 4, 23, 3}, 64, true,  224, 3, 1000}},
 };
 
-// Block l: its stage (from 1) and its place there (from 0), channels in, between and out, stride, sides in and out.
-// down: a convolution and a norm bring the block's input to the shape of its output
+// Block l: its stage (from 1) and its place there (from 0), channels in, between and out, stride, sides
+// in and out. down: a convolution and a norm bring the block's input to the shape of its output
 typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool down; } Block;
 
-// a convolution without bias and its batch norm, with torchvision's names, and its init: Kaiming's, by fan-out
+// a convolution without bias and its batch norm, with torchvision's names, and its init: Kaiming's, by
+// fan-out
 #define CONV_BN(X, field, conv, bn, copies, OC, C, K, gamma) \
     X(field##w, conv ".weight",     copies, (OC, C, K, K), DECAY,  normal_init(sqrt(2.0 / ((OC)*(K)*(K))))) \
     X(field##g, bn ".weight",       copies, (OC),          PLAIN,  constant_init(gamma)) \
@@ -540,8 +542,9 @@ typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool
     X(field##m, bn ".running_mean", copies, (OC),          BUFFER, constant_init(0)) \
     X(field##v, bn ".running_var",  copies, (OC),          BUFFER, constant_init(1))
 
-// X(name, name in torchvision, copies, shape of copy l, kind, initial value). b is block l; F, E are the widths of stem
-// and head, K0, K1 the kernel sides of the stem and of conv1; z2, z3 are 0 under -zero_init 1 in a block's last norm
+// X(name, name in torchvision, copies, shape of copy l, kind, initial value). b is block l; F, E are the
+// widths of stem and head, K0, K1 the kernel sides of the stem and of conv1; z2, z3 are 0 under
+// -zero_init 1 in a block's last norm
 #define PARAMETERS(X) \
     CONV_BN(X, stem,  "conv1",                   "bn1",                     1, F, CH, K0, 1) \
     CONV_BN(X, conv1, "layer%d.%d.conv1",        "layer%d.%d.bn1",          L, b.width, b.in, K1, 1) \
@@ -551,8 +554,8 @@ typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool
     X(fcw, "fc.weight", 1, (V, E), DECAY, uniform_init(E)) \
     X(fcb, "fc.bias",   1, (V),    PLAIN, uniform_init(E))
 
-// X(name, type, copies, shape of copy l, level, cache), as the interface explains. S0, P0 are the pixels out of the
-// stem's convolution and pool (0: none), H1 those of conv1; BYTES(n) holds n bits
+// X(name, type, copies, shape of copy l, level, cache), as the interface explains. S0, P0 are the pixels
+// out of the stem's convolution and pool (0: none), H1 those of conv1; BYTES(n) holds n bits
 #define ACTIVATIONS(X) \
     X(image,  FLOATX, 1, (B, model->H, model->W, CH),          NEVER,        ALL)  /* input of the stem */ \
     X(y0,     FLOATX, 1, (B, S0, F),                           NEVER,        KEEP) /* its output, input of its norm */ \
@@ -588,8 +591,8 @@ typedef struct { size_t stage, index, in, width, out, stride, H, W, OH, OW; bool
 typedef struct { int C, OC, K, stride, pad, H, W, OH, OW; } Conv;
 typedef struct { floatX* data; size_t n; } Columns; // scratch of convolutions
 
-// The batch norm of OC channels. mean and rstd = 1 / sqrt(variance + eps) are what the passes normalise with: those of
-// the batch in training, else the running ones
+// The batch norm of OC channels. mean and rstd = 1 / sqrt(variance + eps) are what the passes normalise
+// with: those of the batch in training, else the running ones
 typedef struct {
     int C;
     const floatX *weight, *bias;
@@ -645,29 +648,31 @@ void conv_backward_input(floatX* dinp, const floatX* dout, const floatX* weight,
                          size_t images, Columns columns);
 void conv_backward_weight(float* dweight, const floatX* dout, const floatX* inp, const Conv* c, size_t images,
                           Columns columns); // dweight += its gradient
-// elements of columns that convolutions of `images` images want, but no more than `most` where fewer will do
+// elements of columns that convolutions of `images` images want, but no more than `most` where fewer
+// will do
 size_t conv_columns(const Conv* c, size_t images, size_t most);
-// mean and rstd of y (rows, C), and the running statistics move; in PyTorch: F.batch_norm(..., training=True,
-// momentum=0.1, eps=1e-5). partial: batchnorm_scratch(rows, C) floats
+// mean and rstd of y (rows, C), and the running statistics move; in PyTorch: F.batch_norm(...,
+// training=True, momentum=0.1, eps=1e-5). partial: batchnorm_scratch(rows, C) floats
 void batchnorm_statistics(const BatchNorm* norm, const floatX* y, float* partial, size_t rows);
 void batchnorm_inference(const BatchNorm* norm); // mean and rstd are the running ones
 size_t batchnorm_scratch(size_t rows, size_t C);
-// out = relu(norm(y)), or relu(norm(y) + residual), or relu(norm(y) + residual_norm(residual)); residual and residual_norm
-// may be NULL. y, residual and out (images, per_image); bits (images, BYTES(per_image)), NULL: none: where the
-// argument of relu is above 0. keep: DropIT's masking of out
+// out = relu(norm(y)), or relu(norm(y) + residual), or relu(norm(y) + residual_norm(residual)); residual
+// and residual_norm may be NULL. y, residual and out (images, per_image); bits (images,
+// BYTES(per_image)), NULL: none: where the argument of relu is above 0. keep: DropIT's masking of out
 void batchnorm_relu(floatX* out, uint8_t* bits, const floatX* y, const BatchNorm* norm, const floatX* residual,
                     const BatchNorm* residual_norm, size_t images, size_t per_image, KeepLargest keep = {});
-// The first of two steps of the backward pass, over the whole batch: dz (rows, C), the gradient of norm(y), becomes 0
-// where a ReLU behind the norm does not let through; dweight += sums[1], dbias += sums[0], with
-// sums (2, C) = {sum of dz over rows, sum of dz * (y - mean) * rstd}
+// The first of two steps of the backward pass, over the whole batch: dz (rows, C), the gradient of
+// norm(y), becomes 0 where a ReLU behind the norm does not let through. sums (2, C) = {sum of dz over
+// rows, sum of dz * (y - mean) * rstd}, which are also added to the gradients of bias and weight
 enum { NO_RELU, RELU_OF_NORM, RELU_BITS }; // none; relu(norm(y)); what bits say, of images of `pixels` rows each
 void batchnorm_backward_sums(float* sums, floatX* dz, const floatX* y, const BatchNorm* norm, int relu,
                              const uint8_t* bits, float* partial, size_t rows, size_t pixels);
-// The second, for any `rows` of the `all` rows: dy = rstd * weight * (dz - sums[0] / all - xhat * sums[1] / all), with
-// xhat = (y - mean) * rstd
+// The second, for any `rows` of the `all` rows, with xhat = (y - mean) * rstd:
+//     dy = rstd * weight * (dz - sums[0] / all - xhat * sums[1] / all)
 void batchnorm_backward(floatX* dy, const floatX* dz, const floatX* y, const BatchNorm* norm, const float* sums,
                         size_t rows, size_t all);
-// out (images, PH, PW, C) = F.max_pool2d(F.relu(norm(y)), 3, 2, 1), y (images, H, W, C); argmax: kh * 3 + kw
+// out (images, PH, PW, C) = F.max_pool2d(F.relu(norm(y)), 3, 2, 1), y (images, H, W, C), argmax is
+// kh * 3 + kw
 void max_pool(floatX* out, uint8_t* argmax, const floatX* y, const BatchNorm* norm, size_t images, int H, int W);
 void max_pool_backward(floatX* dinp, const floatX* dout, const uint8_t* argmax, size_t images, int H, int W, int C);
 void average_pool(floatX* out, const floatX* inp, size_t images, size_t pixels, size_t C); // inp.mean((1, 2))
@@ -723,8 +728,8 @@ Conv conv_at(const Model* model, int which, size_t l) {
     }
 }
 
-// images in a chunk of block l, of the stem where l is -1: its widest tensor or unpacked rows take -chunk at most,
-// unless one image takes more. Chunks are of nearly equal size
+// images in a chunk of block l, of the stem where l is -1: its widest tensor or unpacked rows take
+// -chunk at most, unless one image takes more. Chunks are of nearly equal size
 size_t chunk_of(const Model* model, int l) {
     size_t widest = 0;
     for (int which = l < 0 ? STEM : CONV1; which < (l < 0 ? CONV1 : NUM_LAYERS); which++) {
@@ -770,8 +775,8 @@ floatX* output_at(const Activation* y, size_t b0) {
 // ----------------------------------------------------------------------------
 // forward and backward passes
 
-// The convolution's input from image b0 on, where it is computed now: relu(norm(output of the layer before)). before
-// is NULL for a block's input, which is there; but what DropIT shall mask is a copy of it
+// The convolution's input from image b0 on, where it is computed now: relu(norm(output of the layer
+// before)). before is NULL for a block's input, which is there; what DropIT shall mask is a copy of it
 void layer_input(const Layer* layer, const Layer* before, size_t b0, size_t nb, bool recompute) {
     if (!computed(layer->inp, recompute)) { return; }
     floatX* inp = (floatX*)activation_at(layer->inp, b0, recompute);
@@ -785,8 +790,8 @@ void layer_input(const Layer* layer, const Layer* before, size_t b0, size_t nb, 
                    keep_largest(layer->inp, b0, recompute));
 }
 
-// A convolution of n images and the statistics of its norm. before: the layer that its input is made of; NULL: the
-// input is there
+// A convolution of n images and the statistics of its norm. before: the layer that its input is made of;
+// NULL: the input is there
 void layer_forward(Model* model, const Layer* layer, const Layer* before, size_t n, bool training) {
     for (size_t b0 = 0; b0 < n; b0 += layer->images) {
         const size_t nb = std::min(n - b0, layer->images);
@@ -811,7 +816,8 @@ void output_again(Model* model, const Layer* layer, const Layer* before) {
     }
 }
 
-// the output of block l of n images: the next block's input, or model->d[0], of which the head's input is the mean
+// the output of block l of n images: the next block's input, or model->d[0], of which the head's input
+// is the mean
 floatX* block_output(const Model* model, size_t l) {
     return l + 1 < model->L ? (floatX*)activation_at(&model->acts.x[l+1], 0, false) : model->d[0];
 }
@@ -825,7 +831,10 @@ void block_forward(Model* model, size_t l, size_t n, bool training) {
     layer_forward(model, &conv2, &conv1, n, training);
     if (last == &conv3) { layer_forward(model, &conv3, &conv2, n, training); }
     // what follows may take the place of what DropIT chooses from
-    if (training) { drop_activations(model, {&a->x[l], &a->a1[l], &a->a2[l]}); }
+    if (training) {
+        drop_activations(model, {&a->x[l]}); // alone: its lists are as long as those of the other two
+        drop_activations(model, {&a->a1[l], &a->a2[l]});
+    }
     if (b.down) {
         if (!down.y->cached) { down.y->chunk = (char*)block_output(model, l); } // of the same size, and written last
         layer_forward(model, &down, NULL, n, training);
@@ -854,8 +863,9 @@ void model_forward(Model* model, size_t n, bool training) {
     if (training) { drop_activations(model, {a->pooled}); }
 }
 
-// Gradients of a convolution and its norm. dz: gradient of the norm's output, or of relu(norm) where relu and bits say so,
-// of which the part that passes the ReLU is left. dinp, NULL: not wanted: gradient of the convolution's input; add: += it
+// Gradients of a convolution and its norm. dz: gradient of the norm's output, or of relu(norm) where
+// relu and bits say so, of which the part that passes the ReLU is left. dinp, NULL: not wanted: gradient
+// of the convolution's input; add: += it
 void layer_backward(Model* model, const Layer* layer, const Layer* before, floatX* dz, int relu, const uint8_t* bits,
                     floatX* dinp, bool add) {
     const Conv* c = &layer->conv;
@@ -884,8 +894,9 @@ int block_backward(Model* model, size_t l, int at) {
     const bool wide = model->config.wide, has_down = block_of(model, l).down;
     const uint8_t* bits = (uint8_t*)model->acts.bits[l].data;
     floatX *d = model->d[at], *other = model->d[1 - at];
-    // Both conv1 and the other way through the block add to the gradient of its input. Without a downsampling that is d
-    // itself, and other takes the gradient of a1. With one it is other, and d is then free for a1's
+    // Both conv1 and the other way through the block add to the gradient of its input. Without a
+    // downsampling that is d itself, and other takes the gradient of a1. With one it is other, and d is
+    // then free for a1's
     floatX *dx = has_down ? other : d, *da1 = has_down ? d : other;
     int relu = RELU_BITS;
     if (has_down) {
@@ -993,7 +1004,10 @@ static void plan_tables(Model* model) {
     }
     PARAMETERS(X)
 #undef X
-    // what DropIT chooses from is unpacked, and recomputed, in chunks; batch norm wants its input whole
+    // What DropIT chooses from is unpacked, and recomputed, in chunks, one at a time: they share memory.
+    // Batch norm wants its input whole
+    model->chunk_home = NULL;
+    char** home = NULL;
 #define X(field, bits, copies, shape, level, cache) \
     for (size_t l = 0; l < (copies); l++) { \
         const Block b = block_of(model, l); \
@@ -1001,8 +1015,11 @@ static void plan_tables(Model* model) {
         (void)H1; \
         const bool lodges = strcmp(#field, "yd") == 0; /* recomputed, it has no place of its own */ \
         model->chunk_images = lodges ? 0 : cache == KEEP ? B : chunk_of(model, (copies) == 1 ? -1 : (int)l); \
-        plan_activation(model, &model->acts.field[l], #field, #copies " x " #shape, (int)l, (int)(copies), bits, \
-                        numel shape, level, cache); \
+        Activation* a = &model->acts.field[l]; \
+        model->chunk_home = cache == KEEP ? NULL : home; \
+        plan_activation(model, a, #field, #copies " x " #shape, (int)l, (int)(copies), bits, numel shape, level, \
+                        cache); \
+        if (home == NULL && cache != KEEP && a->n > 0 && (a->dropped || !a->cached)) { home = &a->chunk; } \
     }
     ACTIVATIONS(X)
 #undef X
@@ -1034,7 +1051,8 @@ void model_plan(Model* model) {
     for (size_t l = 0; l < L; l++) {
         mask_unless_read(model, &a->a1[l], a->logits); // logits are always cached: output_again masks nothing, and
         mask_unless_read(model, &a->a2[l], a->logits); // layer_input makes the tensor again for the weight gradient
-        plan_selection(model, {&a->x[l], &a->a1[l], &a->a2[l]});
+        plan_selection(model, {&a->x[l]});
+        plan_selection(model, {&a->a1[l], &a->a2[l]});
         da2 = std::max(da2, a->a2[l].n);
         for (int which = l == 0 ? STEM : CONV1; which < NUM_LAYERS; which++) {
             const Conv c = conv_at(model, which, l);
@@ -1051,12 +1069,13 @@ void model_plan(Model* model) {
     plan_selection(model, {a->image});
     plan_selection(model, {a->pooled});
     plan_turns(model, turns);
-    // The gradients take the place of what DropIT chooses from in the forward pass, the larger that of the larger;
-    // but under -stats that is still read
+    // The gradients take the place of what DropIT chooses from in the forward pass, the larger that of
+    // the larger; but under -stats that is still read
     const bool shared = a->x->dropped && !reports_stats(model), second = turns[1] > turns[0];
     floatX **x = shared ? (floatX**)&a->x->batch : NULL, **a1 = shared ? (floatX**)&a->a1->batch : NULL;
-    plan_add(plan, SCRATCH, "d0", "", "gradients in turns", &model->d[0], turns[0] * sizeof(floatX), 0, second ? a1 : x);
-    plan_add(plan, SCRATCH, "d1", "", "gradients in turns", &model->d[1], turns[1] * sizeof(floatX), 0, second ? x : a1);
+    const size_t d0 = turns[0] * sizeof(floatX), d1 = turns[1] * sizeof(floatX);
+    plan_add(plan, SCRATCH, "d0", "", "gradients in turns", &model->d[0], d0, 0, second ? a1 : x);
+    plan_add(plan, SCRATCH, "d1", "", "gradients in turns", &model->d[1], d1, 0, second ? x : a1);
     plan_add(plan, SCRATCH, "da2", "", "(B, OH, OW, width)", &model->da2, da2 * sizeof(floatX), 0,
              shared && da2 > 0 ? (floatX**)&a->a2->batch : NULL);
     plan_add(plan, SCRATCH, "labels", "", "(B)", &model->labels, B * sizeof(int));
@@ -1065,7 +1084,8 @@ void model_plan(Model* model) {
     model->columns.n = columns;
     plan_add(plan, SCRATCH, "dpooled", "", "(B, E)", &model->dpooled, a->pooled->n * sizeof(floatX));
     plan_add(plan, SCRATCH, "norm sums", "", "(2, channels)", &model->sums, 2 * channels * sizeof(float));
-    plan_add(plan, SCRATCH, "batch norm partials", "", "fp32", &model->norm_partial, norm * sizeof(float));
+    plan_add(plan, SCRATCH, "batch norm partials", "", "fp32", &model->norm_partial, norm * sizeof(float), 0,
+             columns > 0 ? (float**)&model->columns.data : NULL); // before or after what columns are used for
     plan_add(plan, SCRATCH, "sum partials", "", "fp32", &model->partial, column_sum_scratch(B, V) * sizeof(float));
     plan_images(model, NULL);
 }
@@ -1079,7 +1099,7 @@ void model_options(Model* model) {
 // what the bundled data want; a published model is trained by a recipe
 const char* model_defaults(const char*) {
     return "-i data/fashion_train.bin -j data/fashion_val.bin -b 64 -e 6 -opt sgd -l 0.1 -wd 5e-4 -wd_all 1"
-           " -warmup 50 -r 1 -chunk 16";
+           " -warmup 50 -r 1 -chunk 14";
 }
 const char* const model_recipes[][2] = {{NULL, NULL}};
 
@@ -1498,8 +1518,8 @@ int main(int argc, char** argv) {
 // ----------------------------------------------------------------------------
 // kernels of this model alone, each followed by its launcher
 
-// x = pixel (h, w), channel c, of image b, normalised, or the noise of random erasing in its place. Of an image
-// that flips[b] mirrors left to right, the row is read backwards
+// x = pixel (h, w), channel c, of image b, normalised, or the noise of random erasing in its place. Of
+// an image that flips[b] mirrors left to right, the row is read backwards
 template <bool AUGMENT> __device__ inline float normalised_pixel(
         const uint8_t* images, const int* flips, const PixelStats& s, const BatchAugment& a, size_t b, int H, int W,
         int CH, int h, int w, int c) {
@@ -1513,8 +1533,8 @@ template <bool AUGMENT> __device__ inline float normalised_pixel(
     return ((float)images[((b * H + h) * W + from) * CH + c] / 255.0f - s.mean[c]) / s.std[c];
 }
 
-// out[b, h, w, c] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c]. With AUGMENT, random erasing replaces a box
-// of x, and image b is then mixed with image n-1-b:
+// out[b, h, w, c] = x[b] = (image[b, h, w, c] / 255 - mean[c]) / std[c]. With AUGMENT, random erasing
+// replaces a box of x, and image b is then mixed with image n-1-b:
 //     mixup: lam * x[b] + (1 - lam) * x[n-1-b]      cutmix: x[n-1-b] in a box, x[b] outside
 // out and images (B, H, W, CH) have n elements, an image less than 2^31. A thread makes one
 template <bool AUGMENT> __global__ void normalise_pixels_kernel(
@@ -1538,26 +1558,28 @@ void normalise_pixels(floatX* image, const uint8_t* images, const int* flips, Pi
     n *= numel(H, W, CH); // elements
     const size_t blocks = CEIL_DIV(n, (size_t)256);
     if (a.erased != NULL || a.lam < 1.0f) {
-        LAUNCH_BLOCKS(normalise_pixels_kernel<true>, blocks, 256, main_stream, image, images, flips, stats, a, n, H, W,
-                      CH);
+        LAUNCH_BLOCKS(normalise_pixels_kernel<true>, blocks, 256, main_stream,
+                      image, images, flips, stats, a, n, H, W, CH);
     } else {
-        LAUNCH_BLOCKS(normalise_pixels_kernel<false>, blocks, 256, main_stream, image, images, flips, stats, a, n, H, W,
-                      CH);
+        LAUNCH_BLOCKS(normalise_pixels_kernel<false>, blocks, 256, main_stream,
+                      image, images, flips, stats, a, n, H, W, CH);
     }
 }
 
 // ----------------------------------------------------------------------------
 // convolution, batch norm, pools. Nothing here knows the model
 
-// columns (rows, K, K, C): what each tap (kh, kw) of the output pixels `first` to `first + rows - 1` reads of inp; taps
-// beyond the border read 0. In PyTorch: F.unfold, with another order of dimensions. A thread copies V channels of all taps
-// of an output pixel, n / V of them for n = rows * C; V divides C. n and the pixels of a batch are below 2^32
+// columns (rows, K, K, C): what each tap (kh, kw) of the output pixels `first` to `first + rows - 1`
+// reads of inp; taps beyond the border read 0. In PyTorch: F.unfold, with another order of dimensions. A
+// thread copies V channels of all taps of an output pixel, n / V of them for n = rows * C; V divides C.
+// n and the pixels of a batch are below 2^32
 template <int V> __global__ void im2col_kernel(
         floatX* columns, const floatX* inp, const __grid_constant__ Conv c, unsigned first, unsigned n) {
     const unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * V, row = i / c.C, channel = i - row * c.C;
     if (i >= n) { return; }
     const unsigned pixel = first + row, image_row = pixel / c.OW, b = image_row / c.OH;
-    const int h0 = (int)(image_row - b * c.OH) * c.stride - c.pad, w0 = (int)(pixel - image_row * c.OW) * c.stride - c.pad;
+    const int h0 = (int)(image_row - b * c.OH) * c.stride - c.pad;
+    const int w0 = (int)(pixel - image_row * c.OW) * c.stride - c.pad;
     const floatX* image = inp + (size_t)b * c.H * c.W * c.C + channel;
     floatX* to = columns + (size_t)row * c.K * c.K * c.C + channel;
     for (int h = h0; h < h0 + c.K; h++) {
@@ -1570,8 +1592,8 @@ template <int V> __global__ void im2col_kernel(
     }
 }
 
-// The same for images of few channels: a thread copies one of the n elements of columns, so that neighbours write
-// neighbours. n is below 2^32
+// The same for images of few channels: a thread copies one of the n elements of columns, so that
+// neighbours write neighbours. n is below 2^32
 __global__ void im2col_narrow_kernel(floatX* columns, const floatX* inp, const __grid_constant__ Conv c, unsigned first,
                                      unsigned n) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, run = c.K * c.C, line = i / run, row = line / c.K;
@@ -1583,9 +1605,10 @@ __global__ void im2col_narrow_kernel(floatX* columns, const floatX* inp, const _
     columns[i] = inside ? inp[(((ptrdiff_t)b * c.H + h) * c.W + w0) * c.C + j] : (floatX)0.0f;
 }
 
-// dinp (images, rows h0 to h1-1 of H, W, C) = sum over the taps of columns (images, output rows from oh0 on, OW, K, K, C)
-// that read each pixel, in the order of kh and kw; ohn output rows an image are there. The inverse of im2col; in PyTorch:
-// F.fold. add: dinp += it. A thread has V channels of a pixel; V divides C; n elements
+// dinp (images, rows h0 to h1-1 of H, W, C) = sum over the taps of columns (images, output rows from oh0
+// on, OW, K, K, C) that read each pixel, in the order of kh and kw; ohn output rows an image are there.
+// The inverse of im2col; in PyTorch: F.fold. add: dinp += it. A thread has V channels of a pixel; V
+// divides C; n elements
 template <int V> __global__ void col2im_kernel(floatX* dinp, const floatX* columns, const __grid_constant__ Conv c,
                                                int h0, int h1, int oh0, int ohn, bool add, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -1629,7 +1652,10 @@ static void im2col(floatX* columns, const floatX* inp, const Conv* c, size_t fir
     const size_t n = rows * c->C, all = rows * conv_taps(c);
     if (c->C >= VEC) {
         LAUNCH(im2col_kernel, vectorizable(c->C, columns, inp), n, 128, columns, inp, *c, first, n);
-    } else { LAUNCH_BLOCKS(im2col_narrow_kernel, CEIL_DIV(all, (size_t)256), 256, main_stream, columns, inp, *c, first, all); }
+    } else {
+        const size_t blocks = CEIL_DIV(all, (size_t)256);
+        LAUNCH_BLOCKS(im2col_narrow_kernel, blocks, 256, main_stream, columns, inp, *c, first, all);
+    }
 }
 
 // out = columns (rows, K*K*C) @ weight^T + bias
@@ -1665,12 +1691,14 @@ void conv_backward_weight(float* dweight, const floatX* dout, const floatX* inp,
 static void conv_input_rows(floatX* dinp, const floatX* dout, const floatX* weight, bool add, const Conv* c,
                             size_t images, int h0, int h1, int oh0, int oh1, floatX* columns) {
     const size_t n = images * (h1 - h0) * c->W * c->C, rows = images * (oh1 - oh0) * c->OW;
-    if (rows > 0) { linear_backward_input(columns, dout + (size_t)oh0 * c->OW * c->OC, weight, rows, conv_taps(c), c->OC); }
+    dout += (size_t)oh0 * c->OW * c->OC;
+    if (rows > 0) { linear_backward_input(columns, dout, weight, rows, conv_taps(c), c->OC); }
     LAUNCH(col2im_kernel, vectorizable(c->C, dinp, columns), n, 256, dinp, columns, *c, h0, h1, oh0, oh1 - oh0, add, n);
 }
 
-// The gradients of columns are dout @ weight; each pixel gathers those of the taps that read it. As many whole images at
-// once as fit into columns or, where one does not, as many rows of input pixels whose output rows fit
+// The gradients of columns are dout @ weight; each pixel gathers those of the taps that read it. As many
+// whole images at once as fit into columns or, where one does not, as many rows of input pixels whose
+// output rows fit
 void conv_backward_input(floatX* dinp, const floatX* dout, const floatX* weight, bool add, const Conv* c,
                          size_t images, Columns columns) {
     const size_t inp = numel(c->H, c->W, c->C), out = numel(c->OH, c->OW, c->OC);
@@ -1706,9 +1734,9 @@ size_t batchnorm_scratch(size_t rows, size_t C) {
     return 2 * C * (slabs + CEIL_DIV(slabs, (size_t)SLAB_ROWS));
 }
 
-// partial (slabs, 2, C) = mean, and sum of squared deviations from it, of the SLAB_ROWS rows of a slab of y (rows, C). A
-// thread has V columns of a slab; V divides C. It adds up deviations from the first row, which are of the size of the
-// deviation itself: no digits are lost where the mean is large
+// partial (slabs, 2, C) = mean, and sum of squared deviations from it, of the SLAB_ROWS rows of a slab
+// of y (rows, C). A thread has V columns of a slab; V divides C. It adds up deviations from the first
+// row, which are of the size of the deviation itself: no digits are lost where the mean is large
 template <int V> __global__ void moments_kernel(float* partial, const floatX* y, size_t rows, int C) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t packs = C / V, slab = i / packs, column = i % packs * V, begin = slab * SLAB_ROWS;
@@ -1734,8 +1762,8 @@ template <int V> __global__ void moments_kernel(float* partial, const floatX* y,
     store<V>(partial + (2 * slab + 1) * C + column, squares);
 }
 
-// Mean (x) and sum of squared deviations (y) of the union of the sets begin to end-1 of channel c, set i being of rows
-// i*span to (i+1)*span - 1 of `rows` (Chan, Golub and LeVeque 1983)
+// Mean (x) and sum of squared deviations (y) of the union of the sets begin to end-1 of channel c, set i
+// being of rows i*span to (i+1)*span - 1 of `rows` (Chan, Golub and LeVeque 1983)
 __device__ inline float2 join_moments(const float* partial, size_t begin, size_t end, size_t span, size_t rows, int c,
                                       int C) {
     const float first = partial[2 * begin * C + c];
@@ -1761,8 +1789,8 @@ __global__ void moments_join_kernel(float* joined, const float* partial, size_t 
     joined[(2 * group + 1) * C + c] = m.y;
 }
 
-// mean and rstd of all rows. The running mean moves towards the mean, the running variance towards the unbiased
-// variance. A thread has a channel
+// mean and rstd of all rows. The running mean moves towards the mean, the running variance towards the
+// unbiased variance. A thread has a channel
 __global__ void moments_finish_kernel(const __grid_constant__ BatchNorm norm, const float* joined, size_t groups,
                                       size_t rows) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -1778,7 +1806,8 @@ void batchnorm_statistics(const BatchNorm* norm, const floatX* y, float* partial
     const size_t slabs = CEIL_DIV(rows, (size_t)SLAB_ROWS), groups = CEIL_DIV(slabs, (size_t)SLAB_ROWS);
     float* joined = partial + 2 * slabs * C;
     LAUNCH(moments_kernel, vectorizable(C, y), slabs * C, 64, partial, y, rows, C);
-    LAUNCH_BLOCKS(moments_join_kernel, CEIL_DIV(groups * C, (size_t)64), 64, main_stream, joined, partial, slabs, rows, C);
+    const size_t blocks = CEIL_DIV(groups * C, (size_t)64);
+    LAUNCH_BLOCKS(moments_join_kernel, blocks, 64, main_stream, joined, partial, slabs, rows, C);
     LAUNCH_BLOCKS(moments_finish_kernel, CEIL_DIV(C, 64), 64, main_stream, *norm, joined, groups, rows);
 }
 
@@ -1792,8 +1821,8 @@ void batchnorm_inference(const BatchNorm* norm) {
     LAUNCH_BLOCKS(batchnorm_inference_kernel, CEIL_DIV(norm->C, 64), 64, main_stream, *norm);
 }
 
-// v = (y - mean) * rstd * weight + bias for V channels from c on. A fused multiply-add by name: where this is positive
-// decides what passes a ReLU, and forward and backward pass must agree on it
+// v = (y - mean) * rstd * weight + bias for V channels from c on. A fused multiply-add by name: where
+// this is positive decides what passes a ReLU, and forward and backward pass must agree on it
 template <int V> __device__ inline void normalised(float* v, const floatX* y, const BatchNorm& norm, int c) {
     float mean[V], rstd[V], weight[V], bias[V];
     load<V>(v, y);
@@ -1804,9 +1833,9 @@ template <int V> __device__ inline void normalised(float* v, const floatX* y, co
     for (int j = 0; j < V; j++) { v[j] = fmaf(v[j] - mean[j], rstd[j] * weight[j], bias[j]); }
 }
 
-// As the launcher says; groups of 8 elements of an image share a byte of bits, and `groups` of them make an image, the
-// last may be shorter. A thread makes a group, V elements at a time; V divides C. RESIDUAL: 0 none, 1 as it is,
-// 2 normalised
+// As the launcher says; groups of 8 elements of an image share a byte of bits, and `groups` of them make
+// an image, the last may be shorter. A thread makes a group, V elements at a time; V divides C.
+// RESIDUAL: 0 none, 1 as it is, 2 normalised
 template <int V, int RESIDUAL, class Keep> __global__ void batchnorm_relu_kernel(
         floatX* out, uint8_t* bits, const floatX* y, const __grid_constant__ BatchNorm norm, const floatX* residual,
         const __grid_constant__ BatchNorm residual_norm, size_t images, size_t per_image, Keep keep) {
@@ -1853,8 +1882,8 @@ void batchnorm_relu(floatX* out, uint8_t* bits, const floatX* y, const BatchNorm
 #undef BATCHNORM_RELU
 }
 
-// partial (slabs, 2, C) = sums over the rows of a slab of dz, and of dz * xhat, and dz is masked, as the launcher says. A
-// thread has V columns of a slab; V divides C
+// partial (slabs, 2, C) = sums over the rows of a slab of dz, and of dz * xhat, and dz is masked, as the
+// launcher says. A thread has V columns of a slab; V divides C
 template <int V, int RELU> __global__ void batchnorm_backward_sums_kernel(
         float* partial, floatX* dz, const floatX* y, const __grid_constant__ BatchNorm norm, const uint8_t* bits,
         size_t rows, size_t pixels) {
@@ -1901,7 +1930,8 @@ __global__ void slab_sum_kernel(float* out, const float* partial, size_t slabs, 
     out[i] = sum;
 }
 
-// sums (2, C) = column sums of grouped (groups, 2, C), also added to the gradients of bias and weight. A thread has one
+// sums (2, C) = column sums of grouped (groups, 2, C), also added to the gradients of bias and weight. A
+// thread has one
 __global__ void batchnorm_backward_finish_kernel(float* sums, const __grid_constant__ BatchNorm norm,
                                                  const float* grouped, size_t groups) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, C = norm.C;
@@ -1932,7 +1962,8 @@ void batchnorm_backward_sums(float* sums, floatX* dz, const floatX* y, const Bat
     else if (relu == RELU_BITS) { SUMS(RELU_BITS); }
     else { SUMS(NO_RELU); }
 #undef SUMS
-    LAUNCH_BLOCKS(slab_sum_kernel, CEIL_DIV(groups * 2 * C, (size_t)64), 64, main_stream, grouped, partial, slabs, 2 * C);
+    const size_t blocks = CEIL_DIV(groups * 2 * C, (size_t)64);
+    LAUNCH_BLOCKS(slab_sum_kernel, blocks, 64, main_stream, grouped, partial, slabs, 2 * C);
     LAUNCH_BLOCKS(batchnorm_backward_finish_kernel, CEIL_DIV(2 * C, 64), 64, main_stream, sums, *norm, grouped, groups);
 }
 
@@ -1963,8 +1994,9 @@ void batchnorm_backward(floatX* dy, const floatX* dz, const floatX* y, const Bat
            1.0f / (float)all);
 }
 
-// Of each output pixel the largest of 3 x 3 at a stride of 2, the first of equal ones, NaNs first; the values are those
-// before the ReLU, which keeps their order. A thread has V channels of an output pixel; V divides C; n elements
+// Of each output pixel the largest of 3 x 3 at a stride of 2, the first of equal ones, NaNs first; the
+// values are those before the ReLU, which keeps their order. A thread has V channels of an output pixel;
+// V divides C; n elements
 template <int V> __global__ void max_pool_kernel(floatX* out, uint8_t* argmax, const floatX* y,
                                                  const __grid_constant__ BatchNorm norm, size_t n, int H, int W) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -1999,8 +2031,8 @@ void max_pool(floatX* out, uint8_t* argmax, const floatX* y, const BatchNorm* no
     LAUNCH(max_pool_kernel, vectorizable(norm->C, out, y, argmax), n, 128, out, argmax, y, *norm, n, H, W);
 }
 
-// dinp (images, H, W, C) = sum of dout (images, PH, PW, C) over the output pixels whose largest value a pixel was. A
-// thread has V channels of an input pixel; V divides C; n elements
+// dinp (images, H, W, C) = sum of dout (images, PH, PW, C) over the output pixels whose largest value a
+// pixel was. A thread has V channels of an input pixel; V divides C; n elements
 template <int V> __global__ void max_pool_backward_kernel(floatX* dinp, const floatX* dout, const uint8_t* argmax,
                                                           size_t n, int H, int W, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -2026,7 +2058,8 @@ void max_pool_backward(floatX* dinp, const floatX* dout, const uint8_t* argmax, 
     LAUNCH(max_pool_backward_kernel, vectorizable(C, dinp, dout, argmax), n, 128, dinp, dout, argmax, n, H, W, C);
 }
 
-// out (images, C) = mean of inp (images, pixels, C) over pixels. A thread has V of the n outputs; V divides C
+// out (images, C) = mean of inp (images, pixels, C) over pixels. A thread has V of the n outputs; V
+// divides C
 template <int V> __global__ void average_pool_kernel(floatX* out, const floatX* inp, size_t n, size_t pixels, int C) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= n) { return; }
@@ -2093,7 +2126,8 @@ void model_print(const Model* model) {
 void model_pixels(const Model* model, size_t b, float* pixels) {
     const size_t CH = model->CH, n = model->acts.image->per_image, area = n / CH;
     floatX* image = host_new<floatX>(n, "an image"); // (H, W, CH)
-    cudaCheck(cudaMemcpy(image, activation_at(model->acts.image, b, false), n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    const void* device = activation_at(model->acts.image, b, false);
+    cudaCheck(cudaMemcpy(image, device, n * sizeof(floatX), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) { pixels[i % CH * area + i / CH] = (float)image[i]; }
     free(image);
 }
@@ -4987,7 +5021,8 @@ void plan_activation(Model* model, Activation* a, const char* name, const char* 
     model->activations.push(a);
     // copies of a line share the memory of their chunks and batches
     const bool shares = before != NULL && before->line == a->line;
-    char **chunk_of = shares ? (char**)&before->chunk : NULL, **batch_of = shares ? (char**)&before->batch : NULL;
+    char** chunk_of = shares ? (char**)&before->chunk : model->chunk_home;
+    char** batch_of = shares ? (char**)&before->batch : NULL;
     const size_t bytes = n * bits / 8, dense = align_up(bytes), chunk = bytes / model->B * model->chunk_images;
     if (!a->dropped) {
         if (a->cached) { plan_add(plan, CACHED, name, "", shape, &a->data, bytes, dense); }
