@@ -15,8 +15,9 @@ rounding of its last place, and batch norm makes each of them matter to all: in 
 its activations rounded to bf16 errs by 9 to 15 % of a gradient's norm on average, and by 42 % at worst.
 So each dump measures what is possible. All steps are also taken MOVES times with parameters and pixels
 moved by one unit in their last place, up or down at random. The largest distance by which this moves a
-gradient, times SLACK, is the distance from PyTorch's that it is allowed, but MOST of its norm. What is
-smaller, fp32 finds.
+gradient, times SLACK, is the distance from PyTorch's that it is allowed. Where that is above MOST of its
+norm, bf16 cannot tell a right gradient from a wrong one: it is counted as not compared, and of a dump
+one in ten may be. What is smaller, and what is not compared, fp32 finds.
 */
 
 #define TESTING
@@ -40,7 +41,7 @@ smaller, fp32 finds.
 #define RTOL 2e-5        // fp32: of an element, plus the same of the tensor's largest
 #define LEAST 0.00390625 // bf16: of a tensor's norm, where a move changes nothing
 #define SLACK 2.0
-#define MOST 0.7         // bf16: of a tensor's norm, so that zeros fail in every dump
+#define MOST 0.7         // bf16: of a tensor's norm; more says nothing, since zeros are 1 away
 #define WHOLE ((size_t)32 << 20) // bytes of a chunk: the whole batch of a dump
 #define STEPS 3
 
@@ -329,12 +330,13 @@ static double allowed(const Outcome* runs, size_t at, double norm, size_t n) {
     for (int m = 1; m <= MOVES; m++) {
         moved = fmax(moved, distance(1.0, runs[0].values + at, runs[m].values + at, n) / norm);
     }
-    return fmin(fmax(SLACK * moved, LEAST), MOST);
+    return fmax(SLACK * moved, LEAST);
 }
 
 static struct { // of a dump
     char name[96];
     double error; // largest error over what is allowed; above 1 fails
+    int compared, not_compared; // tensors; bf16: those that it cannot judge
 } worst;
 
 // compares n values at `at` with PyTorch's: element by element in fp32, by distance in bf16. NaN fails
@@ -349,10 +351,15 @@ static void compare(const char* name, const Outcome* runs, size_t at, const floa
             if (apart != 0.0 && !(e <= error)) { error = e; }
         }
     } else {
-        const double norm = distance(0.0, a, expected, n), most = norm * allowed(runs, at, norm, n);
+        const double norm = distance(0.0, a, expected, n), most = allowed(runs, at, norm, n);
         const double apart = distance(1.0, a, expected, n);
-        error = apart == 0.0 ? 0.0 : apart / most;
+        error = apart == 0.0 ? 0.0 : apart / (norm * most);
+        if (most > MOST && isfinite(apart)) {
+            worst.not_compared++;
+            return;
+        }
     }
+    worst.compared++;
     check(error <= 1.0, "%s: error over allowed %.3g", name, error);
     if (error <= worst.error) { return; }
     snprintf(worst.name, sizeof(worst.name), "%s", name);
@@ -366,7 +373,7 @@ static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     Model* model = make_model(dump, 0, chunk_bytes, false); // for names and places
     plan_model(model);
     const Outcome* o = &runs[0];
-    worst = {"", -1.0};
+    worst = {"", -1.0, 0, 0};
     float* logits = (float*)tensor(dump->st, "logits", "F32", o->logits);
     compare("logits", runs, 0, logits, o->logits);
     for (const Parameter& p : model->parameters) {
@@ -387,9 +394,12 @@ static void test_against_pytorch(const Dump* dump, size_t chunk_bytes) {
     const double norm = distance(0.0, ours, losses, o->losses);
     const double moved = MOVES > 0 ? allowed(runs, o->logits + o->gradients, norm, o->losses) : 0.0;
     const double limit = fmax(LOSSES_RTOL, moved);
-    check(apart <= limit, "losses: the error is %.3g of their norm", apart);
+    check(apart <= limit && limit <= MOST, "losses: the error is %.3g of their norm", apart);
+    check(worst.not_compared * 9 <= worst.compared, "%d of %d tensors are too uncertain in bf16 to be compared",
+          worst.not_compared, worst.not_compared + worst.compared);
     printf("    chunks of %zu images: of what is allowed, losses have %.3g, %s has %.3g", model->chunk_images,
            apart / limit, worst.name, worst.error);
+    if (worst.not_compared > 0) { printf(", not compared: %d tensors", worst.not_compared); }
     printf("\n");
     for (int m = 0; m <= MOVES; m++) { free(runs[m].values); }
     for (float* p : {logits, losses, loss}) { free(p); }
