@@ -20,7 +20,8 @@ rounding of a result by at most 2^-9.
 
 #define TESTING
 #include "train_deit.cu"
-#include "dev/test/check.cuh"
+#define DUMP_SCRIPT "dev/reference/deit.py"
+#include "dev/test/dump.cuh"
 #include <glob.h>
 
 #ifdef ENABLE_FP32
@@ -53,28 +54,6 @@ typedef struct {
     floatX* patches;
     int* labels;
 } Dump;
-
-// a number from the metadata, or `missing` where the key is absent
-static double number(const Safetensors* st, const char* key, double missing) {
-    const char* value = safetensors_metadata(st, key);
-    require(value != NULL || !isnan(missing), "%s lacks the metadata %s; write it with dev/reference/deit.py dump",
-            st->file.path, key);
-    if (value == NULL) { return missing; }
-    char* end;
-    const double v = strtod(value, &end);
-    require(end != value && *end == 0, "%s: metadata %s is '%s', expected a number", st->file.path, key, value);
-    return v;
-}
-
-// a copy of a tensor
-static void* tensor(const Safetensors* st, const char* name, const char* dtype, size_t n) {
-    const StTensor* t = safetensors_find(st, name);
-    require(t != NULL && strcmp(t->dtype, dtype) == 0 && st_numel(t) == n,
-            "%s: tensor %s is missing or not %zu elements of %s", st->file.path, name, n, dtype);
-    void* copy = host_new<char>(t->end - t->begin, name);
-    memcpy(copy, t->data, t->end - t->begin);
-    return copy;
-}
 
 static Dump open_dump(const char* path) {
     Safetensors* st = safetensors_open(path);
@@ -156,30 +135,11 @@ static void forward(Model* model, const Dump* dump, const floatX* patches, bool 
     model_forward(model, model->B, training);
 }
 
-// returns the mean loss; the logits become their gradient
-static double loss_of(Model* model) {
-    Batch batch = {};
-    batch.n = model->B;
-    batch.augment.lam = 1.0f;
-    classifier_loss(model, (floatX*)model->acts.logits->data, model->labels, &batch, 1.0f / (float)model->B);
-    return model_result(model).sums[0] / (double)model->B;
-}
-
 static void backward_and_update(Model* model, const Dump* dump, int step) {
     model_backward(model);
     gradients_done(model, -1);
     model_update(model, dump->optimizer, dump->optimizer.learning_rate, step);
     model->pass++;
-}
-
-template <class T> static float* to_host_floats(const T* device, size_t n) {
-    T* raw = host_new<T>(n, "a tensor");
-    float* host = host_new<float>(n, "a tensor");
-    cudaCheck(cudaDeviceSynchronize());
-    cudaCheck(cudaMemcpy(raw, device, n * sizeof(T), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) { host[i] = (float)raw[i]; }
-    free(raw);
-    return host;
 }
 
 // Puts the set of elements that the dump keeps in the place of ours, so that the gradients can be compared.
@@ -234,16 +194,6 @@ static void take_mask(const Activation* a, const Safetensors* st, const char* la
     for (void* p : {(void*)mask, (void*)x, (void*)bitmap, (void*)offsets, (void*)values}) { free(p); }
 }
 
-// moves values by one unit in their last place, up or down: as (move, which, i) draws for value i
-static void move_last_place(floatX* values, size_t n, unsigned move, unsigned which) {
-    for (size_t i = 0; i < n; i++) {
-        bitsX bits;
-        memcpy(&bits, &values[i], sizeof(bits));
-        if ((float)values[i] != 0.0f) { bits += philox(move, 90, which, i).x % 2 == 0 ? 1 : -1; }
-        memcpy((void*)&values[i], &bits, sizeof(bits));
-    }
-}
-
 // logits, the gradients of the first step, and the losses of all, one after another
 typedef struct {
     float* values;
@@ -293,13 +243,6 @@ static Outcome train_dump(const Dump* dump, size_t chunk_bytes, unsigned move) {
     free(patches);
     model_free(model);
     return o;
-}
-
-// of factor * a from b
-static double distance(double factor, const float* a, const float* b, size_t n) {
-    double sum = 0.0;
-    for (size_t i = 0; i < n; i++) { sum += (factor * a[i] - b[i]) * (factor * a[i] - b[i]); }
-    return sqrt(sum);
 }
 
 // how far `at` may be from PyTorch's n values, over their norm
